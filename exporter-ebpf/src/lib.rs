@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+//! What every object shares: offsets set at load, typed loads, the owner of a socket, counters, losses.
+#![no_std]
+#![feature(asm_experimental_arch)]
+
+use core::arch::asm;
+
+use aya_ebpf::{
+    Global,
+    bindings::BPF_NOEXIST,
+    helpers::bpf_probe_read_kernel,
+    maps::{Array, HashMap},
+};
+pub use exporter_common::{ABSENT, CGROUPS, Loss, NO_CGROUP};
+
+/// Declares offsets and constants that user space sets from BTF before the load. They live in frozen `.rodata`, so
+/// the verifier knows their values.
+#[macro_export]
+macro_rules! constants {
+    ($($name:ident),* $(,)?) => { $(
+        // SAFETY: user space finds the constant by this name; no other symbol of the object has it.
+        #[unsafe(no_mangle)]
+        static $name: aya_ebpf::Global<u32> = aya_ebpf::Global::new($crate::ABSENT);
+    )* };
+}
+
+/// Declares what every object needs: its licence for the kernel, its panic handler, its losses.
+#[macro_export]
+macro_rules! object {
+    () => {
+        /// Events lost in the kernel, indexed by [`exporter_common::Loss`].
+        #[aya_ebpf::macros::map]
+        static LOST: aya_ebpf::maps::Array<u64> =
+            aya_ebpf::maps::Array::with_max_entries(exporter_common::Loss::LABELS.len() as u32, 0);
+
+        // "GPL" is how the kernel spells a licence that may call GPL-only helpers (include/linux/license.h).
+        // SAFETY: the loader reads the section `license`; the symbol is alone in it.
+        #[unsafe(link_section = "license")]
+        #[unsafe(no_mangle)]
+        static LICENSE: [u8; 4] = *b"GPL\0";
+
+        #[panic_handler]
+        fn panic(_: &core::panic::PanicInfo) -> ! {
+            loop {}
+        }
+    };
+}
+
+constants!(
+    OFF_SOCK_CGROUP,
+    OFF_CGROUP_KN,
+    OFF_KERNFS_ID,
+    SOCK_CGROUP_TYPED,
+);
+
+/// Loads a field through a pointer that the verifier knows by its BTF type: a wrong offset is refused at load.
+///
+/// # Safety
+/// `base` is a BTF-typed pointer of the program's context, or was loaded from one.
+#[inline(always)]
+pub unsafe fn load<T: Copy>(base: *const u8, offset: &Global<u32>) -> T {
+    // SAFETY: the verifier checks the access against the type behind `base`, and faults read as 0.
+    unsafe { core::ptr::read_volatile(base.add(offset.load() as usize).cast::<T>()) }
+}
+
+/// Reads a field through a pointer that the verifier does not know.
+///
+/// # Safety
+/// `base + offset` is where a `T` lies in the kernel; a bad address is an error, a wrong one reads garbage.
+#[inline(always)]
+pub unsafe fn read<T: Copy>(base: *const u8, offset: &Global<u32>) -> Result<T, Loss> {
+    // SAFETY: the helper checks the address and copies.
+    unsafe { bpf_probe_read_kernel(base.add(offset.load() as usize).cast::<T>()) }.map_err(|_| Loss::Unreadable)
+}
+
+/// Returns the id of the cgroup that owns a socket: the one its creator was in at `socket()` or, for an accepted
+/// socket, its listener's. [`NO_CGROUP`] where the kernel does not know.
+///
+/// # Safety
+/// `sock` is a BTF-typed `struct sock *`.
+#[inline(always)]
+pub unsafe fn socket_cgroup(sock: *const u8) -> Result<u64, Loss> {
+    if OFF_SOCK_CGROUP.load() == ABSENT {
+        return Ok(NO_CGROUP);
+    }
+    if SOCK_CGROUP_TYPED.load() == 1 {
+        // SAFETY: every pointer in the chain is typed: sock → cgroup → kernfs_node.
+        return Ok(unsafe {
+            let cgroup: *const u8 = load(sock, &OFF_SOCK_CGROUP);
+            if cgroup.is_null() {
+                return Ok(NO_CGROUP);
+            }
+            let node: *const u8 = load(cgroup, &OFF_CGROUP_KN);
+            if node.is_null() {
+                return Ok(NO_CGROUP);
+            }
+            load(node, &OFF_KERNFS_ID)
+        });
+    }
+    // Before 5.15 the field is a u64: bit 0 says that it holds net_prio and net_cls numbers instead of a pointer,
+    // bit 1 that no cgroup was recorded (`sock_cgroup_ptr` treats both as unknown).
+    // SAFETY: `sock` is typed and the offset is that of `sk_cgrp_data.val`.
+    let word: u64 = unsafe { load(sock, &OFF_SOCK_CGROUP) };
+    if word == 0 || word & 3 != 0 {
+        return Ok(NO_CGROUP);
+    }
+    // SAFETY: the word is a `struct cgroup *` that the socket holds a reference to, so both objects live.
+    unsafe {
+        let node: *const u8 = read(word as *const u8, &OFF_CGROUP_KN)?;
+        read(node, &OFF_KERNFS_ID)
+    }
+}
+
+/// Returns the value of `key`, inserted as `zero` when absent.
+///
+/// Two CPUs may race to insert: one is told that the key exists and finds the other's entry.
+#[inline(always)]
+pub fn entry<K, V>(map: &HashMap<K, V>, key: &K, zero: &V) -> Result<*mut V, Loss> {
+    if let Some(value) = map.get_ptr_mut(key) {
+        return Ok(value);
+    }
+    let _ = map.insert(key, zero, u64::from(BPF_NOEXIST));
+    map.get_ptr_mut(key).ok_or(Loss::MapFull)
+}
+
+/// Adds to a counter that other CPUs add to as well.
+///
+/// # Safety
+/// `counter` points into a map value.
+#[inline(always)]
+pub unsafe fn add(counter: *mut u64, by: u64) {
+    // BPF_XADD, the only atomic of 5.10 (core offers no atomic read-modify-write for a target without compare-and-swap).
+    // SAFETY: map values are 8-byte aligned and live as long as the program runs.
+    unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) counter, in(reg) by, options(nostack)) };
+}
+
+/// Counts a lost event.
+#[inline(always)]
+pub fn lose(lost: &Array<u64>, loss: Loss) {
+    if let Some(counter) = lost.get_ptr_mut(loss as u32) {
+        // SAFETY: a map value.
+        unsafe { add(counter, 1) };
+    }
+}

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The command line. Every flag has an environment variable.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args as ClapArgs, Parser, Subcommand};
+
+use crate::pods::Source;
+
+/// Sees what Hubble leaves dark for AI workloads, and serves it to Prometheus.
+#[derive(Debug, Parser)]
+#[command(name = "chandra", version, args_conflicts_with_subcommands = true)]
+pub struct Args {
+    /// What to do instead of serving.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// How to serve.
+    #[command(flatten)]
+    pub serve: Serve,
+}
+
+/// What to do instead of serving.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Tell what will work on this host, and why not. Exits with 1 if something that should work does not.
+    Check {
+        /// Print JSON instead of a table.
+        #[arg(long)]
+        json: bool,
+        /// Where cgroup v2 is mounted, if not where this process sees it.
+        #[arg(
+            long = "path.cgroupfs",
+            value_name = "DIR",
+            env = "CHANDRA_PATH_CGROUPFS"
+        )]
+        cgroupfs: Option<PathBuf>,
+    },
+    /// Print the reference of all metrics, in Markdown.
+    Metrics,
+}
+
+/// How to serve.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Serve {
+    /// Address to serve on; without a host, all of them.
+    #[arg(
+        long = "web.listen-address",
+        value_name = "ADDRESS",
+        env = "CHANDRA_WEB_LISTEN_ADDRESS",
+        default_value = ":9970"
+    )]
+    pub listen: String,
+    /// Where pod names come from: `kube` (default inside a cluster), a file with a PodList in JSON, or `none`.
+    #[arg(long, value_name = "kube|FILE|none", env = "CHANDRA_PODS")]
+    pub pods: Option<Source>,
+    /// The node whose pods are watched (set it from spec.nodeName).
+    #[arg(long, value_name = "NAME", env = "NODE_NAME")]
+    pub node_name: Option<String>,
+    /// Signals to leave off; may be given several times.
+    #[arg(long, value_name = "SIGNAL", env = "CHANDRA_DISABLE", value_delimiter = ',', value_parser = signal)]
+    pub disable: Vec<String>,
+    /// Where cgroup v2 is mounted, if not where this process sees it.
+    #[arg(
+        long = "path.cgroupfs",
+        value_name = "DIR",
+        env = "CHANDRA_PATH_CGROUPFS"
+    )]
+    pub cgroupfs: Option<PathBuf>,
+    /// How long the totals of a container that is gone stay.
+    #[arg(long, value_name = "DURATION", env = "CHANDRA_RETENTION", default_value = "5m", value_parser = duration)]
+    pub retention: Duration,
+    /// Containers that a signal shows by name; the rest goes to pod="other".
+    #[arg(
+        long,
+        value_name = "N",
+        env = "CHANDRA_MAX_OWNERS",
+        default_value_t = 1200
+    )]
+    pub max_owners: usize,
+    /// What to log: error, warn, info, debug or trace, also by module.
+    #[arg(
+        long = "log.level",
+        value_name = "LEVEL",
+        env = "CHANDRA_LOG_LEVEL",
+        default_value = "info"
+    )]
+    pub log: tracing_subscriber::filter::Targets,
+}
+
+impl Serve {
+    /// Where pod names come from, the default resolved.
+    pub fn source(&self) -> Source {
+        let inside = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
+        self.pods
+            .clone()
+            .unwrap_or(if inside { Source::Kube } else { Source::None })
+    }
+}
+
+fn signal(name: &str) -> Result<String, String> {
+    let names: Vec<_> = crate::signals::SIGNALS
+        .iter()
+        .map(|entry| entry.name)
+        .collect();
+    if names.contains(&name) {
+        Ok(name.to_owned())
+    } else {
+        Err(format!("the signals are {}", names.join(", ")))
+    }
+}
+
+/// Reads `90s`, `5m` or `1h`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let unit = match text.chars().last() {
+        Some('s') => 1,
+        Some('m') => 60,
+        Some('h') => 3600,
+        _ => 0,
+    };
+    let number = text
+        .get(..text.len().saturating_sub(1))
+        .and_then(|digits| digits.parse::<u64>().ok());
+    match number.and_then(|number| number.checked_mul(unit)) {
+        Some(seconds) if seconds > 0 => Ok(Duration::from_secs(seconds)),
+        _ => Err("a duration is a whole number with s, m or h, such as 5m".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_flags_are_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn durations_have_a_unit() {
+        assert_eq!(duration("90s"), Ok(Duration::from_secs(90)));
+        assert_eq!(duration("5m"), Ok(Duration::from_secs(300)));
+        for bad in [
+            "",
+            "5",
+            "0s",
+            "m",
+            "-1s",
+            "5 m",
+            "99999999999999999999h",
+            "5µ",
+        ] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn every_flag_has_an_environment_variable() {
+        for argument in Args::command().get_arguments() {
+            let id = argument.get_id();
+            assert!(
+                ["help", "version"].contains(&id.as_str()) || argument.get_env().is_some(),
+                "{id}"
+            );
+        }
+    }
+}

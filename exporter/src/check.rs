@@ -1,0 +1,315 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What will work on this host, and why not?
+//!
+//! Signals are really attached, for a moment, since nothing else tells what a kernel permits.
+
+use std::{fmt::Write, fs, path::Path};
+
+use serde::Serialize;
+
+use crate::{
+    kernel::{Hierarchy, Kernel},
+    maps,
+    probe::Reason,
+    scrape::{self, Running},
+    signals::{Options, SIGNALS, State},
+};
+
+/// Everything that was found.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// Whether every signal that this host has the means for works.
+    pub ok: bool,
+    /// What the host has.
+    pub host: Vec<Fact>,
+    /// What came of each signal.
+    pub signals: Vec<Signal>,
+    /// Kernel memory of all maps.
+    pub maps: Maps,
+}
+
+/// One thing that the host has or lacks.
+#[derive(Debug, Serialize)]
+pub struct Fact {
+    /// What.
+    pub name: &'static str,
+    /// `false` where something is missing that a signal may need.
+    pub ok: bool,
+    /// What was found, or what to do.
+    pub detail: String,
+}
+
+/// What came of a signal.
+#[derive(Debug, Serialize)]
+pub struct Signal {
+    /// Its name.
+    pub name: &'static str,
+    /// Its state.
+    pub state: &'static str,
+    /// Its hooks.
+    pub hooks: Vec<Hook>,
+    /// What works with less.
+    pub notes: Vec<String>,
+}
+
+/// What came of a hook.
+#[derive(Debug, Serialize)]
+pub struct Hook {
+    /// Its name.
+    pub name: &'static str,
+    /// How it is attached.
+    pub method: &'static str,
+    /// Why it is not, or `attached`.
+    pub reason: &'static str,
+    /// For people.
+    pub detail: String,
+}
+
+/// Kernel memory of all maps, in bytes.
+#[derive(Debug, Serialize)]
+pub struct Maps {
+    /// CPUs that this kernel has room for.
+    pub cpus: usize,
+    /// On this host.
+    pub bytes: u64,
+    /// On a host with 256 CPUs.
+    pub bytes_at_256_cpus: u64,
+    /// What they may take there at most.
+    pub budget: u64,
+}
+
+/// Looks at everything.
+///
+/// # Errors
+/// When an embedded object cannot be parsed.
+pub fn run(cgroupfs: Option<&Path>) -> anyhow::Result<Report> {
+    let kernel = Kernel::read();
+    let hierarchy = Hierarchy::of_host(cgroupfs);
+    let host = facts(&kernel, &hierarchy);
+    let running = scrape::attach(&kernel, &[], Options { max_owners: 1 });
+    let signals = running.into_iter().map(signal).collect::<Vec<_>>();
+    let bytes = |cpus| {
+        SIGNALS
+            .iter()
+            .map(|entry| maps::bytes(entry.object, cpus))
+            .sum::<anyhow::Result<u64>>()
+    };
+    let maps = Maps {
+        cpus: kernel.possible_cpus,
+        bytes: bytes(kernel.possible_cpus)?,
+        bytes_at_256_cpus: bytes(maps::MANY_CPUS)?,
+        budget: maps::BUDGET,
+    };
+    let ok = signals
+        .iter()
+        .all(|signal| signal.state != State::Failed.label());
+    Ok(Report {
+        ok,
+        host,
+        signals,
+        maps,
+    })
+}
+
+fn signal(running: Running) -> Signal {
+    let hooks = running.attempt.hooks.into_iter().map(|hook| Hook {
+        name: hook.name,
+        method: hook.method.label(),
+        reason: hook.reason.label(),
+        detail: hook.detail,
+    });
+    Signal {
+        name: running.entry.name,
+        state: running.attempt.state.label(),
+        hooks: hooks.collect(),
+        notes: running.attempt.notes,
+    }
+}
+
+fn facts(kernel: &Kernel, hierarchy: &Hierarchy) -> Vec<Fact> {
+    let fact = |name, result: Result<String, String>| match result {
+        Ok(detail) => Fact {
+            name,
+            ok: true,
+            detail,
+        },
+        Err(detail) => Fact {
+            name,
+            ok: false,
+            detail,
+        },
+    };
+    let capabilities = if kernel.may_trace() {
+        Ok(["CAP_BPF", "CAP_PERFMON", "CAP_SYS_ADMIN"]
+            .into_iter()
+            .filter(|name| kernel.has(name))
+            .collect::<Vec<_>>()
+            .join(", "))
+    } else {
+        Err("CAP_BPF and CAP_PERFMON (before 5.8: CAP_SYS_ADMIN) are missing: run as root or add them".to_owned())
+    };
+    let lockdown = match kernel.lockdown() {
+        Some(mode @ ("integrity" | "confidentiality")) => Err(format!(
+            "{mode}: the kernel may refuse kprobes and fentry; tracepoints work under integrity"
+        )),
+        _ => Ok("off".to_owned()),
+    };
+    let cgroups = match hierarchy {
+        Hierarchy::V2 { root, whole: true } => Ok(format!("v2 at {}", root.display())),
+        other => Err(other.trouble().unwrap_or_default()),
+    };
+    vec![
+        fact("kernel", release(&kernel.release)),
+        fact(
+            "BTF",
+            kernel
+                .btf
+                .as_ref()
+                .map(|_| "/sys/kernel/btf/vmlinux".to_owned())
+                .map_err(Clone::clone),
+        ),
+        fact("capabilities", capabilities),
+        fact("lockdown", lockdown),
+        fact("tracefs", tracefs()),
+        fact("cgroups", cgroups),
+        fact("Kubernetes", Ok(kubernetes().to_owned())),
+        fact(
+            "RDMA",
+            Ok(listed(
+                "/sys/class/infiniband",
+                "no RDMA device (/sys/class/infiniband)",
+            )),
+        ),
+        fact("GPU", Ok(gpu())),
+        fact("NCCL", Ok(nccl())),
+    ]
+}
+
+fn release(release: &str) -> Result<String, String> {
+    let mut numbers = release
+        .split(['.', '-'])
+        .map_while(|part| part.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version >= (5, 10) {
+        Ok(release.to_owned())
+    } else {
+        Err(format!(
+            "{release} is older than 5.10, the oldest kernel that Chandra is tested on"
+        ))
+    }
+}
+
+fn tracefs() -> Result<String, String> {
+    ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"]
+        .into_iter()
+        .find(|dir| Path::new(dir).join("events").is_dir())
+        .map(str::to_owned)
+        .ok_or(
+            "not mounted or not readable: mount -t tracefs tracefs /sys/kernel/tracing".to_owned(),
+        )
+}
+
+fn kubernetes() -> &'static str {
+    if std::env::var_os("KUBERNETES_SERVICE_HOST").is_some() {
+        "inside a cluster: pod names come from the API server"
+    } else {
+        "outside of a cluster: name a pods file with --pods, or series carry cgroup names"
+    }
+}
+
+fn listed(dir: &str, none: &str) -> String {
+    let mut names: Vec<_> = fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect();
+    names.sort();
+    if names.is_empty() {
+        none.to_owned()
+    } else {
+        names.join(", ")
+    }
+}
+
+/// Character devices that GPU drivers register (`/proc/devices`).
+fn gpu() -> String {
+    let devices = fs::read_to_string("/proc/devices").unwrap_or_default();
+    let drivers: Vec<_> = ["nvidia-uvm", "kfd", "drm"]
+        .into_iter()
+        .filter(|driver| {
+            devices
+                .lines()
+                .any(|line| line.split_whitespace().nth(1) == Some(driver))
+        })
+        .collect();
+    if drivers.is_empty() {
+        "no GPU driver (nvidia-uvm, kfd or drm in /proc/devices)".to_owned()
+    } else {
+        drivers.join(", ")
+    }
+}
+
+/// Processes that have NCCL mapped.
+fn nccl() -> String {
+    let maps_nccl = |pid: &str| {
+        fs::read_to_string(format!("/proc/{pid}/maps"))
+            .is_ok_and(|maps| maps.lines().any(|line| line.contains("/libnccl")))
+    };
+    let count = fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.bytes().all(|b| b.is_ascii_digit()) && maps_nccl(name))
+        .count();
+    match count {
+        0 => "no process has libnccl mapped".to_owned(),
+        n => format!("libnccl is mapped by {n} processes"),
+    }
+}
+
+/// Writes the report as a table for people.
+pub fn table(report: &Report) -> String {
+    let mut text = String::new();
+    let mark = |ok| if ok { "ok  " } else { "no  " };
+    for fact in &report.host {
+        let _ = writeln!(text, "{}{:<14}{}", mark(fact.ok), fact.name, fact.detail);
+    }
+    text.push('\n');
+    for signal in &report.signals {
+        let _ = writeln!(
+            text,
+            "{}{:<14}{}",
+            mark(signal.state != State::Failed.label()),
+            signal.name,
+            signal.state
+        );
+        for hook in &signal.hooks {
+            let ok = hook.reason == Reason::Attached.label();
+            let _ = writeln!(
+                text,
+                "    {}{} {}: {}",
+                mark(ok),
+                hook.method,
+                hook.name,
+                hook.reason
+            );
+            if !hook.detail.is_empty() {
+                let _ = writeln!(text, "        {}", hook.detail);
+            }
+        }
+        for note in &signal.notes {
+            let _ = writeln!(text, "    works with less: {note}");
+        }
+    }
+    let kib = |bytes: u64| bytes.div_ceil(1024);
+    let maps = &report.maps;
+    let _ = writeln!(
+        text,
+        "\nmaps: {} KiB of kernel memory with {} possible CPUs, {} KiB with 256 (budget {} KiB)",
+        kib(maps.bytes),
+        maps.cpus,
+        kib(maps.bytes_at_256_cpus),
+        kib(maps.budget)
+    );
+    text
+}

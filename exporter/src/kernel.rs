@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What is this host, as far as eBPF cares?
+
+pub mod btf;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use btf::Btf;
+
+/// The running kernel.
+#[derive(Debug)]
+pub struct Kernel {
+    /// As `uname -r` says.
+    pub release: String,
+    /// The types of the kernel image, or one line that says why they cannot be read.
+    pub btf: Result<Btf, String>,
+    /// CPUs that the kernel has room for: per-CPU maps have a value for each.
+    pub possible_cpus: usize,
+    capabilities: u64,
+    lockdown: Option<String>,
+}
+
+/// The capabilities that matter here, with their numbers (include/uapi/linux/capability.h).
+const CAPABILITIES: [(&str, u32); 4] = [
+    ("CAP_SYS_ADMIN", 21),
+    ("CAP_SYS_RESOURCE", 24),
+    ("CAP_PERFMON", 38),
+    ("CAP_BPF", 39),
+];
+
+impl Kernel {
+    /// Reads what this host is.
+    pub fn read() -> Self {
+        let release = fs::read_to_string("/proc/sys/kernel/osrelease")
+            .unwrap_or_default()
+            .trim()
+            .to_owned();
+        let btf = Btf::vmlinux().map_err(|error| {
+            format!("{error}; the kernel has to be built with CONFIG_DEBUG_INFO_BTF (every distribution's is since 2021)")
+        });
+        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+        let capabilities = effective
+            .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+            .unwrap_or_default();
+        let lockdown = fs::read_to_string("/sys/kernel/security/lockdown")
+            .ok()
+            .and_then(|text| {
+                let (_, rest) = text.split_once('[')?;
+                Some(rest.split_once(']')?.0.to_owned())
+            });
+        let possible = fs::read_to_string("/sys/devices/system/cpu/possible").unwrap_or_default();
+        Self {
+            release,
+            btf,
+            possible_cpus: cpus(&possible).unwrap_or(1),
+            capabilities,
+            lockdown,
+        }
+    }
+
+    /// Lets go of the kernel's types, some megabytes that only attaching needs.
+    pub fn forget_types(&mut self) {
+        if self.btf.is_ok() {
+            self.btf = Err("the types have been let go of after attaching".to_owned());
+        }
+    }
+
+    /// Says if the process holds a capability, by its name.
+    pub fn has(&self, capability: &str) -> bool {
+        CAPABILITIES
+            .iter()
+            .any(|(name, bit)| *name == capability && self.capabilities >> bit & 1 == 1)
+    }
+
+    /// Says if the process may load tracing programs: CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN.
+    pub fn may_trace(&self) -> bool {
+        self.has("CAP_SYS_ADMIN") || (self.has("CAP_BPF") && self.has("CAP_PERFMON"))
+    }
+
+    /// The lockdown mode that is on, if the kernel tells.
+    pub fn lockdown(&self) -> Option<&str> {
+        self.lockdown.as_deref()
+    }
+
+    /// What to do about EPERM.
+    pub fn permission_hint(&self) -> String {
+        if !self.may_trace() {
+            return "; run as root or with CAP_BPF and CAP_PERFMON (before 5.8: CAP_SYS_ADMIN)"
+                .to_owned();
+        }
+        // Before 5.11 a map over RLIMIT_MEMLOCK is refused with EPERM.
+        if self.release.starts_with("5.10.") && !self.has("CAP_SYS_RESOURCE") {
+            return "; this kernel charges maps to RLIMIT_MEMLOCK: add CAP_SYS_RESOURCE or LimitMEMLOCK=infinity".to_owned();
+        }
+        match self.lockdown() {
+            Some(mode @ ("integrity" | "confidentiality")) => {
+                format!("; kernel lockdown is on ({mode}), which refuses tracing")
+            }
+            _ => "; a security module or the container's seccomp profile may refuse bpf(2)"
+                .to_owned(),
+        }
+    }
+}
+
+/// The number of CPUs in a list such as `0-3,8`.
+fn cpus(list: &str) -> Option<usize> {
+    let last = list.trim().rsplit([',', '-']).next()?;
+    last.parse::<usize>().ok().map(|last| last + 1)
+}
+
+/// Which cgroup hierarchies this host has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Hierarchy {
+    /// cgroup v2 is mounted here. `whole` is false where the mount shows only a part (a cgroup namespace).
+    V2 {
+        /// The mount point.
+        root: PathBuf,
+        /// Whether the mount shows the hierarchy from its root.
+        whole: bool,
+    },
+    /// Only cgroup v1 is mounted: sockets and tasks have no cgroup id that means anything.
+    V1,
+    /// No cgroup file system is mounted.
+    Absent,
+}
+
+impl Hierarchy {
+    /// Finds the hierarchy in a `mountinfo` (proc(5)).
+    pub fn find(mountinfo: &str) -> Self {
+        let mut v1 = false;
+        let mut best: Option<(PathBuf, bool)> = None;
+        for line in mountinfo.lines() {
+            let Some((left, right)) = line.split_once(" - ") else {
+                continue;
+            };
+            let mut fields = left.split(' ').skip(3);
+            let (Some(root), Some(point)) = (fields.next(), fields.next()) else {
+                continue;
+            };
+            match right.split(' ').next() {
+                Some("cgroup2") => {
+                    let whole = root == "/";
+                    if best.as_ref().is_none_or(|(_, seen)| whole && !seen) {
+                        best = Some((PathBuf::from(unescape(point)), whole));
+                    }
+                }
+                Some("cgroup") => v1 = true,
+                _ => {}
+            }
+        }
+        match best {
+            Some((root, whole)) => Self::V2 { root, whole },
+            None if v1 => Self::V1,
+            None => Self::Absent,
+        }
+    }
+
+    /// Finds the hierarchy of this host, or takes the given mount point.
+    pub fn of_host(given: Option<&Path>) -> Self {
+        match given {
+            Some(root) => Self::V2 {
+                root: root.to_owned(),
+                whole: true,
+            },
+            None => Self::find(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default()),
+        }
+    }
+
+    /// What this means for attribution, where it is not whole: one line with what to do.
+    pub fn trouble(&self) -> Option<String> {
+        match self {
+            Self::V2 { whole: true, .. } => None,
+            Self::V2 { root, whole: false } => Some(format!(
+                "{} shows only a part of the cgroup hierarchy (a cgroup namespace): mount the host's and name it with \
+                 --path.cgroupfs",
+                root.display()
+            )),
+            Self::V1 => Some(
+                "only cgroup v1 is mounted, so nothing can be attributed to pods and every count is the host's: boot with \
+                 systemd.unified_cgroup_hierarchy=1"
+                    .to_owned(),
+            ),
+            Self::Absent => Some(
+                "no cgroup file system is mounted, so nothing can be attributed to pods: mount cgroup2 at /sys/fs/cgroup \
+                 or name it with --path.cgroupfs"
+                    .to_owned(),
+            ),
+        }
+    }
+}
+
+/// Undoes the octal escapes of `mountinfo`.
+fn unescape(field: &str) -> String {
+    ["\\040", "\\011", "\\012", "\\134"]
+        .iter()
+        .zip([" ", "\t", "\n", "\\"])
+        .fold(field.to_owned(), |text, (escape, plain)| {
+            text.replace(escape, plain)
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hierarchy_is_found_on_every_kind_of_host() {
+        let v2 = "29 1 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n";
+        assert_eq!(
+            Hierarchy::find(v2),
+            Hierarchy::V2 {
+                root: "/sys/fs/cgroup".into(),
+                whole: true
+            }
+        );
+        let hybrid = "30 1 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
+                      31 1 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(
+            Hierarchy::find(hybrid),
+            Hierarchy::V2 {
+                root: "/sys/fs/cgroup/unified".into(),
+                whole: true
+            }
+        );
+        let part = "31 1 0:28 /kubepods/pod1 /sys/fs/cgroup rw shared:3 - cgroup2 cgroup2 rw\n\
+                    32 1 0:28 / /host/cgroup\\040two rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(
+            Hierarchy::find(part),
+            Hierarchy::V2 {
+                root: "/host/cgroup two".into(),
+                whole: true
+            }
+        );
+        let v1 = "30 1 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n";
+        assert_eq!(Hierarchy::find(v1), Hierarchy::V1);
+        assert_eq!(Hierarchy::find("garbage\n - \n"), Hierarchy::Absent);
+        assert!(
+            Hierarchy::V1
+                .trouble()
+                .is_some_and(|text| text.contains("cgroup v1"))
+        );
+    }
+
+    #[test]
+    fn possible_cpus_are_counted_to_the_last() {
+        assert_eq!(cpus("0\n"), Some(1));
+        assert_eq!(cpus("0-255\n"), Some(256));
+        assert_eq!(cpus("0-3,8-11\n"), Some(12));
+        assert_eq!(cpus(""), None);
+    }
+}

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The counter rules, in one place that every signal uses.
+//!
+//! The kernel counts by source (a cgroup id); series are per owner (namespace, pod, container). A [`Ledger`] books what
+//! each source grew by since the last scrape to its owner's account. Its rules:
+//!
+//! - An account never decreases. A cgroup that is removed takes nothing away; a container that restarts adds on.
+//! - An account is opened, at 0, when its owner appears, and closed when the directory has forgotten the owner.
+//! - A pod with the same name and another uid takes the account over and starts at 0: an ordinary counter reset.
+//! - What may still find its owner is held back for [`PATIENCE`]; what cannot is booked to `pod="unknown"`.
+//! - Owners beyond the limit are booked to `pod="other"`, and stay there for as long as they are known.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    hash::Hash,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use crate::pods::{Labels, Owner, Resolution};
+
+/// How long an event waits for the sources to name its owner. The kubelet reports a container's id within its sync
+/// period (1 s) plus the API's latency.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The label of owners that nobody can name.
+pub const UNKNOWN: &str = "unknown";
+
+/// The label of owners beyond the limit.
+pub const OTHER: &str = "other";
+
+/// How well events found their owners, in units of what the signal counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Attribution {
+    /// Booked to a pod, the ones folded into `other` included.
+    pub pod: u64,
+    /// Booked to the host.
+    pub host: u64,
+    /// Nobody could tell.
+    pub unknown: u64,
+}
+
+/// Accounts of `N` counters for each owner, fed from sources keyed by `K`.
+#[derive(Debug)]
+pub struct Ledger<K, const N: usize> {
+    sources: HashMap<K, Source<N>>,
+    accounts: BTreeMap<Labels, Account<N>>,
+    host: [u64; N],
+    unknown: [u64; N],
+    /// Owners whose counts go to `other`, once and for all.
+    folded: HashSet<Owner>,
+    other: Option<[u64; N]>,
+    attribution: Attribution,
+    limit: usize,
+    units: fn(&[u64; N]) -> u64,
+}
+
+#[derive(Debug)]
+struct Source<const N: usize> {
+    /// The kernel's totals at the last scrape.
+    seen: [u64; N],
+    /// Growth that waits for its owner, and since when.
+    held: Option<([u64; N], Instant)>,
+    /// When the totals last grew.
+    grew: Instant,
+}
+
+#[derive(Debug)]
+struct Account<const N: usize> {
+    uid: Arc<str>,
+    totals: [u64; N],
+}
+
+impl<K: Copy + Eq + Hash, const N: usize> Ledger<K, N> {
+    /// Makes a ledger with room for `limit` owners beside the host, `unknown` and `other`. `units` is how many units of
+    /// [`Attribution`] a growth is worth.
+    pub fn new(limit: usize, units: fn(&[u64; N]) -> u64) -> Self {
+        Self {
+            sources: HashMap::new(),
+            accounts: BTreeMap::new(),
+            host: [0; N],
+            unknown: [0; N],
+            folded: HashSet::new(),
+            other: None,
+            attribution: Attribution::default(),
+            limit,
+            units,
+        }
+    }
+
+    /// Books what every source grew by.
+    ///
+    /// `owners` are all that the directory knows, `readings` the kernel's totals by source. A total below the last one
+    /// is that of a source which the kernel forgot and met again.
+    pub fn book(
+        &mut self,
+        owners: &HashSet<Owner>,
+        readings: impl IntoIterator<Item = (K, [u64; N])>,
+        resolve: impl Fn(K) -> Resolution,
+        now: Instant,
+    ) {
+        let known: HashSet<_> = owners.iter().map(|owner| &owner.labels).collect();
+        self.accounts.retain(|labels, _| known.contains(labels));
+        self.folded.retain(|owner| owners.contains(owner));
+        for owner in owners {
+            self.open(owner);
+        }
+        for (key, totals) in readings {
+            let source = self.sources.entry(key).or_insert(Source {
+                seen: [0; N],
+                held: None,
+                grew: now,
+            });
+            let restarted = totals
+                .iter()
+                .zip(&source.seen)
+                .any(|(total, seen)| total < seen);
+            let seen = if restarted { [0; N] } else { source.seen };
+            let grown: [u64; N] = std::array::from_fn(|i| totals[i] - seen[i]);
+            source.seen = totals;
+            if grown.iter().any(|by| *by > 0) {
+                source.grew = now;
+                let (held, _) = source.held.get_or_insert(([0; N], now));
+                add(held, &grown);
+            }
+        }
+        let waiting: Vec<_> = self
+            .sources
+            .iter()
+            .filter_map(|(key, source)| source.held.map(|(held, since)| (*key, held, since)))
+            .collect();
+        for (key, held, since) in waiting {
+            let patient = now.saturating_duration_since(since) < PATIENCE;
+            match resolve(key) {
+                Resolution::Pending(_) if patient => continue,
+                Resolution::Owner(owner) | Resolution::Pending(Some(owner)) => {
+                    self.credit(&owner, &held)
+                }
+                Resolution::Host => {
+                    add(&mut self.host, &held);
+                    self.attribution.host += (self.units)(&held);
+                }
+                Resolution::Pending(None) | Resolution::Unknown => self.credit_unknown(&held),
+            }
+            if let Some(source) = self.sources.get_mut(&key) {
+                source.held = None;
+            }
+        }
+    }
+
+    /// Returns the sources that have not grown for `idle` and that `dead` says are gone, and forgets them: the kernel's
+    /// entries may be removed. An event that comes later starts an entry from 0.
+    pub fn retire(&mut self, idle: Duration, dead: impl Fn(K) -> bool, now: Instant) -> Vec<K> {
+        let mut retired = Vec::new();
+        self.sources.retain(|key, source| {
+            let gone = source.held.is_none()
+                && now.saturating_duration_since(source.grew) >= idle
+                && dead(*key);
+            if gone {
+                retired.push(*key);
+            }
+            !gone
+        });
+        retired
+    }
+
+    /// Returns every account, the host's first, then `unknown` (from the start) and `other` (once it exists).
+    pub fn accounts(&self) -> impl Iterator<Item = (Labels, &[u64; N])> {
+        let host = (Labels::default(), &self.host);
+        let unknown = (Labels::only_pod(UNKNOWN), &self.unknown);
+        let other = self
+            .other
+            .iter()
+            .map(|totals| (Labels::only_pod(OTHER), totals));
+        let owners = self
+            .accounts
+            .iter()
+            .map(|(labels, account)| (labels.clone(), &account.totals));
+        [host, unknown].into_iter().chain(other).chain(owners)
+    }
+
+    /// Returns how well events found their owners.
+    pub fn attribution(&self) -> Attribution {
+        self.attribution
+    }
+
+    /// Finds or opens the owner's account; `None` for one that is folded into `other`.
+    fn open(&mut self, owner: &Owner) -> Option<&mut Account<N>> {
+        if self.folded.contains(owner) {
+            return None;
+        }
+        if !self.accounts.contains_key(&owner.labels) && self.accounts.len() >= self.limit {
+            self.folded.insert(owner.clone());
+            self.other.get_or_insert([0; N]);
+            return None;
+        }
+        let account = self
+            .accounts
+            .entry(owner.labels.clone())
+            .or_insert_with(|| Account {
+                uid: Arc::clone(&owner.uid),
+                totals: [0; N],
+            });
+        // The directory names only the youngest pod of a name, so another uid is a younger one.
+        if account.uid != owner.uid {
+            *account = Account {
+                uid: Arc::clone(&owner.uid),
+                totals: [0; N],
+            };
+        }
+        Some(account)
+    }
+
+    fn credit(&mut self, owner: &Owner, by: &[u64; N]) {
+        let units = (self.units)(by);
+        // Without Kubernetes an owner is a unit of the host.
+        if owner.labels.pod.is_empty() {
+            self.attribution.host += units;
+        } else {
+            self.attribution.pod += units;
+        }
+        match self.open(owner) {
+            Some(account) => add(&mut account.totals, by),
+            None => add(self.other.get_or_insert([0; N]), by),
+        }
+    }
+
+    fn credit_unknown(&mut self, by: &[u64; N]) {
+        self.attribution.unknown += (self.units)(by);
+        add(&mut self.unknown, by);
+    }
+}
+
+fn add<const N: usize>(totals: &mut [u64; N], by: &[u64; N]) {
+    for (total, by) in totals.iter_mut().zip(by) {
+        *total += by;
+    }
+}

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Chandra: a Prometheus exporter of what Hubble leaves dark for AI workloads.
+//!
+//! Data flows one way: kernel event → map → [`signals`] read → [`ledger`] → render → [`server`].
+#![forbid(unsafe_code)]
+
+pub mod args;
+pub mod check;
+pub mod families;
+pub mod kernel;
+pub mod ledger;
+pub mod maps;
+pub mod page;
+pub mod pods;
+pub mod probe;
+pub mod reference;
+pub mod scrape;
+pub mod server;
+pub mod signals;

@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `chandra`: flags → kernel → pods → signals → serve → detach.
+#![forbid(unsafe_code)]
+
+use std::{
+    io::{IsTerminal, Write},
+    process::ExitCode,
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use anyhow::Context;
+use chandra::{
+    args::{Args, Command, Serve},
+    check,
+    kernel::{Hierarchy, Kernel},
+    pods::{self, Pods, Source, cgroups},
+    reference, scrape,
+    scrape::Exporter,
+    server,
+    signals::{Options, State},
+};
+use clap::Parser;
+use rustix::process::{Resource, Rlimit, setrlimit};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::prelude::*;
+
+/// The user's mistake: a flag, a file or an address.
+const USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => return refuse_flags(&error),
+    };
+    match args.command {
+        Some(Command::Metrics) => print(&reference::markdown()),
+        Some(Command::Check { json, cgroupfs }) => check(json, cgroupfs.as_deref()),
+        None => serve(&args.serve),
+    }
+}
+
+/// Prints to standard output; a reader that has gone (`| head`) is no error.
+fn print(text: &str) -> ExitCode {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    ExitCode::SUCCESS
+}
+
+fn refuse(code: u8, why: &dyn std::fmt::Display) -> ExitCode {
+    let _ = writeln!(std::io::stderr(), "chandra: {why}");
+    ExitCode::from(code)
+}
+
+fn refuse_flags(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        return print(&error.render().to_string());
+    }
+    let text = error.render().to_string();
+    let first = text
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .trim_start_matches("error: ");
+    let missing = text
+        .lines()
+        .skip(1)
+        .take_while(|line| line.starts_with("  "))
+        .map(str::trim);
+    let line = [first]
+        .into_iter()
+        .chain(missing)
+        .collect::<Vec<_>>()
+        .join(" ");
+    refuse(USAGE, &format!("{line} (chandra --help lists the flags)"))
+}
+
+fn check(json: bool, cgroupfs: Option<&std::path::Path>) -> ExitCode {
+    allow_locked_memory();
+    let report = match check::run(cgroupfs) {
+        Ok(report) => report,
+        Err(error) => return refuse(1, &format!("{error:#}")),
+    };
+    if json {
+        print(&format!(
+            "{}\n",
+            serde_json::to_string_pretty(&report).expect("a report is plain data")
+        ));
+    } else {
+        print(&check::table(&report));
+    }
+    ExitCode::from(u8::from(!report.ok))
+}
+
+fn serve(args: &Serve) -> ExitCode {
+    tracing_subscriber::registry()
+        .with(
+            tracing_subscriber::fmt::layer()
+                .with_writer(std::io::stderr)
+                .with_target(false),
+        )
+        .with(args.log.clone())
+        .init();
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => return refuse(1, &format!("cannot start the runtime: {error}")),
+    };
+    let code = match runtime.block_on(run(args)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Usage(error)) => refuse(USAGE, &format!("{error:#}")),
+        Err(Failure::Run(error)) => refuse(1, &format!("{error:#}")),
+    };
+    // A scrape that hangs in the kernel must not hold up the exit; the kernel detaches with the process.
+    runtime.shutdown_timeout(Duration::from_millis(200));
+    code
+}
+
+/// Why the exporter did not run, by who has to mend it.
+enum Failure {
+    Usage(anyhow::Error),
+    Run(anyhow::Error),
+}
+
+async fn run(args: &Serve) -> Result<(), Failure> {
+    let mut stop = signal(SignalKind::terminate())
+        .context("watch for SIGTERM")
+        .map_err(Failure::Run)?;
+    let mut interrupt = signal(SignalKind::interrupt())
+        .context("watch for SIGINT")
+        .map_err(Failure::Run)?;
+    let listener = server::bind(&args.listen).await.map_err(Failure::Usage)?;
+    let source = args.source();
+    let pods = Arc::new(Pods::new(&source, args.retention));
+    follow_pods(args, &source, &pods)
+        .await
+        .map_err(Failure::Usage)?;
+    allow_locked_memory();
+    let exporter = {
+        let (args, pods) = (args.clone(), Arc::clone(&pods));
+        let prepare = move || prepare(&args, pods);
+        tokio::task::spawn_blocking(prepare)
+            .await
+            .context("attach the signals")
+            .map_err(Failure::Run)?
+    };
+    tracing::info!(
+        "serving on http://{}",
+        listener
+            .local_addr()
+            .map_or(args.listen.clone(), |at| at.to_string())
+    );
+    let stopped = async move {
+        tokio::select! {
+            _ = stop.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping");
+    };
+    server::serve(listener, exporter, server::Limits::default(), stopped)
+        .await
+        .map_err(Failure::Run)
+}
+
+/// Starts the source of pod names. A source that cannot be used at all is the user's to mend; one that does not answer
+/// is waited for.
+async fn follow_pods(args: &Serve, source: &Source, pods: &Arc<Pods>) -> anyhow::Result<()> {
+    match source {
+        Source::None => {}
+        Source::File(path) => {
+            pods.pods_listed(pods::file::read(path)?, std::time::Instant::now());
+            tokio::spawn(pods::file::watch(Arc::clone(pods), path.clone()));
+        }
+        Source::Kube => {
+            let node = args.node_name.clone().filter(|name| !name.is_empty());
+            let node = node.context("--pods kube needs the node's name: set NODE_NAME from spec.nodeName, or --node-name")?;
+            let client = pods::kube::client().await?;
+            tokio::spawn(pods::kube::watch(Arc::clone(pods), client, node));
+        }
+    }
+    Ok(())
+}
+
+/// Walks the cgroups and attaches the signals.
+fn prepare(args: &Serve, pods: Arc<Pods>) -> Arc<Exporter> {
+    let mut kernel = Kernel::read();
+    let mut hierarchy = Hierarchy::of_host(args.cgroupfs.as_deref());
+    if let Some(trouble) = hierarchy.trouble() {
+        tracing::warn!("{trouble}");
+    }
+    let bell = follow_cgroups(&mut hierarchy, &pods);
+    let signals = scrape::attach(
+        &kernel,
+        &args.disable,
+        Options {
+            max_owners: args.max_owners,
+        },
+    );
+    for running in &signals {
+        let (name, state) = (running.entry.name, running.attempt.state);
+        tracing::info!("signal {name}: {}", state.label());
+        for hook in running
+            .attempt
+            .hooks
+            .iter()
+            .filter(|hook| !hook.detail.is_empty())
+        {
+            if state == State::Failed {
+                tracing::error!("signal {name}: {}", hook.detail);
+            } else {
+                tracing::warn!("signal {name}: {}", hook.detail);
+            }
+        }
+        for note in &running.attempt.notes {
+            tracing::warn!("signal {name} works with less: {note}");
+        }
+    }
+    kernel.forget_types();
+    Arc::new(Exporter::new(
+        signals, pods, bell, &kernel, &hierarchy, args,
+    ))
+}
+
+fn follow_cgroups(hierarchy: &mut Hierarchy, pods: &Arc<Pods>) -> Option<cgroups::Bell> {
+    if let Hierarchy::V2 { root, .. } = hierarchy {
+        match cgroups::Watcher::new(root.clone(), Arc::clone(pods)) {
+            Ok(watcher) => {
+                let bell = watcher.bell();
+                let thread = thread::Builder::new()
+                    .name("cgroups".to_owned())
+                    .stack_size(512 << 10);
+                match thread.spawn(move || watcher.run()) {
+                    Ok(_) => return Some(bell),
+                    Err(error) => {
+                        tracing::error!("cannot start the thread that follows cgroups: {error}")
+                    }
+                }
+            }
+            Err(error) => {
+                tracing::error!("{error:#}");
+                *hierarchy = Hierarchy::Absent;
+            }
+        }
+    }
+    pods.without_cgroups();
+    None
+}
+
+/// Kernels before 5.11 charge maps to RLIMIT_MEMLOCK. Only this process is touched; where it may not, loading says so.
+fn allow_locked_memory() {
+    let _ = setrlimit(
+        Resource::Memlock,
+        Rlimit {
+            current: None,
+            maximum: None,
+        },
+    );
+}

@@ -1,0 +1,511 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Which pod and container does a cgroup belong to?
+//!
+//! Two sources meet here: the cgroup v2 hierarchy ([`cgroups`]: id → pod uid and container id) and the pods of this
+//! node ([`kube`] or [`file`]: uid and container id → names). What only one of them knows is pending, then unknown:
+//! never guessed. Metric: `chandra_pods_age_seconds`.
+
+pub mod cgroups;
+pub mod file;
+pub mod kube;
+
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+    path::PathBuf,
+    str::FromStr,
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    time::{Duration, Instant},
+};
+
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+
+/// The name of the root cgroup, which is the host itself.
+const ROOT: &str = "/";
+
+/// The id of the root cgroup: kernfs numbers its nodes from 1, the root first.
+const ROOT_ID: u64 = 1;
+
+/// Where the names of pods come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The API server, the pods of one node.
+    Kube,
+    /// A `PodList` in JSON.
+    File(PathBuf),
+    /// Nowhere: a cgroup is shown by its own name.
+    None,
+}
+
+impl FromStr for Source {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(match text {
+            "kube" => Self::Kube,
+            "none" => Self::None,
+            path => Self::File(path.into()),
+        })
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Kube => f.write_str("kube"),
+            Self::File(path) => write!(f, "{}", path.display()),
+            Self::None => f.write_str("none"),
+        }
+    }
+}
+
+/// The labels of one owner. All empty for the host itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Labels {
+    /// The pod's namespace.
+    pub namespace: Arc<str>,
+    /// The pod's name.
+    pub pod: Arc<str>,
+    /// The container's name; without Kubernetes, the cgroup's.
+    pub container: Arc<str>,
+}
+
+impl Labels {
+    /// Labels that belong to no pod but say why.
+    pub fn only_pod(pod: &str) -> Self {
+        Self {
+            pod: pod.into(),
+            ..Self::default()
+        }
+    }
+}
+
+/// Labels and the incarnation that they stand for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Owner {
+    /// What the series carry.
+    pub labels: Labels,
+    /// The pod's uid (the config hash of a static pod); empty where there is no pod.
+    pub uid: Arc<str>,
+}
+
+/// What is known of the owner of an event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resolution {
+    /// A container of a pod, or a unit of a host without Kubernetes.
+    Owner(Owner),
+    /// The host: whatever runs outside of pods.
+    Host,
+    /// The other source may still tell. If it does not in time, the owner is this, or unknown.
+    Pending(Option<Owner>),
+    /// Nobody can tell, or the name belongs to a newer pod by now.
+    Unknown,
+}
+
+/// One pod as its source describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// What the cgroup's path calls the pod: its uid, or the config hash of a static pod.
+    pub uid: Arc<str>,
+    /// The pod's namespace.
+    pub namespace: Arc<str>,
+    /// The pod's name.
+    pub name: Arc<str>,
+    /// Seconds since 1970 at which the pod was created: of two pods with one name, the younger holds it.
+    pub created: i64,
+    /// Container ids (without the runtime's prefix) and their names, earlier instances of a container included.
+    pub containers: HashMap<Arc<str>, Arc<str>>,
+}
+
+impl Record {
+    /// Reads what Chandra needs of a pod, or `None` of one that lacks a uid or a name.
+    pub fn of(pod: &Pod) -> Option<Self> {
+        let meta = &pod.metadata;
+        let annotation = |key| meta.annotations.as_ref().and_then(|all| all.get(key));
+        // The API's object for a static pod is a mirror with a uid of its own. The kubelet names the cgroup after the
+        // hash of the manifest (pkg/kubelet/config/common.go, applyDefaults), which the mirror carries.
+        let uid = match annotation("kubernetes.io/config.mirror") {
+            Some(hash) => annotation("kubernetes.io/config.hash").unwrap_or(hash),
+            None => meta.uid.as_ref()?,
+        };
+        let status = pod.status.as_ref();
+        let lists = [
+            status.and_then(|s| s.container_statuses.as_deref()),
+            status.and_then(|s| s.init_container_statuses.as_deref()),
+            status.and_then(|s| s.ephemeral_container_statuses.as_deref()),
+        ];
+        let containers = lists
+            .into_iter()
+            .flatten()
+            .flatten()
+            .flat_map(|container| {
+                ids(container).map(|id| (id.into(), container.name.as_str().into()))
+            })
+            .collect();
+        Some(Self {
+            uid: uid.as_str().into(),
+            namespace: meta.namespace.as_deref().unwrap_or("default").into(),
+            name: meta.name.as_deref()?.into(),
+            created: meta
+                .creation_timestamp
+                .as_ref()
+                .map_or(0, |t| t.0.as_second()),
+            containers,
+        })
+    }
+}
+
+/// The ids of a container's instances, `containerd://` and the like removed.
+fn ids(status: &ContainerStatus) -> impl Iterator<Item = &str> {
+    let earlier = status
+        .last_state
+        .as_ref()
+        .and_then(|state| state.terminated.as_ref());
+    let ended = status
+        .state
+        .as_ref()
+        .and_then(|state| state.terminated.as_ref());
+    [
+        status.container_id.as_deref(),
+        earlier.and_then(|t| t.container_id.as_deref()),
+        ended.and_then(|t| t.container_id.as_deref()),
+    ]
+    .into_iter()
+    .flatten()
+    .filter_map(|id| id.split_once("://"))
+    .map(|(_, id)| id)
+    .filter(|id| !id.is_empty())
+}
+
+/// A cgroup's place, read from its path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Outside of pods; the name is what a host without Kubernetes shows as `container`.
+    Unit(Arc<str>),
+    /// A container of a pod, or a cgroup below one.
+    Container {
+        /// The pod's uid, with dashes.
+        uid: Arc<str>,
+        /// The container's id.
+        id: Arc<str>,
+    },
+    /// The pod's own cgroup, or one below it that is no container's.
+    Pod {
+        /// The pod's uid, with dashes.
+        uid: Arc<str>,
+    },
+}
+
+impl Place {
+    fn uid(&self) -> Option<&Arc<str>> {
+        match self {
+            Self::Container { uid, .. } | Self::Pod { uid } => Some(uid),
+            Self::Unit(_) => None,
+        }
+    }
+}
+
+/// Both sources, joined. Reading never waits for a source.
+#[derive(Debug)]
+pub struct Pods {
+    state: RwLock<State>,
+    /// Without names, a cgroup is shown by its own.
+    named: bool,
+    /// How long an owner that is gone is remembered.
+    retention: Duration,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    cgroups: HashMap<u64, Cgroup>,
+    pods: HashMap<Arc<str>, Known>,
+    /// Namespace and name → the uid that holds the name.
+    holders: HashMap<(Arc<str>, Arc<str>), Arc<str>>,
+    /// When the pods' source last answered.
+    fresh: Option<Instant>,
+    /// Why the pods' source does not answer, in one line.
+    trouble: Option<String>,
+}
+
+#[derive(Debug)]
+struct Cgroup {
+    place: Place,
+    gone: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Known {
+    record: Record,
+    gone: Option<Instant>,
+}
+
+impl Pods {
+    /// Makes an empty directory. `retention` is how long the totals of a gone owner stay.
+    pub fn new(source: &Source, retention: Duration) -> Self {
+        Self {
+            state: RwLock::default(),
+            named: *source != Source::None,
+            retention,
+        }
+    }
+
+    /// Freezes the directory for one scrape.
+    pub fn view(&self) -> View<'_> {
+        View {
+            state: self.state.read().unwrap_or_else(PoisonError::into_inner),
+            named: self.named,
+        }
+    }
+
+    /// Makes do without a cgroup v2 hierarchy: the kernel then books every socket and task to its invisible root.
+    pub fn without_cgroups(&self) {
+        self.cgroup_found(ROOT_ID, Place::Unit(ROOT.into()));
+    }
+
+    /// Adds or keeps a cgroup that exists.
+    pub fn cgroup_found(&self, id: u64, place: Place) {
+        self.write()
+            .cgroups
+            .insert(id, Cgroup { place, gone: None });
+    }
+
+    /// Marks a cgroup as removed.
+    pub fn cgroup_gone(&self, id: u64, now: Instant) {
+        if let Some(cgroup) = self.write().cgroups.get_mut(&id) {
+            cgroup.gone.get_or_insert(now);
+        }
+    }
+
+    /// Marks as removed every cgroup that a full walk did not meet.
+    pub fn cgroups_walked(&self, met: &HashSet<u64>, now: Instant) {
+        for (id, cgroup) in &mut self.write().cgroups {
+            if !met.contains(id) {
+                cgroup.gone.get_or_insert(now);
+            }
+        }
+    }
+
+    /// Adds a pod or what is new of it.
+    pub fn pod_found(&self, record: Record, now: Instant) {
+        let mut state = self.write();
+        state.upsert(record);
+        state.answered(now);
+    }
+
+    /// Marks a pod as deleted. Its name and containers are remembered while its cgroups are.
+    pub fn pod_gone(&self, uid: &str, now: Instant) {
+        let mut state = self.write();
+        if let Some(pod) = state.pods.get_mut(uid) {
+            pod.gone.get_or_insert(now);
+        }
+        state.answered(now);
+    }
+
+    /// Replaces the list of pods: those that are not in it are deleted.
+    pub fn pods_listed(&self, records: Vec<Record>, now: Instant) {
+        let mut state = self.write();
+        let listed: HashSet<_> = records
+            .iter()
+            .map(|record| Arc::clone(&record.uid))
+            .collect();
+        for (uid, pod) in &mut state.pods {
+            if !listed.contains(uid) {
+                pod.gone.get_or_insert(now);
+            }
+        }
+        for record in records {
+            state.upsert(record);
+        }
+        state.answered(now);
+    }
+
+    /// Notes that the pods' source answered and nothing changed.
+    pub fn pods_unchanged(&self, now: Instant) {
+        self.write().answered(now);
+    }
+
+    /// Notes why the pods' source does not answer; attribution goes on from what is known.
+    pub fn pods_failed(&self, trouble: String) {
+        self.write().trouble = Some(trouble);
+    }
+
+    /// Forgets what has been gone for the retention time. Returns how many cgroups and pods are left.
+    pub fn expire(&self, now: Instant) -> (usize, usize) {
+        let mut state = self.write();
+        let State {
+            cgroups,
+            pods,
+            holders,
+            ..
+        } = &mut *state;
+        let kept = |gone: Option<Instant>| {
+            gone.is_none_or(|at| now.saturating_duration_since(at) < self.retention)
+        };
+        cgroups.retain(|_, cgroup| kept(cgroup.gone));
+        let used: HashSet<_> = cgroups
+            .values()
+            .filter_map(|cgroup| cgroup.place.uid())
+            .collect();
+        pods.retain(|uid, pod| kept(pod.gone) || used.contains(uid));
+        holders.retain(|_, uid| pods.contains_key(uid));
+        (cgroups.len(), pods.len())
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn answered(&mut self, now: Instant) {
+        self.fresh = Some(now);
+        self.trouble = None;
+    }
+
+    fn upsert(&mut self, mut record: Record) {
+        let name = (Arc::clone(&record.namespace), Arc::clone(&record.name));
+        if let Some(known) = self.pods.get(&record.uid) {
+            // A container that restarted twice is no longer in the status, but its cgroup may still be.
+            for (id, container) in &known.record.containers {
+                record
+                    .containers
+                    .entry(Arc::clone(id))
+                    .or_insert_with(|| Arc::clone(container));
+            }
+        }
+        let younger = self
+            .holders
+            .get(&name)
+            .and_then(|uid| self.pods.get(uid))
+            .is_none_or(|holder| {
+                record.created > holder.record.created || {
+                    // Creation times have whole seconds: in a tie a pod that is still listed beats one that is not, and
+                    // the later arrival wins.
+                    record.created == holder.record.created && !self.pods.contains_key(&record.uid)
+                }
+            });
+        if younger {
+            self.holders.insert(name, Arc::clone(&record.uid));
+        }
+        self.pods
+            .insert(Arc::clone(&record.uid), Known { record, gone: None });
+    }
+
+    fn resolve(&self, place: &Place, named: bool) -> Resolution {
+        let (uid, id) = match place {
+            Place::Unit(name) if named || &**name == ROOT => return Resolution::Host,
+            Place::Unit(name) => {
+                let labels = Labels {
+                    container: Arc::clone(name),
+                    ..Labels::default()
+                };
+                return Resolution::Owner(Owner {
+                    labels,
+                    uid: "".into(),
+                });
+            }
+            Place::Container { uid, id } => (uid, Some(id)),
+            Place::Pod { uid } => (uid, None),
+        };
+        if !named {
+            let labels = Labels {
+                container: Arc::clone(id.unwrap_or(uid)),
+                ..Labels::default()
+            };
+            return Resolution::Owner(Owner {
+                labels,
+                uid: Arc::clone(uid),
+            });
+        }
+        let Some(Known { record, .. }) = self.pods.get(uid) else {
+            return Resolution::Pending(None);
+        };
+        let holder = self
+            .holders
+            .get(&(Arc::clone(&record.namespace), Arc::clone(&record.name)));
+        if holder != Some(uid) {
+            return Resolution::Unknown;
+        }
+        let owner = |container: &str| Owner {
+            labels: Labels {
+                namespace: Arc::clone(&record.namespace),
+                pod: Arc::clone(&record.name),
+                container: container.into(),
+            },
+            uid: Arc::clone(uid),
+        };
+        match id {
+            None => Resolution::Owner(owner("")),
+            Some(id) => match record.containers.get(id) {
+                Some(name) => Resolution::Owner(owner(name)),
+                None => Resolution::Pending(Some(owner(""))),
+            },
+        }
+    }
+}
+
+/// The directory during one scrape.
+#[derive(Debug)]
+pub struct View<'a> {
+    state: RwLockReadGuard<'a, State>,
+    named: bool,
+}
+
+impl View<'_> {
+    /// Returns the owner of a cgroup.
+    pub fn resolve(&self, cgroup: u64) -> Resolution {
+        match self.state.cgroups.get(&cgroup) {
+            Some(cgroup) => self.state.resolve(&cgroup.place, self.named),
+            None => Resolution::Pending(None),
+        }
+    }
+
+    /// Says if a cgroup is known, gone or not.
+    pub fn knows(&self, cgroup: u64) -> bool {
+        self.state.cgroups.contains_key(&cgroup)
+    }
+
+    /// Returns every owner that has a cgroup, gone ones within the retention time included.
+    pub fn owners(&self) -> HashSet<Owner> {
+        let owner = |cgroup: &Cgroup| match self.state.resolve(&cgroup.place, self.named) {
+            Resolution::Owner(owner) => Some(owner),
+            _ => None,
+        };
+        self.state.cgroups.values().filter_map(owner).collect()
+    }
+
+    /// How long ago the pods' source last answered; `None` if it never did.
+    pub fn age(&self, now: Instant) -> Option<Duration> {
+        self.state.fresh.map(|at| now.saturating_duration_since(at))
+    }
+
+    /// Why the pods' source does not answer.
+    pub fn trouble(&self) -> Option<&str> {
+        self.state.trouble.as_deref()
+    }
+
+    /// The pods that the source lists, as namespace, name and number of containers, sorted.
+    pub fn listed(&self) -> Vec<(Arc<str>, Arc<str>, usize)> {
+        let live = self.state.pods.values().filter(|pod| pod.gone.is_none());
+        let mut all: Vec<_> = live
+            .map(|pod| {
+                (
+                    Arc::clone(&pod.record.namespace),
+                    Arc::clone(&pod.record.name),
+                    pod.record.containers.len(),
+                )
+            })
+            .collect();
+        all.sort();
+        all
+    }
+
+    /// How many cgroups exist.
+    pub fn cgroups(&self) -> usize {
+        self.state
+            .cgroups
+            .values()
+            .filter(|cgroup| cgroup.gone.is_none())
+            .count()
+    }
+}

@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0
+//! One scrape: pods frozen, signals read and rendered, and the exporter's account of itself.
+
+use std::{
+    cell::Cell,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use crate::{
+    args::Serve,
+    families::{Desc, Families, Kind},
+    kernel::{Hierarchy, Kernel},
+    page,
+    pods::{Pods, Source, cgroups::Bell},
+    probe::{Method, Reason, Runs},
+    server::Site,
+    signals::{Attempt, Entry, Options, SIGNALS, Scope, State},
+};
+
+/// The version of this build.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// The metrics of the exporter itself.
+pub const DESCS: &[&Desc] = &[
+    &SIGNAL_STATE,
+    &HOOK_INFO,
+    &LOST_EVENTS,
+    &ATTRIBUTION,
+    &PROGRAM_RUNS,
+    &PROGRAM_RUN_SECONDS,
+    &SCRAPE_SECONDS,
+    &SERIES,
+    &BUILD_INFO,
+    &PODS_AGE,
+];
+
+static SIGNAL_STATE: Desc = Desc {
+    name: "chandra_signal_state",
+    kind: Kind::Gauge,
+    help: "1 for the state that the signal is in, 0 for the others.",
+    per_pod: false,
+    labels: &["signal", "state"],
+    values: &[("state", &["up", "absent", "disabled", "failed"])],
+    source: "what came of attaching it; absent: this host has no such thing",
+};
+
+static HOOK_INFO: Desc = Desc {
+    name: "chandra_hook_info",
+    kind: Kind::Gauge,
+    help: "1 for each hook of a signal, with how it is attached or why it is not.",
+    per_pod: false,
+    labels: &["signal", "hook", "method", "reason"],
+    values: &[("method", &Method::LABELS), ("reason", &Reason::LABELS)],
+    source: "what came of attaching it; the page / has the sentence",
+};
+
+static LOST_EVENTS: Desc = Desc {
+    name: "chandra_lost_events_total",
+    kind: Kind::Counter,
+    help: "Events that a signal saw and could not count.",
+    per_pod: false,
+    labels: &["signal", "reason"],
+    values: &[(
+        "reason",
+        &["map_full", "unreadable", "recursion", "read_failed"],
+    )],
+    source: "the map LOST of each object; recursion: recursion_misses of its programs; read_failed: scrapes whose map read failed",
+};
+
+static ATTRIBUTION: Desc = Desc {
+    name: "chandra_attribution_total",
+    kind: Kind::Counter,
+    help: "Units that a signal counted, by how their owner was found.",
+    per_pod: false,
+    labels: &["signal", "result"],
+    values: &[("result", &["pod", "host", "unknown"])],
+    source: "the ledger; unknown units are in pod=\"unknown\"",
+};
+
+static PROGRAM_RUNS: Desc = Desc {
+    name: "chandra_program_runs_total",
+    kind: Kind::Counter,
+    help: "Runs of an eBPF program.",
+    per_pod: false,
+    labels: &["signal", "program"],
+    values: &[],
+    source: "run_cnt of the program, only while the host keeps bpf statistics (kernel.bpf_stats_enabled=1)",
+};
+
+static PROGRAM_RUN_SECONDS: Desc = Desc {
+    name: "chandra_program_run_seconds_total",
+    kind: Kind::Counter,
+    help: "Seconds that an eBPF program ran.",
+    per_pod: false,
+    labels: &["signal", "program"],
+    values: &[],
+    source: "run_time_ns of the program, only while the host keeps bpf statistics (kernel.bpf_stats_enabled=1)",
+};
+
+static SCRAPE_SECONDS: Desc = Desc {
+    name: "chandra_scrape_seconds",
+    kind: Kind::Gauge,
+    help: "Seconds that reading and rendering a signal took in this scrape.",
+    per_pod: false,
+    labels: &["signal"],
+    values: &[],
+    source: "the exporter's clock",
+};
+
+static SERIES: Desc = Desc {
+    name: "chandra_series",
+    kind: Kind::Gauge,
+    help: "Series of a signal in this scrape.",
+    per_pod: false,
+    labels: &["signal"],
+    values: &[],
+    source: "counted while rendering",
+};
+
+static BUILD_INFO: Desc = Desc {
+    name: "chandra_build_info",
+    kind: Kind::Gauge,
+    help: "1, with the version of this exporter.",
+    per_pod: false,
+    labels: &["version"],
+    values: &[],
+    source: "Cargo.toml",
+};
+
+static PODS_AGE: Desc = Desc {
+    name: "chandra_pods_age_seconds",
+    kind: Kind::Gauge,
+    help: "Seconds since the source of pod names last answered, or since the start if it never did.",
+    per_pod: false,
+    labels: &[],
+    values: &[],
+    source: "--pods; absent with --pods none",
+};
+
+/// A signal and what came of it.
+pub struct Running {
+    /// What it is.
+    pub entry: &'static Entry,
+    /// What came of attaching it.
+    pub attempt: Attempt,
+    /// Why the last read failed, if it did.
+    pub trouble: Option<String>,
+    failed_reads: u64,
+}
+
+impl Running {
+    /// The state, the last read included.
+    pub fn state(&self) -> State {
+        if self.attempt.state == State::Up && self.trouble.is_some() {
+            State::Failed
+        } else {
+            self.attempt.state
+        }
+    }
+
+    /// Events lost so far, by reason; every reason is present.
+    pub fn lost(&self) -> Vec<(&'static str, u64)> {
+        let attached = self.attempt.signal.as_ref().map(|signal| signal.attached());
+        let mut lost = attached
+            .and_then(|attached| attached.lost().ok())
+            .unwrap_or_else(|| {
+                exporter_common::Loss::LABELS
+                    .iter()
+                    .map(|(_, label)| (*label, 0))
+                    .collect()
+            });
+        let missed = attached.map_or(0, |attached| {
+            attached.runs().iter().map(|(_, runs)| runs.missed).sum()
+        });
+        lost.extend([("recursion", missed), ("read_failed", self.failed_reads)]);
+        lost
+    }
+
+    fn programs(&self) -> Vec<(String, Runs)> {
+        self.attempt
+            .signal
+            .as_ref()
+            .map_or_else(Vec::new, |signal| signal.attached().runs())
+    }
+}
+
+/// Everything that is served.
+pub struct Exporter {
+    signals: Mutex<Vec<Running>>,
+    pods: Arc<Pods>,
+    bell: Option<Bell>,
+    host: page::Host,
+    source: Source,
+    retention: Duration,
+    started: Instant,
+}
+
+impl std::fmt::Debug for Exporter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Exporter")
+            .field("source", &self.source)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Attaches every signal that is not switched off.
+pub fn attach(kernel: &Kernel, disabled: &[String], options: Options) -> Vec<Running> {
+    let attach = |entry: &'static Entry| {
+        let attempt = if disabled.iter().any(|name| name == entry.name) {
+            Attempt::without(State::Disabled)
+        } else {
+            (entry.attach)(kernel, options)
+        };
+        Running {
+            entry,
+            attempt,
+            trouble: None,
+            failed_reads: 0,
+        }
+    };
+    SIGNALS.iter().map(attach).collect()
+}
+
+impl Exporter {
+    /// Puts the parts together.
+    pub fn new(
+        signals: Vec<Running>,
+        pods: Arc<Pods>,
+        bell: Option<Bell>,
+        kernel: &Kernel,
+        hierarchy: &Hierarchy,
+        args: &Serve,
+    ) -> Self {
+        Self {
+            signals: Mutex::new(signals),
+            pods,
+            bell,
+            host: page::Host {
+                release: kernel.release.clone(),
+                cgroups: hierarchy.trouble(),
+            },
+            source: args.source(),
+            retention: args.retention,
+            started: Instant::now(),
+        }
+    }
+
+    fn collect(&self) -> Families {
+        let mut families = Families::default();
+        families.add(&BUILD_INFO, &[VERSION], 1.0);
+        let now = Instant::now();
+        self.pods.expire(now);
+        let view = self.pods.view();
+        if self.source != Source::None {
+            let age = view
+                .age(now)
+                .unwrap_or_else(|| now.saturating_duration_since(self.started));
+            families.add(&PODS_AGE, &[], age.as_secs_f64());
+        }
+        let scope = Scope {
+            pods: &view,
+            now,
+            retention: self.retention,
+            strangers: Cell::new(false),
+        };
+        for running in self
+            .signals
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter_mut()
+        {
+            scrape(running, &scope, &mut families);
+        }
+        if let Some(bell) = self.bell.as_ref().filter(|_| scope.strangers.get()) {
+            bell.ring();
+        }
+        families
+    }
+}
+
+fn scrape(running: &mut Running, scope: &Scope<'_>, families: &mut Families) {
+    let name = running.entry.name;
+    if let Some(signal) = &mut running.attempt.signal {
+        let (begin, before) = (Instant::now(), families.series());
+        match signal.read(scope) {
+            Ok(()) => running.trouble = None,
+            Err(error) => {
+                let why = format!("{error:#}");
+                if running.trouble.as_ref() != Some(&why) {
+                    tracing::error!("signal {name}: {why}");
+                }
+                running.trouble = Some(why);
+                running.failed_reads += 1;
+            }
+        }
+        signal.render(families);
+        let attribution = signal.attribution();
+        for (result, units) in [
+            ("pod", attribution.pod),
+            ("host", attribution.host),
+            ("unknown", attribution.unknown),
+        ] {
+            families.add(&ATTRIBUTION, &[name, result], units as f64);
+        }
+        families.add(&SERIES, &[name], (families.series() - before) as f64);
+        families.add(&SCRAPE_SECONDS, &[name], begin.elapsed().as_secs_f64());
+    }
+    for (state, label) in State::LABELS {
+        families.add(
+            &SIGNAL_STATE,
+            &[name, label],
+            f64::from(u8::from(state == running.state())),
+        );
+    }
+    for hook in &running.attempt.hooks {
+        families.add(
+            &HOOK_INFO,
+            &[name, hook.name, hook.method.label(), hook.reason.label()],
+            1.0,
+        );
+    }
+    for (reason, events) in running.lost() {
+        families.add(&LOST_EVENTS, &[name, reason], events as f64);
+    }
+    for (program, runs) in running.programs().iter().filter(|(_, runs)| runs.runs > 0) {
+        families.add(&PROGRAM_RUNS, &[name, program], runs.runs as f64);
+        families.add(
+            &PROGRAM_RUN_SECONDS,
+            &[name, program],
+            runs.nanoseconds as f64 / 1e9,
+        );
+    }
+}
+
+impl Site for Exporter {
+    fn metrics(&self) -> anyhow::Result<Vec<u8>> {
+        let mut page = Vec::new();
+        self.collect().encode(&mut page)?;
+        Ok(page)
+    }
+
+    fn ready(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn landing(&self) -> String {
+        let signals = self.signals.lock().unwrap_or_else(PoisonError::into_inner);
+        page::landing(&signals, &self.pods.view(), &self.host, &self.source)
+    }
+}

@@ -1,0 +1,713 @@
+//! The web server: `/metrics`, `/livez`, `/readyz` and the page for people.
+//!
+//! Everything a client can hold has a bound: connections, the time to send a header, to rest between
+//! requests and to take a response ([`Limits`]), and scrapes, of which at most one runs and one waits.
+
+use std::{
+    convert::Infallible,
+    future::{Future, poll_fn},
+    io::{self, Write as _},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    pin::{Pin, pin},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use anyhow::anyhow;
+use flate2::{Compression, write::GzEncoder};
+use futures::{
+    FutureExt as _,
+    future::{BoxFuture, Shared},
+};
+use http_body_util::Full;
+use hyper::{
+    HeaderMap, Method, Request, Response, StatusCode,
+    body::{Body, Bytes, Incoming},
+    header::{self, HeaderValue},
+    server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream, lookup_host},
+    select,
+    sync::{Semaphore, watch},
+    task::{JoinSet, spawn_blocking},
+    time::{Instant, sleep, sleep_until, timeout},
+};
+use tokio_io_timeout::TimeoutStream;
+
+/// What the server shows; implemented by the exporter, faked in tests.
+pub trait Site: Send + Sync + 'static {
+    /// One exposition in the text format. Called on a thread that may block, never twice at once.
+    fn metrics(&self) -> anyhow::Result<Vec<u8>>;
+    /// Ready, or the one-line reason why not. Called on an async thread: it must not block.
+    fn ready(&self) -> Result<(), String>;
+    /// The page for people: complete HTML. Called on an async thread: it must not block.
+    fn landing(&self) -> String;
+}
+
+/// What a client may hold, and for how long.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Open connections; the next one is answered 503 and closed.
+    pub connections: usize,
+    /// From the accept, or from the first byte of a later request, to the end of its header.
+    pub header: Duration,
+    /// From a response to the first byte of the next request; the response must be taken by then.
+    pub idle: Duration,
+    /// Without one byte of the response taken.
+    pub write: Duration,
+    /// For requests in flight at shutdown.
+    pub drain: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            // A node is read by two or three Prometheus servers, the kubelet and a few people.
+            connections: 64,
+            // Scrapers send the header in one packet; this is five retransmissions on a bad link.
+            header: Duration::from_secs(5),
+            // Longer than the usual scrape intervals, of at most a minute, so that scrapers reuse connections.
+            idle: Duration::from_secs(120),
+            // The default `scrape_timeout` of Prometheus: nobody waits for the rest after that.
+            write: Duration::from_secs(10),
+            drain: Duration::from_secs(1),
+        }
+    }
+}
+
+/// hyper answers 414 to a URI over 65534 bytes, if the whole header fits here, and 431 to a header that does not.
+const HEADER_BYTES: usize = 96 * 1024;
+
+/// How long a closed connection is still read. Closing a socket with unread bytes resets the connection,
+/// and a reset discards a response that the client has not read yet.
+const LINGER: Duration = Duration::from_millis(500);
+
+/// How long a refused connection may take to send its first byte and to read the refusal.
+const REFUSAL: Duration = Duration::from_secs(1);
+
+const REFUSED: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\n\
+    Content-Type: text/plain; charset=utf-8\r\n\
+    Content-Length: 20\r\n\
+    Connection: close\r\n\
+    \r\n\
+    too many connections";
+
+/// Out of file descriptors, `accept` fails at once and every time: the pause keeps that from taking a core.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// The least time between two log lines of one kind that clients can provoke.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
+
+const TEXT: &str = "text/plain; charset=utf-8";
+const HTML: &str = "text/html; charset=utf-8";
+const EXPOSITION: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// Listens on `address`: `HOST:PORT`, or `:PORT` for every interface, IPv4 and IPv6 alike.
+///
+/// A name that has both kinds of address is listened to on IPv4. With the sysctl `net.ipv6.bindv6only`
+/// set, `:PORT` leaves out IPv4.
+pub async fn bind(address: &str) -> anyhow::Result<TcpListener> {
+    let (host, port) = split(address).ok_or_else(|| {
+        anyhow!(
+            "cannot read {address:?} as an address to listen on: --web.listen-address takes HOST:PORT or :PORT, \
+             such as 127.0.0.1:9970, [::1]:9970 or :9970"
+        )
+    })?;
+    let explain = |error: io::Error| explain(address, &error);
+    if host.is_empty() {
+        return match TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).await {
+            Err(error)
+                if !matches!(
+                    error.kind(),
+                    io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied
+                ) =>
+            {
+                // The kernel was started without IPv6.
+                TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))
+                    .await
+                    .map_err(explain)
+            }
+            bound => bound.map_err(explain),
+        };
+    }
+    let found: Vec<SocketAddr> = lookup_host((host, port))
+        .await
+        .map_err(|error| {
+            anyhow!(
+                "cannot find the host of {address:?} ({error}): give --web.listen-address an address of this host"
+            )
+        })?
+        .collect();
+    let first = found.iter().find(|a| a.is_ipv4()).or(found.first());
+    let first = first.ok_or_else(|| {
+        anyhow!("the host of {address:?} has no address: give --web.listen-address an address of this host")
+    })?;
+    TcpListener::bind(first).await.map_err(explain)
+}
+
+/// Host and port; an empty host is every interface. The brackets of an IPv6 address are required.
+fn split(address: &str) -> Option<(&str, u16)> {
+    let (host, port) = address.rsplit_once(':')?;
+    let port = port.parse().ok()?;
+    match host.strip_prefix('[') {
+        Some(rest) => rest
+            .strip_suffix(']')
+            .filter(|host| host.contains(':'))
+            .map(|host| (host, port)),
+        None => (!host.contains([':', ']'])).then_some((host, port)),
+    }
+}
+
+fn explain(address: &str, error: &io::Error) -> anyhow::Error {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => anyhow!(
+            "{address} is already in use: stop the program that listens there, or choose another address with \
+             --web.listen-address"
+        ),
+        io::ErrorKind::PermissionDenied => anyhow!(
+            "no permission to listen on {address}: choose a port of 1024 or above with --web.listen-address, or \
+             grant CAP_NET_BIND_SERVICE"
+        ),
+        io::ErrorKind::AddrNotAvailable => anyhow!(
+            "{address} is not an address of this host: choose another with --web.listen-address"
+        ),
+        _ => anyhow!(
+            "cannot listen on {address} ({error}): choose another address with --web.listen-address"
+        ),
+    }
+}
+
+/// Serves `site` until `shutdown` resolves and the requests in flight are answered, or `limits.drain` has passed.
+///
+/// A call of [`Site::metrics`] that still runs then is left behind on its thread: a runtime that must end in
+/// time is ended with `Runtime::shutdown_timeout`, for dropping it waits for that thread.
+pub async fn serve<S: Site>(
+    listener: TcpListener,
+    site: Arc<S>,
+    limits: Limits,
+    shutdown: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
+    let slots = Arc::new(Semaphore::new(limits.connections));
+    let refusals = Arc::new(Semaphore::new(limits.connections));
+    let (drain, draining) = watch::channel(false);
+    let server = Arc::new(Server {
+        scrapes: Scrapes::new(Arc::clone(&site)),
+        site,
+        limits,
+        slots: Arc::clone(&slots),
+    });
+    let (accept_log, refusal_log) = (Seldom::default(), Seldom::default());
+    let mut tasks = JoinSet::new();
+    let mut shutdown = pin!(shutdown);
+    loop {
+        let accepted = select! {
+            biased;
+            () = &mut shutdown => break,
+            Some(_) = tasks.join_next() => continue,
+            accepted = listener.accept() => accepted,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            // The client left before it was accepted.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
+            Err(error) => {
+                if accept_log.due() {
+                    tracing::warn!(%error, "accept a connection");
+                }
+                sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        if let Ok(slot) = Arc::clone(&slots).try_acquire_owned() {
+            let (server, draining) = (Arc::clone(&server), draining.clone());
+            tasks.spawn(async move {
+                server.connection(stream, draining).await;
+                drop(slot);
+            });
+            continue;
+        }
+        if refusal_log.due() {
+            let connections = server.limits.connections;
+            tracing::warn!(connections, "refuse connections over the limit");
+        }
+        // Over this second limit the connection is dropped without an answer.
+        if let Ok(slot) = Arc::clone(&refusals).try_acquire_owned() {
+            tasks.spawn(async move {
+                let _ = timeout(REFUSAL, refuse(stream)).await;
+                drop(slot);
+            });
+        }
+    }
+    drop(listener);
+    drain.send_replace(true);
+    let drained = timeout(server.limits.drain, async {
+        while tasks.join_next().await.is_some() {}
+    });
+    if drained.await.is_err() {
+        tracing::warn!(connections = tasks.len(), "cut requests at shutdown");
+        tasks.shutdown().await;
+    }
+    Ok(())
+}
+
+struct Server<S> {
+    scrapes: Scrapes<S>,
+    site: Arc<S>,
+    limits: Limits,
+    slots: Arc<Semaphore>,
+}
+
+impl<S: Site> Server<S> {
+    /// Answers the requests of one connection until either side ends it.
+    async fn connection(&self, stream: TcpStream, mut draining: watch::Receiver<bool>) {
+        // Without it the last packet of a response may wait for the acknowledgement of the one before.
+        let _ = stream.set_nodelay(true);
+        let clock = Clock::new(&self.limits);
+        let mut io = TimeoutStream::new(Clocked {
+            stream,
+            clock: &clock,
+        });
+        io.set_write_timeout(Some(self.limits.write));
+        let mut io = TokioIo::new(Box::pin(io));
+        let ended = {
+            let service = service_fn(async |request: Request<Incoming>| {
+                clock.enter(Phase::Busy);
+                let response = self.respond(&request).await;
+                clock.enter(Phase::Idle(Instant::now() + self.limits.idle));
+                Ok::<_, Infallible>(response)
+            });
+            let mut connection = pin!(
+                http1::Builder::new()
+                    // The clock tells a header that does not end from a connection at rest; this would not.
+                    .header_read_timeout(None)
+                    .max_buf_size(HEADER_BYTES)
+                    .serve_connection(&mut io, service)
+            );
+            let mut open = true;
+            loop {
+                select! {
+                    biased;
+                    ended = connection.as_mut() => break Some(ended),
+                    () = clock.expired() => break None,
+                    _ = draining.wait_for(|drain| *drain), if open => {
+                        open = false;
+                        connection.as_mut().graceful_shutdown();
+                    }
+                }
+            }
+        };
+        let stream = &io.inner().get_ref().stream;
+        match ended {
+            None => tracing::debug!("close a connection out of time"),
+            Some(Err(error)) if !error.is_parse() => {
+                tracing::debug!(%error, "cut a connection");
+                // A close alone would leave the unread part of a response in kernel memory.
+                let _ = stream.set_zero_linger();
+            }
+            Some(_) => {
+                let _ = timeout(LINGER, discard(stream)).await;
+            }
+        }
+    }
+
+    async fn respond(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        let mut response = self.answer(request).await;
+        let headers = response.headers_mut();
+        headers.insert(
+            header::X_CONTENT_TYPE_OPTIONS,
+            HeaderValue::from_static("nosniff"),
+        );
+        // Only the first half of the connections may rest between requests, so that resting ones cannot keep
+        // the others out.
+        let crowded = self.slots.available_permits() < self.limits.connections.div_ceil(2);
+        if crowded || !request.body().is_end_stream() {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        response
+    }
+
+    async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        let path = request.uri().path();
+        if !["/", "/metrics", "/livez", "/readyz"].contains(&path) {
+            return text(
+                StatusCode::NOT_FOUND,
+                "not found: the pages are /, /metrics, /livez and /readyz",
+            );
+        }
+        if ![Method::GET, Method::HEAD].contains(request.method()) {
+            let mut response = text(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "only GET and HEAD are allowed",
+            );
+            let headers = response.headers_mut();
+            headers.insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
+            return response;
+        }
+        match path {
+            "/livez" => text(StatusCode::OK, "ok"),
+            "/readyz" => match self.site.ready() {
+                Ok(()) => text(StatusCode::OK, "ok"),
+                Err(reason) => text(StatusCode::SERVICE_UNAVAILABLE, reason),
+            },
+            "/metrics" => match self.metrics(accepts_gzip(request.headers())).await {
+                Ok(response) => response,
+                Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+            },
+            _ => {
+                let mut response = page(StatusCode::OK, HTML, self.site.landing());
+                response.headers_mut().insert(
+                    header::CONTENT_SECURITY_POLICY,
+                    HeaderValue::from_static("default-src 'none'; style-src 'unsafe-inline'"),
+                );
+                response
+            }
+        }
+    }
+
+    async fn metrics(&self, gzip: bool) -> Outcome<Response<Full<Bytes>>> {
+        let exposition = self.scrapes.join().await?;
+        let mut response = if gzip {
+            let mut response = page(StatusCode::OK, EXPOSITION, exposition.gzip.await?);
+            let headers = response.headers_mut();
+            headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+            response
+        } else {
+            page(StatusCode::OK, EXPOSITION, exposition.plain)
+        };
+        let headers = response.headers_mut();
+        headers.insert(header::VARY, HeaderValue::from_static("accept-encoding"));
+        Ok(response)
+    }
+}
+
+fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    page(status, TEXT, body)
+}
+
+fn page(
+    status: StatusCode,
+    content_type: &'static str,
+    body: impl Into<Bytes>,
+) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body.into()));
+    *response.status_mut() = status;
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}
+
+/// Whether `Accept-Encoding` allows gzip and does not prefer the plain text (RFC 9110, section 12.5.3).
+/// A weight that cannot be read counts as 0: everybody reads plain text.
+fn accepts_gzip(headers: &HeaderMap) -> bool {
+    let (mut gzip, mut any, mut plain) = (None, None, None);
+    let lines = headers.get_all(header::ACCEPT_ENCODING).iter();
+    for coding in lines
+        .filter_map(|line| line.to_str().ok())
+        .flat_map(|line| line.split(','))
+    {
+        let (name, weight) = match coding.split_once(';') {
+            Some((name, weight)) => (name, quality(weight)),
+            None => (coding, 1.0),
+        };
+        match name.trim().to_ascii_lowercase().as_str() {
+            "gzip" | "x-gzip" => gzip = Some(weight),
+            "*" => any = Some(weight),
+            "identity" => plain = Some(weight),
+            _ => {}
+        }
+    }
+    let gzip = gzip.or(any).unwrap_or(0.0);
+    gzip > 0.0 && gzip >= plain.unwrap_or(0.0)
+}
+
+fn quality(parameter: &str) -> f32 {
+    parameter
+        .split_once('=')
+        .filter(|(name, _)| name.trim().eq_ignore_ascii_case("q"))
+        .and_then(|(_, value)| value.trim().parse().ok())
+        .filter(|value| (0.0..=1.0).contains(value))
+        .unwrap_or(0.0)
+}
+
+/// The error is the one line that every sharer is shown.
+type Outcome<T> = Result<T, Arc<str>>;
+
+/// Runs once, however many wait for it.
+type Once<T> = Shared<BoxFuture<'static, Outcome<T>>>;
+
+#[derive(Clone)]
+struct Exposition {
+    plain: Bytes,
+    /// Compressed when the first sharer asks for it.
+    gzip: Once<Bytes>,
+}
+
+/// Shares scrapes: whoever asks gets one that starts after it asked, so that no answer is stale,
+/// together with all who asked before that start.
+struct Scrapes<S> {
+    site: Arc<S>,
+    /// Held while [`Site::metrics`] runs, also when every client that waited for it has left.
+    turn: Arc<tokio::sync::Mutex<()>>,
+    /// The scrape that has not started yet.
+    next: Arc<Mutex<Option<Once<Exposition>>>>,
+    log: Arc<Seldom>,
+}
+
+impl<S: Site> Scrapes<S> {
+    fn new(site: Arc<S>) -> Self {
+        Self {
+            site,
+            turn: Arc::default(),
+            next: Arc::default(),
+            log: Arc::default(),
+        }
+    }
+
+    fn join(&self) -> Once<Exposition> {
+        lock(&self.next)
+            .get_or_insert_with(|| {
+                let (site, turn) = (Arc::clone(&self.site), Arc::clone(&self.turn));
+                let (next, log) = (Arc::clone(&self.next), Arc::clone(&self.log));
+                async move {
+                    let turn = turn.lock_owned().await;
+                    // Whoever asks from here on waits for the scrape after this one.
+                    lock(&next).take();
+                    let scraped = spawn_blocking(move || {
+                        let scraped = site.metrics();
+                        drop(turn);
+                        scraped
+                    });
+                    let scraped = scraped.await.unwrap_or_else(|error| Err(error.into()));
+                    scraped.map(Exposition::new).map_err(|error| {
+                        let line = one_line(&error);
+                        if log.due() {
+                            tracing::warn!(error = %line, "scrape");
+                        }
+                        line
+                    })
+                }
+                .boxed()
+                .shared()
+            })
+            .clone()
+    }
+}
+
+impl Exposition {
+    fn new(plain: Vec<u8>) -> Self {
+        let plain = Bytes::from(plain);
+        let text = plain.clone();
+        let gzip = async move {
+            spawn_blocking(move || compress(&text))
+                .await
+                .map_err(|error| one_line(&error.into()))
+        };
+        Self {
+            plain,
+            gzip: gzip.boxed().shared(),
+        }
+    }
+}
+
+/// The fastest level: it makes an exposition about ten times smaller, and the slower ones gain little on that.
+fn compress(text: &[u8]) -> Bytes {
+    let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
+    gzip.write_all(text)
+        .and_then(|()| gzip.finish())
+        .expect("a vector takes every write")
+        .into()
+}
+
+fn one_line(error: &anyhow::Error) -> Arc<str> {
+    let line = format!("{error:#}");
+    line.split_whitespace().collect::<Vec<_>>().join(" ").into()
+}
+
+/// Answers a connection that has no slot. The answer waits for the first byte of the request: Go's client, and
+/// so Prometheus, takes a response that comes earlier for a protocol error.
+async fn refuse(mut stream: TcpStream) -> io::Result<()> {
+    if read(&stream).await? == 0 {
+        return Ok(());
+    }
+    let mut rest = REFUSED;
+    while !rest.is_empty() {
+        stream.writable().await?;
+        match stream.try_write(rest) {
+            Ok(written) => rest = &rest[written..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    poll_fn(|cx| Pin::new(&mut stream).poll_shutdown(cx)).await?;
+    discard(&stream).await
+}
+
+/// Reads until the client closes.
+async fn discard(stream: &TcpStream) -> io::Result<()> {
+    while read(stream).await? > 0 {}
+    Ok(())
+}
+
+/// Reads and drops some bytes; 0 when the client has closed.
+async fn read(stream: &TcpStream) -> io::Result<usize> {
+    loop {
+        stream.readable().await?;
+        match stream.try_read(&mut [0; 4096]) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            done => return done,
+        }
+    }
+}
+
+/// What a connection waits for, with the deadline where the client is the one who must act.
+#[derive(Clone, Copy)]
+enum Phase {
+    Header(Instant),
+    Busy,
+    Idle(Instant),
+}
+
+/// The deadline of one connection. It moves only while the task of the connection is polled, so that task,
+/// which polls [`Clock::expired`] last, needs no wake-up to see the move.
+struct Clock {
+    header: Duration,
+    phase: Mutex<Phase>,
+}
+
+impl Clock {
+    fn new(limits: &Limits) -> Self {
+        Self {
+            header: limits.header,
+            phase: Mutex::new(Phase::Header(Instant::now() + limits.header)),
+        }
+    }
+
+    fn enter(&self, phase: Phase) {
+        *lock(&self.phase) = phase;
+    }
+
+    /// The start of a header that came while the request before it was answered keeps the idle deadline.
+    fn bytes_read(&self) {
+        let mut phase = lock(&self.phase);
+        if matches!(*phase, Phase::Idle(_)) {
+            *phase = Phase::Header(Instant::now() + self.header);
+        }
+    }
+
+    async fn expired(&self) {
+        let mut sleep = pin!(sleep_until(Instant::now()));
+        poll_fn(|cx| {
+            let phase = *lock(&self.phase);
+            match phase {
+                Phase::Busy => Poll::Pending,
+                Phase::Header(deadline) | Phase::Idle(deadline) => {
+                    if sleep.deadline() != deadline {
+                        sleep.as_mut().reset(deadline);
+                    }
+                    sleep.as_mut().poll(cx)
+                }
+            }
+        })
+        .await;
+    }
+}
+
+/// A stream that tells the clock when bytes arrive.
+struct Clocked<'a> {
+    stream: TcpStream,
+    clock: &'a Clock,
+}
+
+impl AsyncRead for Clocked<'_> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
+        if buffer.filled().len() > before {
+            self.clock.bytes_read();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Clocked<'_> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// Lets one log line pass per [`LOG_INTERVAL`].
+#[derive(Default)]
+struct Seldom(Mutex<Option<Instant>>);
+
+impl Seldom {
+    fn due(&self) -> bool {
+        let mut last = lock(&self.0);
+        let due = last.is_none_or(|last| last.elapsed() >= LOG_INTERVAL);
+        if due {
+            *last = Some(Instant::now());
+        }
+        due
+    }
+}
+
+/// The values under these locks are whole at every moment, so a panic elsewhere does not spoil them.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn sharers_of_an_exposition_share_one_compression() {
+        let exposition = Exposition::new(b"up 1\n".to_vec());
+        let (one, other) = (exposition.clone().gzip.await, exposition.gzip.await);
+        let buffer = |gzip: Outcome<Bytes>| gzip.expect("compressed").as_ptr();
+        assert_eq!(buffer(one), buffer(other));
+    }
+
+    #[test]
+    fn a_denied_port_says_what_to_do() {
+        let denied = io::Error::from(io::ErrorKind::PermissionDenied);
+        assert_eq!(
+            explain(":80", &denied).to_string(),
+            "no permission to listen on :80: choose a port of 1024 or above with --web.listen-address, or grant \
+             CAP_NET_BIND_SERVICE"
+        );
+    }
+}

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The signals: each is attached, read (maps → ledger) and rendered (ledger → families) by a file of its name.
+
+pub mod tcp;
+
+use std::{
+    cell::Cell,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    families::{Desc, Families},
+    kernel::Kernel,
+    ledger::Attribution,
+    pods::{Resolution, View},
+    probe::{Attached, Hook, Outcome},
+};
+
+/// Every signal, in the order of the page.
+pub const SIGNALS: &[Entry] = &[tcp::ENTRY];
+
+/// What the exporter knows of a signal before it is attached.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// One word, the same in every layer.
+    pub name: &'static str,
+    /// The question that it answers.
+    pub question: &'static str,
+    /// Its metrics.
+    pub descs: &'static [&'static Desc],
+    /// Its object for the kernel.
+    pub object: &'static [u8],
+    /// Loads and attaches it.
+    pub attach: fn(&Kernel, Options) -> Attempt,
+}
+
+/// What every signal is told at attach.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Owners that each signal shows by name.
+    pub max_owners: usize,
+}
+
+/// The label `state` of `chandra_signal_state`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// It works, perhaps with less than everything (see its hooks).
+    Up,
+    /// This host has no such thing: nothing is wrong.
+    Absent,
+    /// Switched off by a flag.
+    Disabled,
+    /// It should work and does not.
+    Failed,
+}
+
+impl State {
+    /// All states with their labels.
+    pub const LABELS: [(Self, &'static str); 4] = [
+        (Self::Up, "up"),
+        (Self::Absent, "absent"),
+        (Self::Disabled, "disabled"),
+        (Self::Failed, "failed"),
+    ];
+
+    /// The label.
+    pub fn label(self) -> &'static str {
+        Self::LABELS[self as usize].1
+    }
+}
+
+/// What came of attaching a signal.
+pub struct Attempt {
+    /// Up, absent or failed.
+    pub state: State,
+    /// Its hooks.
+    pub hooks: Vec<Hook>,
+    /// What works with less, for people.
+    pub notes: Vec<String>,
+    /// The signal, where it is up.
+    pub signal: Option<Box<dyn Signal>>,
+}
+
+impl Attempt {
+    /// A signal that was not attached on purpose.
+    pub fn without(state: State) -> Self {
+        Self {
+            state,
+            hooks: Vec::new(),
+            notes: Vec::new(),
+            signal: None,
+        }
+    }
+
+    /// A signal that is up when `build` can use the attached object, and failed otherwise.
+    pub fn of(
+        outcome: Outcome,
+        build: impl FnOnce(Attached) -> anyhow::Result<Box<dyn Signal>>,
+    ) -> Self {
+        let Outcome {
+            hooks,
+            attached,
+            mut notes,
+        } = outcome;
+        let signal = attached.and_then(|attached| match build(attached) {
+            Ok(signal) => Some(signal),
+            Err(error) => {
+                notes.push(format!("{error:#}"));
+                None
+            }
+        });
+        let state = if signal.is_some() {
+            State::Up
+        } else {
+            State::Failed
+        };
+        Self {
+            state,
+            hooks,
+            notes,
+            signal,
+        }
+    }
+}
+
+/// What a signal reads against: the pods, frozen for one scrape.
+#[derive(Debug)]
+pub struct Scope<'a> {
+    /// Who owns what.
+    pub pods: &'a View<'a>,
+    /// The time of the scrape.
+    pub now: Instant,
+    /// How long what is gone is remembered.
+    pub retention: Duration,
+    /// Set when a cgroup turned up that the directory does not know.
+    pub strangers: Cell<bool>,
+}
+
+impl Scope<'_> {
+    /// Returns the owner of a cgroup id as the kernel half gives it.
+    pub fn resolve(&self, cgroup: u64) -> Resolution {
+        if cgroup == exporter_common::NO_CGROUP {
+            return Resolution::Unknown;
+        }
+        if !self.pods.knows(cgroup) {
+            self.strangers.set(true);
+        }
+        self.pods.resolve(cgroup)
+    }
+}
+
+/// A signal at work. Dropping it detaches everything.
+pub trait Signal: Send {
+    /// Reads the maps and books what they grew by.
+    ///
+    /// # Errors
+    /// When a map cannot be read; what was booked before stays.
+    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<()>;
+
+    /// Renders what has been booked.
+    fn render(&self, families: &mut Families);
+
+    /// How well events found their owners.
+    fn attribution(&self) -> Attribution;
+
+    /// Its object in the kernel.
+    fn attached(&self) -> &Attached;
+}

@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Which pod's segments are sent again, and why?
+//!
+//! Hooks: tp_btf `tcp_retransmit_skb`, tp_btf `tcp_retransmit_synack`. Metric: `chandra_tcp_retransmits_total`.
+//!
+//! Counted are segments, as RetransSegs of `/proc/net/snmp` counts them, less the sends that the kernel itself refused
+//! (no route, a full local queue): RetransSegs includes those. The owner is the cgroup in which the socket was made, or
+//! its listener was; the task that happens to run is mostly a bystander.
+
+use anyhow::Context;
+use aya::{
+    include_bytes_aligned,
+    maps::{HashMap, MapData, MapError},
+};
+use exporter_common::tcp::{Kind, Retransmits};
+
+use super::{Attempt, Entry, Options, Scope, Signal};
+use crate::{
+    families::{self, Desc, Families},
+    kernel::Kernel,
+    ledger::{Attribution, Ledger},
+    pods::Labels,
+    probe::{self, Attached, Constants, Method, Program},
+};
+
+/// The signal.
+pub const ENTRY: Entry = Entry {
+    name: "tcp",
+    question: "Which pod's segments are sent again, and why?",
+    descs: &[&RETRANSMITS],
+    object: OBJECT,
+    attach,
+};
+
+static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("CHANDRA_EBPF_OBJECTS"), "/tcp.o"));
+
+/// How many kinds of retransmit there are.
+pub const KINDS: usize = Kind::LABELS.len();
+
+static RETRANSMITS: Desc = Desc {
+    name: "chandra_tcp_retransmits_total",
+    kind: families::Kind::Counter,
+    help: "TCP segments that were sent again.",
+    per_pod: true,
+    labels: &["kind"],
+    values: &[("kind", &["syn", "synack", "rto", "fast", "probe"])],
+    source: "tracepoints tcp:tcp_retransmit_skb (tcp_gso_segs of the skb) and tcp:tcp_retransmit_synack; the owner is the socket's cgroup",
+};
+
+const PROGRAMS: &[Program] = &[
+    Program {
+        name: "tcp_retransmit_skb",
+        method: Method::TpBtf,
+        required: true,
+        needs: &[
+            "OFF_SOCK_STATE",
+            "OFF_CA_STATE",
+            "OFF_PENDING",
+            "OFF_SEGMENTS",
+        ],
+    },
+    Program {
+        name: "tcp_retransmit_synack",
+        method: Method::TpBtf,
+        required: false,
+        needs: &[],
+    },
+];
+
+fn attach(kernel: &Kernel, options: Options) -> Attempt {
+    Attempt::of(
+        probe::attach(OBJECT, PROGRAMS, resolve, kernel),
+        |mut attached| {
+            let map = attached
+                .ebpf
+                .take_map("RETRANSMITS")
+                .context("the object has no map RETRANSMITS")?;
+            let retransmits = HashMap::try_from(map).context("use the map RETRANSMITS")?;
+            Ok(Box::new(Tcp {
+                attached,
+                retransmits,
+                ledger: Ledger::new(options.max_owners, |kinds| kinds.iter().sum()),
+            }))
+        },
+    )
+}
+
+fn resolve(constants: &mut Constants<'_>) {
+    constants.offset("OFF_SOCK_STATE", &[("sock", "__sk_common.skc_state")]);
+    constants.offset("OFF_PENDING", &[("tcp_sock", "inet_conn.icsk_pending")]);
+    constants.offset(
+        "OFF_SEGMENTS",
+        &[("sk_buff", "cb"), ("tcp_skb_cb", "tcp_gso_segs")],
+    );
+    // A bit field of a width that has changed over the years, in the low bits of its byte.
+    match constants.btf().field("tcp_sock", "inet_conn.icsk_ca_state") {
+        Ok(field) => match field.bit {
+            Some((0, width)) if width < 8 => {
+                constants.set("OFF_CA_STATE", field.offset);
+                constants.set("MASK_CA_STATE", (1 << width) - 1);
+            }
+            other => constants.lack(
+                "OFF_CA_STATE",
+                format!("icsk_ca_state is not a field of low bits: {other:?}"),
+            ),
+        },
+        Err(error) => constants.lack("OFF_CA_STATE", error.to_string()),
+    }
+    // The third argument, `err`, exists on the newest kernels only.
+    let arguments = constants.btf().tracepoint_arguments("tcp_retransmit_skb");
+    constants.set(
+        "RETRANSMIT_HAS_ERROR",
+        u32::from(arguments.is_some_and(|count| count > 2)),
+    );
+    socket_cgroup(constants);
+}
+
+/// Sets what the kernel half needs to find a socket's cgroup. From 5.15 `sk_cgrp_data.cgroup` is a pointer (commit
+/// 8520e224f547); before, `sk_cgrp_data.val` is a word of pointer and flags.
+fn socket_cgroup(constants: &mut Constants<'_>) {
+    let typed = constants
+        .btf()
+        .field("sock", "sk_cgrp_data.cgroup")
+        .is_ok_and(|field| field.pointer);
+    constants.set("SOCK_CGROUP_TYPED", u32::from(typed));
+    let member = if typed {
+        "sk_cgrp_data.cgroup"
+    } else {
+        "sk_cgrp_data.val"
+    };
+    // The kernel half skips the owner where OFF_SOCK_CGROUP is absent, so it is set only with the other two.
+    if constants.offset("OFF_CGROUP_KN", &[("cgroup", "kn")])
+        && constants.offset("OFF_KERNFS_ID", &[("kernfs_node", "id")])
+    {
+        constants.offset("OFF_SOCK_CGROUP", &[("sock", member)]);
+    }
+}
+
+struct Tcp {
+    attached: Attached,
+    retransmits: HashMap<MapData, u64, Retransmits>,
+    ledger: Ledger<u64, KINDS>,
+}
+
+impl Signal for Tcp {
+    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<()> {
+        let mut readings = Vec::new();
+        for entry in self.retransmits.iter() {
+            match entry {
+                Ok((cgroup, value)) => readings.push((cgroup, value.segments)),
+                Err(MapError::KeyNotFound) => {}
+                Err(error) => return Err(error).context("read the map RETRANSMITS"),
+            }
+        }
+        self.ledger.book(
+            &scope.pods.owners(),
+            readings,
+            |cgroup| scope.resolve(cgroup),
+            scope.now,
+        );
+        for cgroup in self.ledger.retire(
+            scope.retention,
+            |cgroup| !scope.pods.knows(cgroup),
+            scope.now,
+        ) {
+            match self.retransmits.remove(&cgroup) {
+                Ok(()) | Err(MapError::KeyNotFound) => {}
+                Err(error) => {
+                    return Err(error).context("remove a gone cgroup from the map RETRANSMITS");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn render(&self, families: &mut Families) {
+        render(self.ledger.accounts(), families);
+    }
+
+    fn attribution(&self) -> Attribution {
+        self.ledger.attribution()
+    }
+
+    fn attached(&self) -> &Attached {
+        &self.attached
+    }
+}
+
+/// Renders accounts of segments by kind.
+pub fn render<'a>(
+    accounts: impl IntoIterator<Item = (Labels, &'a [u64; KINDS])>,
+    families: &mut Families,
+) {
+    for (labels, segments) in accounts {
+        for ((_, kind), count) in Kind::LABELS.iter().zip(segments) {
+            let labels = [&*labels.namespace, &*labels.pod, &*labels.container, kind];
+            families.add(&RETRANSMITS, &labels, *count as f64);
+        }
+    }
+}
