@@ -102,7 +102,11 @@ impl<K: Copy + Eq + Hash, const N: usize> Ledger<K, N> {
         let known: HashSet<_> = owners.iter().map(|owner| &owner.labels).collect();
         self.accounts.retain(|labels, _| known.contains(labels));
         self.folded.retain(|owner| owners.contains(owner));
-        for owner in owners {
+        // A pod's own cgroup counts only what is outside of its containers: rarely anything.
+        for owner in owners
+            .iter()
+            .filter(|owner| !owner.labels.container.is_empty())
+        {
             self.open(owner);
         }
         for (key, totals) in readings {

@@ -97,7 +97,8 @@ fn serve(args: &Serve) -> ExitCode {
         .with(
             tracing_subscriber::fmt::layer()
                 .with_writer(std::io::stderr)
-                .with_target(false),
+                .with_target(false)
+                .with_ansi(std::io::stderr().is_terminal()),
         )
         .with(args.log.clone())
         .init();

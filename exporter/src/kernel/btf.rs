@@ -21,8 +21,8 @@ pub const SYS_BTF: &str = "/sys/kernel/btf";
 
 /// How many members and references one lookup may visit, over all types of the name together.
 ///
-/// A BTF of a few hundred bytes can describe 2^30 members: anonymous structs that each hold the next one
-/// twice. The most that a lookup needs on a distribution kernel is below 2,000.
+/// A few hundred bytes can describe 2^30 members: structs without a name that each hold the next one twice.
+/// To find that a struct lacks a member takes at most 273 steps in Linux 7.3, and 2,145 in its `amdgpu`.
 pub const MAX_STEPS: u32 = 1 << 16;
 
 /// How deep structs without a name, typedefs and qualifiers, or dimensions of an array may nest: the
@@ -77,12 +77,12 @@ pub enum BtfError {
         path: PathBuf,
     },
     /// Any other failure to read the file.
-    #[error("read {}", path.display())]
+    #[error("cannot read {}: {error}", path.display())]
     Read {
         /// The file that could not be read.
         path: PathBuf,
         /// What the system said.
-        source: io::Error,
+        error: io::Error,
     },
     /// The bytes break a rule of the format.
     #[error("malformed BTF at byte {offset}: {what}")]
@@ -141,8 +141,8 @@ pub enum BtfError {
 pub struct Field {
     /// Bytes from the start of the struct; of a bitfield, the byte that holds its first bit.
     pub offset: u32,
-    /// Bytes it takes from there: of a bitfield the bytes that its bits touch (1 to 17, so round a load up);
-    /// 0 for a flexible array; none for what has no size.
+    /// Bytes it takes from there: of a bitfield the bytes that its bits touch, which may be 3, so round a load
+    /// up; 0 for a flexible array; none for what has no size.
     pub size: Option<u32>,
     /// Only for a bitfield: shift within the little-endian number at `offset`, and width, in bits.
     pub bit: Option<(u8, u8)>,
@@ -189,7 +189,7 @@ impl Btf {
     /// Reads the file `name` of the folder `dir`; without `base` it must be a kernel's own.
     pub fn read(dir: &Path, name: &str, base: Option<Arc<Btf>>) -> Result<Btf, BtfError> {
         let path = dir.join(name);
-        let read = || {
+        let read = || -> io::Result<Vec<u8>> {
             let file = File::open(&path)?;
             let length = usize::try_from(file.metadata()?.len()).unwrap_or(MAX_BYTES);
             let mut data = Vec::with_capacity(length.min(MAX_BYTES));
@@ -199,13 +199,10 @@ impl Btf {
         };
         match read() {
             Ok(data) => Btf::parse(data, base),
-            Err(error) => Err(match io::Error::kind(&error) {
+            Err(error) => Err(match error.kind() {
                 io::ErrorKind::NotFound => BtfError::Absent { path },
                 io::ErrorKind::PermissionDenied => BtfError::Denied { path },
-                _ => BtfError::Read {
-                    path,
-                    source: error,
-                },
+                _ => BtfError::Read { path, error },
             }),
         }
     }
@@ -327,6 +324,9 @@ impl Btf {
 
     /// The answer of the types of this name (or of all, without one). A module's own types hide those of the
     /// kernel that have the same name; of types in one file, those that have an answer must agree.
+    ///
+    /// Names are not unique. Unrelated drivers share some (`struct controller`), and a module whose BTF could
+    /// not be matched with the kernel's repeats it: Debian's `ib_core` for 6.18.15 holds four `task_struct`.
     fn agreed<'a, T: PartialEq>(
         &'a self,
         kinds: &[u32],
@@ -344,7 +344,15 @@ impl Btf {
                         });
                     }
                     Ok(found) => answer = Some(found),
-                    Err(error) => _ = refusal.get_or_insert(error),
+                    // That one of several lacks the member says less than any other refusal.
+                    Err(error) => match refusal {
+                        Some(BtfError::NoMember { .. })
+                            if !matches!(error, BtfError::NoMember { .. }) =>
+                        {
+                            refusal = Some(error);
+                        }
+                        _ => _ = refusal.get_or_insert(error),
+                    },
                 }
             }
             if let Some(answer) = answer {
@@ -418,8 +426,8 @@ impl Btf {
 
     /// How many bytes follow a type of this kind: once, and for each of its parts.
     ///
-    /// Linux 7.1 adds a table of these ("layout", d686d92c4080), so that readers can pass over kinds that are
-    /// newer than they are. A module's BTF relies on the kernel's table if it has none.
+    /// Linux 7.1 adds a table of these ("layout", 01504da43e67), so that readers can pass over kinds that are
+    /// newer than they are. A module's BTF that has none relies on the kernel's.
     fn extent(&self, kind: u32) -> Option<(u8, u8)> {
         match kind {
             INT | VAR | DECL_TAG => Some((4, 0)),
@@ -575,32 +583,43 @@ impl<'a> Type<'a> {
     }
 
     fn field(self, type_name: &str, path: &str, steps: &mut Steps) -> Result<Field, BtfError> {
-        let mut passed = type_name.to_owned();
         let mut member = Member {
             bits: 0,
             width: 0,
             of: self,
         };
+        let mut start = 0_usize;
         for name in path.split('.') {
-            let (of, name) = (passed.clone(), name.to_owned());
+            let of = || match path.get(..start.saturating_sub(1)) {
+                None | Some("") => type_name.to_owned(),
+                Some(passed) => format!("{type_name}.{passed}"),
+            };
             let found = match member.of.kind() {
-                STRUCT | UNION if is_name(&name) => member.of.member(&name, MAX_DEPTH, steps)?,
+                STRUCT | UNION if is_name(name) => member.of.member(name, MAX_DEPTH, steps)?,
                 STRUCT | UNION => None,
                 PTR => {
                     return Err(BtfError::BehindPointer {
-                        pointer: of,
-                        member: name,
+                        pointer: of(),
+                        member: name.to_owned(),
                     });
                 }
-                _ => return Err(BtfError::NotStruct { of, member: name }),
+                _ => {
+                    return Err(BtfError::NotStruct {
+                        of: of(),
+                        member: name.to_owned(),
+                    });
+                }
             };
-            passed = format!("{of}.{name}");
-            let found = found.ok_or(BtfError::NoMember { of, member: name })?;
+            let found = found.ok_or_else(|| BtfError::NoMember {
+                of: of(),
+                member: name.to_owned(),
+            })?;
             member = Member {
                 bits: member.bits + found.bits,
-                width: found.width,
                 of: found.of.resolve(steps)?,
+                ..found
             };
+            start += name.len() + 1;
         }
         let field = member.field(steps)?;
         if u64::from(field.offset) + u64::from(field.size.unwrap_or(0)) > u64::from(self.size) {

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The real binary on a real kernel. Needs root, and for most tests a kernel with veth and netem: `make kernel-test`
+//! runs all of it in a VM, `make test` what this host can. A test that cannot run here prints why.
+
+mod common;
+
+#[path = "kernel/process.rs"]
+mod process;
+#[path = "kernel/tcp.rs"]
+mod tcp;
+
+/// Prints why a test is skipped. In the VM nothing may be skipped.
+fn skip(why: &str) {
+    assert!(
+        std::env::var_os("CHANDRA_TEST_VM").is_none(),
+        "the VM has to have this: {why}"
+    );
+    println!("SKIPPED: {why}");
+}
+
+/// Says if this process may load programs, and prints why not.
+fn can_trace() -> bool {
+    let kernel = chandra::kernel::Kernel::read();
+    let can = kernel.may_trace() && kernel.btf.is_ok();
+    if !can {
+        skip("needs root and a kernel with BTF");
+    }
+    can
+}
+
+/// Says if this kernel can make the tests' lossy networks, and prints why not.
+fn can_lose_packets() -> bool {
+    let works = common::succeeds(
+        "modprobe -qa sch_netem veth 2>/dev/null; ip netns add chandra-probe && \
+         ip -n chandra-probe link add va type veth peer name vb && ip -n chandra-probe link set va up && \
+         tc -n chandra-probe qdisc add dev va root netem loss 1%",
+    );
+    common::succeeds("ip netns del chandra-probe");
+    if !works {
+        skip("needs root, veth and netem; make kernel-test has them");
+    }
+    works
+}

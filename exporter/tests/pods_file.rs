@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The pods of a node, as told by a file.
+
+use std::{
+    fs::{self, File},
+    os::unix::fs::symlink,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use chandra::pods::{Pods, Source, file};
+use serde_json::{Value, json};
+use tokio::time::sleep;
+
+fn pod(name: &str) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": "ml", "uid": format!("uid-{name}")},
+        "spec": {"containers": [{"name": "main", "env": [{"name": "A", "value": "ünï\n"}]}]},
+        "status": {"containerStatuses": [{
+            "name": "main", "image": "", "imageID": "", "ready": true, "restartCount": 0, "containerID": "cri-o://c0",
+        }]},
+    })
+}
+
+fn list(names: &[&str]) -> String {
+    let items: Vec<_> = names.iter().map(|name| pod(name)).collect();
+    json!({"apiVersion": "v1", "items": items, "kind": "List", "metadata": {"resourceVersion": ""}})
+        .to_string()
+}
+
+fn error(path: &Path, text: &str) -> String {
+    fs::write(path, text).expect("written");
+    let line = file::read(path).expect_err("an error").to_string();
+    assert!(
+        line.contains(path.to_str().expect("a path")) && !line.contains('\n'),
+        "{line}"
+    );
+    line.replace(path.to_str().expect("a path"), "FILE")
+}
+
+fn follow(path: &Path) -> Arc<Pods> {
+    let pods = Arc::new(Pods::new(
+        &Source::File(path.to_owned()),
+        Duration::from_secs(300),
+    ));
+    tokio::spawn(file::watch(Arc::clone(&pods), path.to_owned()));
+    pods
+}
+
+fn listed(pods: &Pods) -> Vec<String> {
+    pods.view()
+        .listed()
+        .into_iter()
+        .map(|(_, name, _)| name.to_string())
+        .collect()
+}
+
+fn trouble(pods: &Pods) -> String {
+    pods.view().trouble().unwrap_or_default().to_owned()
+}
+
+async fn until(what: &str, so: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !so() {
+        assert!(
+            began.elapsed() < Duration::from_secs(20),
+            "not so in time: {what}"
+        );
+        sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[test]
+fn what_kubectl_prints_is_read() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("pods.json");
+    fs::write(&path, list(&["a", "b"])).expect("written");
+    let records = file::read(&path).expect("a list");
+    assert_eq!(records.len(), 2);
+    assert_eq!(
+        (&*records[1].namespace, &*records[1].name, &*records[1].uid),
+        ("ml", "b", "uid-b")
+    );
+    assert_eq!(records[1].containers["c0"].as_ref(), "main");
+
+    fs::write(&path, json!({"items": []}).to_string()).expect("written");
+    assert_eq!(file::read(&path).expect("a list"), []);
+    fs::write(&path, json!({"kind": "PodList", "items": null}).to_string()).expect("written");
+    assert_eq!(file::read(&path).expect("a list"), []);
+}
+
+#[test]
+fn errors_are_one_line_that_says_where_and_what_is_expected() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("pods.json");
+    let wrong = "FILE is not what `kubectl get pods -A -o json` prints: ";
+    assert_eq!(
+        error(&path, ""),
+        format!("{wrong}EOF while parsing a value at line 1 column 0")
+    );
+    assert_eq!(
+        error(&path, "{\"items\":\n  ["),
+        format!("{wrong}items[0]: EOF while parsing a list at line 2 column 3")
+    );
+    assert_eq!(
+        error(&path, "{\"items\": 7}"),
+        format!("{wrong}invalid type: integer `7`, expected an array of pods at line 1 column 11")
+    );
+    assert_eq!(
+        error(&path, &pod("a").to_string()).split(" at line").next(),
+        Some(&*format!("{wrong}a Pod is not a PodList"))
+    );
+    assert_eq!(
+        error(&path, "{}"),
+        format!("{wrong}missing field `items` at line 1 column 2")
+    );
+    assert_eq!(
+        error(&path, "{\"items\": [], \"kind\": \"ServiceList\"}"),
+        format!("{wrong}a ServiceList is not a PodList at line 1 column 36")
+    );
+    let mut mixed: Value = serde_json::from_str(&list(&["a", "b", "c"])).expect("JSON");
+    mixed["items"][2]["kind"] = "Service".into();
+    let line = error(&path, &mixed.to_string());
+    assert!(
+        line.starts_with(&format!(
+            "{wrong}items[2]: a Service is not a Pod at line 1 column "
+        )),
+        "{line}"
+    );
+    mixed["items"][1]["metadata"] = json!({"name": "b"});
+    let line = error(&path, &mixed.to_string());
+    assert!(
+        line.contains("items[1]: a pod without metadata.uid or metadata.name at line 1"),
+        "{line}"
+    );
+    assert!(error(&path, &format!("{} x", list(&[]))).contains("trailing characters at line 1"));
+}
+
+#[test]
+fn what_is_no_file_of_a_sane_size_is_refused() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let line = file::read(dir.path()).expect_err("an error").to_string();
+    assert!(line.ends_with(": not a regular file"), "{line}");
+    let path = dir.path().join("pods.json");
+    let line = file::read(&path).expect_err("an error").to_string();
+    assert!(
+        line.ends_with("pods.json: No such file or directory (os error 2)"),
+        "{line}"
+    );
+    File::create(&path)
+        .and_then(|file| file.set_len((64 << 20) + 1))
+        .expect("a sparse file");
+    let line = file::read(&path).expect_err("an error").to_string();
+    assert!(line.ends_with("pods.json: larger than 64 MiB"), "{line}");
+}
+
+#[tokio::test]
+async fn every_change_of_the_file_reaches_the_directory() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("pods.json");
+    fs::write(&path, list(&["a"])).expect("written");
+    let pods = follow(&path);
+    until("the first list", || listed(&pods) == ["a"]).await;
+    // As long as before, and at once.
+    fs::write(&path, list(&["b"])).expect("written");
+    until("a change in place", || listed(&pods) == ["b"]).await;
+    let other = dir.path().join("other.json");
+    fs::write(&other, list(&["c"])).expect("written");
+    fs::rename(&other, &path).expect("renamed");
+    until("a file renamed into place", || listed(&pods) == ["c"]).await;
+    // The length and the time stay, as with `rsync --times`.
+    let time = SystemTime::now() - Duration::from_secs(3600);
+    File::options()
+        .write(true)
+        .open(&path)
+        .and_then(|file| file.set_modified(time))
+        .expect("dated");
+    sleep(Duration::from_millis(700)).await;
+    fs::write(&path, list(&["d"])).expect("written");
+    File::options()
+        .write(true)
+        .open(&path)
+        .and_then(|file| file.set_modified(time))
+        .expect("dated");
+    until("a change that hides", || listed(&pods) == ["d"]).await;
+}
+
+#[tokio::test]
+async fn the_swap_of_a_config_map_is_seen() {
+    let dir = tempfile::tempdir().expect("a directory");
+    for (version, name) in [("..1", "a"), ("..2", "b")] {
+        fs::create_dir(dir.path().join(version)).expect("a directory");
+        fs::write(dir.path().join(version).join("pods.json"), list(&[name])).expect("written");
+    }
+    symlink("..1", dir.path().join("..data")).expect("a link");
+    let path = dir.path().join("pods.json");
+    symlink("..data/pods.json", &path).expect("a link");
+    let pods = follow(&path);
+    until("the first list", || listed(&pods) == ["a"]).await;
+    symlink("..2", dir.path().join("..data_tmp")).expect("a link");
+    fs::rename(dir.path().join("..data_tmp"), dir.path().join("..data")).expect("renamed");
+    until("the swap", || listed(&pods) == ["b"]).await;
+}
+
+#[tokio::test]
+async fn a_file_that_is_malformed_or_missing_keeps_the_names() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("pods.json");
+    fs::write(&path, list(&["a"])).expect("written");
+    let pods = follow(&path);
+    until("the first list", || listed(&pods) == ["a"]).await;
+    fs::write(&path, "{").expect("written");
+    until("trouble", || {
+        trouble(&pods).contains("EOF while parsing an object")
+    })
+    .await;
+    let before = pods.view().age(Instant::now()).expect("an age");
+    sleep(Duration::from_millis(1700)).await;
+    assert!(
+        trouble(&pods).contains("EOF while parsing an object"),
+        "an unchanged file is no answer"
+    );
+    assert!(pods.view().age(Instant::now()).expect("an age") > before + Duration::from_secs(1));
+    fs::remove_file(&path).expect("removed");
+    until("other trouble", || trouble(&pods).contains("No such file")).await;
+    assert_eq!(listed(&pods), ["a"]);
+    fs::write(&path, list(&["a", "b"])).expect("written");
+    until("the second list", || listed(&pods) == ["a", "b"]).await;
+    assert_eq!(trouble(&pods), "");
+}
+
+#[tokio::test]
+async fn an_unchanged_file_is_fresh() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("pods.json");
+    fs::write(&path, list(&["a"])).expect("written");
+    let pods = follow(&path);
+    until("the first list", || listed(&pods) == ["a"]).await;
+    sleep(Duration::from_millis(2200)).await;
+    let age = pods.view().age(Instant::now()).expect("an age");
+    assert!(age < Duration::from_millis(1500), "{age:?}");
+}
