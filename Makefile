@@ -24,8 +24,10 @@ run: ## Build, and run the exporter on this host
 	@exec $(AS_ROOT) target/release/chandra --web.listen-address $(LISTEN)
 
 .PHONY: test
-test: setup lint generate-check unit ## Everything that a development machine can check
-	@if tests/vm/fetch $(KERNEL); then tools/kernel-test "$(SIGNAL)" $(KERNEL); \
+test: setup lint generate-check ## Everything that a development machine can check
+	@objects=$$(tools/objects) || exit; [ -z "$$objects" ] || export CHANDRA_EBPF_OBJECTS=$$objects; \
+	cargo test --locked --workspace || exit; \
+	if tests/vm/fetch $(KERNEL); then tools/kernel-test "$(SIGNAL)" $(KERNEL); \
 	else echo "SKIPPED: kernel tests in a VM (see above)"; [ -z "$$CI" ]; fi
 
 .PHONY: setup
@@ -39,10 +41,6 @@ lint: ## Format, clippy, cargo-deny, shellcheck
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	cargo deny --log-level error check licenses bans sources
 	shellcheck $(SHELL_FILES)
-
-.PHONY: unit
-unit: ## Unit, golden, contract, server, Kubernetes and native kernel tests, on the objects that the sources make
-	objects=$$(tools/objects) && CHANDRA_EBPF_OBJECTS=$$objects cargo test --locked --workspace
 
 .PHONY: ebpf
 ebpf: ## Rebuild the committed BPF objects
