@@ -136,6 +136,29 @@ impl Constants<'_> {
         true
     }
 
+    /// Sets what the kernel half needs to find a socket's cgroup.
+    ///
+    /// From 5.15 `sk_cgrp_data.cgroup` is a pointer (commit 8520e224f547); before, `sk_cgrp_data.val` is a word of
+    /// pointer and flags. The kernel half does without the owner where OFF_SOCK_CGROUP is absent, so it is set only
+    /// with the other two.
+    pub fn socket_cgroup(&mut self) {
+        let typed = self
+            .btf
+            .field("sock", "sk_cgrp_data.cgroup")
+            .is_ok_and(|field| field.pointer);
+        self.set("SOCK_CGROUP_TYPED", u32::from(typed));
+        let member = if typed {
+            "sk_cgrp_data.cgroup"
+        } else {
+            "sk_cgrp_data.val"
+        };
+        if self.offset("OFF_CGROUP_KN", &[("cgroup", "kn")])
+            && self.offset("OFF_KERNFS_ID", &[("kernfs_node", "id")])
+        {
+            self.offset("OFF_SOCK_CGROUP", &[("sock", member)]);
+        }
+    }
+
     /// Notes that a constant cannot be resolved; the object's default says that it is absent.
     pub fn lack(&mut self, constant: &'static str, why: String) {
         self.missing.push((constant, why));

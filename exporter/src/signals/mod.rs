@@ -8,10 +8,16 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::Context;
+use aya::{
+    Pod,
+    maps::{HashMap, MapData, MapError},
+};
+
 use crate::{
     families::{Desc, Families},
     kernel::Kernel,
-    ledger::Attribution,
+    ledger::{Attribution, Ledger},
     pods::{Resolution, View},
     probe::{Attached, Hook, Outcome},
 };
@@ -146,6 +152,39 @@ impl Scope<'_> {
             self.strangers.set(true);
         }
         self.pods.resolve(cgroup)
+    }
+
+    /// Books what a map of totals by cgroup id grew by, and removes the entries of cgroups that are long gone.
+    ///
+    /// # Errors
+    /// When the map cannot be read; what was booked before stays.
+    pub fn book<V: Pod, const N: usize>(
+        &self,
+        ledger: &mut Ledger<u64, N>,
+        map: &mut HashMap<MapData, u64, V>,
+        totals: impl Fn(V) -> [u64; N],
+    ) -> anyhow::Result<()> {
+        let mut readings = Vec::new();
+        for entry in map.iter() {
+            match entry {
+                Ok((cgroup, value)) => readings.push((cgroup, totals(value))),
+                Err(MapError::KeyNotFound) => {}
+                Err(error) => return Err(error).context("read a map"),
+            }
+        }
+        ledger.book(
+            &self.pods.owners(),
+            readings,
+            |cgroup| self.resolve(cgroup),
+            self.now,
+        );
+        for cgroup in ledger.retire(self.retention, |cgroup| !self.pods.knows(cgroup), self.now) {
+            match map.remove(&cgroup) {
+                Ok(()) | Err(MapError::KeyNotFound) => {}
+                Err(error) => return Err(error).context("remove a gone cgroup from a map"),
+            }
+        }
+        Ok(())
     }
 }
 

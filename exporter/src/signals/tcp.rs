@@ -10,7 +10,7 @@
 use anyhow::Context;
 use aya::{
     include_bytes_aligned,
-    maps::{HashMap, MapData, MapError},
+    maps::{HashMap, MapData},
 };
 use exporter_common::tcp::{Kind, Retransmits};
 
@@ -112,28 +112,7 @@ fn resolve(constants: &mut Constants<'_>) {
         "RETRANSMIT_HAS_ERROR",
         u32::from(arguments.is_some_and(|count| count > 2)),
     );
-    socket_cgroup(constants);
-}
-
-/// Sets what the kernel half needs to find a socket's cgroup. From 5.15 `sk_cgrp_data.cgroup` is a pointer (commit
-/// 8520e224f547); before, `sk_cgrp_data.val` is a word of pointer and flags.
-fn socket_cgroup(constants: &mut Constants<'_>) {
-    let typed = constants
-        .btf()
-        .field("sock", "sk_cgrp_data.cgroup")
-        .is_ok_and(|field| field.pointer);
-    constants.set("SOCK_CGROUP_TYPED", u32::from(typed));
-    let member = if typed {
-        "sk_cgrp_data.cgroup"
-    } else {
-        "sk_cgrp_data.val"
-    };
-    // The kernel half skips the owner where OFF_SOCK_CGROUP is absent, so it is set only with the other two.
-    if constants.offset("OFF_CGROUP_KN", &[("cgroup", "kn")])
-        && constants.offset("OFF_KERNFS_ID", &[("kernfs_node", "id")])
-    {
-        constants.offset("OFF_SOCK_CGROUP", &[("sock", member)]);
-    }
+    constants.socket_cgroup();
 }
 
 struct Tcp {
@@ -144,33 +123,9 @@ struct Tcp {
 
 impl Signal for Tcp {
     fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<()> {
-        let mut readings = Vec::new();
-        for entry in self.retransmits.iter() {
-            match entry {
-                Ok((cgroup, value)) => readings.push((cgroup, value.segments)),
-                Err(MapError::KeyNotFound) => {}
-                Err(error) => return Err(error).context("read the map RETRANSMITS"),
-            }
-        }
-        self.ledger.book(
-            &scope.pods.owners(),
-            readings,
-            |cgroup| scope.resolve(cgroup),
-            scope.now,
-        );
-        for cgroup in self.ledger.retire(
-            scope.retention,
-            |cgroup| !scope.pods.knows(cgroup),
-            scope.now,
-        ) {
-            match self.retransmits.remove(&cgroup) {
-                Ok(()) | Err(MapError::KeyNotFound) => {}
-                Err(error) => {
-                    return Err(error).context("remove a gone cgroup from the map RETRANSMITS");
-                }
-            }
-        }
-        Ok(())
+        scope.book(&mut self.ledger, &mut self.retransmits, |value| {
+            value.segments
+        })
     }
 
     fn render(&self, families: &mut Families) {
