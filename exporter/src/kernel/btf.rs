@@ -4,7 +4,7 @@
 //!
 //! The format is described in `Documentation/bpf/btf.rst` and `include/uapi/linux/btf.h`.
 //! The bytes are kept as read, with the position of each type; a lookup scans them, and everything it
-//! follows is bounded, so no input makes it panic, hang or use more memory than the input itself.
+//! follows is bounded, so no input makes it panic, hang or use much more memory than its own size.
 
 use std::{
     fmt,
@@ -29,7 +29,8 @@ pub const MAX_STEPS: u32 = 1 << 16;
 /// kernel's own limit (`MAX_RESOLVE_DEPTH` in `kernel/bpf/btf.c`). It bounds the stack and ends cycles.
 const MAX_DEPTH: u32 = 32;
 
-/// Largest BTF that is read. Distribution kernels publish 4 to 12 MiB, and positions must fit in 32 bits.
+/// Largest BTF that is read: Debian's kernels from 5.10 to 7.3 publish 3.6 to 5.5 MB, their `amdgpu`
+/// 4.2 MB. Positions must fit in 32 bits.
 const MAX_BYTES: usize = 64 << 20;
 
 /// BTF does not record the size of a pointer. Chandra runs on 64-bit kernels only.
@@ -743,7 +744,7 @@ impl Member<'_> {
             // at a bit of its own (9d5f9f701b18).
             let [encoding] = self.of.parts::<1>(1).next().unwrap_or_default();
             let (start, length) = (encoding >> 16 & 0xff, encoding & 0xff);
-            if start != 0 || bits % 8 != 0 || u64::from(length) != u64::from(self.of.size) * 8 {
+            if bits % 8 != 0 || u64::from(length) != u64::from(self.of.size) * 8 {
                 bits += u64::from(start);
                 width = length;
                 if width == 0 {
