@@ -97,7 +97,7 @@ pub unsafe fn socket_cgroup(sock: *const u8) -> Result<u64, Loss> {
             load(node, &OFF_KERNFS_ID)
         });
     }
-    // Before 5.15 the field is a u64: bit 0 says that it holds net_prio and net_cls numbers instead of a pointer,
+    // Before commit 8520e224f547 (5.15, late 5.10.y) the field is a u64: bit 0 says that it holds net_prio and net_cls numbers instead of a pointer,
     // bit 1 that no cgroup was recorded (`sock_cgroup_ptr` treats both as unknown).
     // SAFETY: `sock` is typed and the offset is that of `sk_cgrp_data.val`.
     let word: u64 = unsafe { load(sock, &OFF_SOCK_CGROUP) };

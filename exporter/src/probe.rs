@@ -138,8 +138,8 @@ impl Constants<'_> {
 
     /// Sets what the kernel half needs to find a socket's cgroup.
     ///
-    /// From 5.15 `sk_cgrp_data.cgroup` is a pointer (commit 8520e224f547); before, `sk_cgrp_data.val` is a word of
-    /// pointer and flags. The kernel half does without the owner where OFF_SOCK_CGROUP is absent, so it is set only
+    /// From 5.15 `sk_cgrp_data.cgroup` is a pointer (commit 8520e224f547, also in late 5.10.y: Debian's 5.10.262 has
+    /// it); before, `sk_cgrp_data.val` is a word of pointer and flags. The kernel half does without the owner where OFF_SOCK_CGROUP is absent, so it is set only
     /// with the other two.
     pub fn socket_cgroup(&mut self) {
         let typed = self

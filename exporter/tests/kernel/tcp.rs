@@ -313,3 +313,55 @@ fn every_pod_has_the_retransmits_of_its_own_network_namespace() {
         }
     }
 }
+
+#[test]
+fn sockets_without_a_cgroup_pointer_are_unknown_rather_than_wrong() {
+    if !can_trace() || !can_lose_packets() {
+        return;
+    }
+    // Where the field is a word of pointer and flags (before 5.15, and before its fix reached 5.10.y), using net_cls
+    // takes the cgroup from every later socket, for good: not on a real host.
+    if std::env::var_os("CHANDRA_TEST_VM").is_none() {
+        return println!("SKIPPED: only in a VM, which does not mind net_cls");
+    }
+    let root = cgroup_root().display().to_string();
+    let folder = tempfile::tempdir().expect("a folder");
+    let (file, class) = (folder.path().join("pods.json"), folder.path().join("class"));
+    let pod = Pod::new("inference", "classed", 5);
+    write_pods(&file, std::slice::from_ref(&pod));
+    run("ip netns add chandra-peer");
+    let side = Side::new(
+        Some("chandra-e"),
+        format!("{root}/{}", pod.cgroup(0)),
+        6,
+        "delay 1ms",
+    );
+    run("ip -n chandra-e neigh add 10.79.6.9 lladdr 02:00:00:00:00:09 dev c6 nud permanent");
+    let class = class.display();
+    run(&format!(
+        "mkdir {class}; mount -t cgroup -o net_cls none {class}; mkdir {class}/ai; echo 0x10001 >{class}/ai/net_cls.classid"
+    ));
+    let exporter = Exporter::start(&["--pods", &file.display().to_string()]);
+    let work = format!(
+        "echo $$ >{class}/ai/cgroup.procs; echo $$ >{}/cgroup.procs; exec ip netns exec chandra-e {} knock 10.79.6.9:81 4 5",
+        side.cgroup,
+        build().join("examples/traffic").display(),
+    );
+    run(&work);
+    let kernel = side.counters()["Tcp.RetransSegs"];
+    let scrape = exporter.scrape_until("all are counted", |scrape| {
+        scrape.sum(RETRANSMITS, &[]) == kernel
+    });
+    let types = chandra::kernel::Kernel::read().btf.expect("BTF");
+    let pointer = types
+        .field("sock", "sk_cgrp_data.cgroup")
+        .is_ok_and(|field| field.pointer);
+    let owner = if pointer { "classed" } else { "unknown" };
+    println!("{kernel} segments, all of {owner}");
+    assert!(kernel >= 4.0);
+    assert_eq!(scrape.sum(RETRANSMITS, &[("pod", owner)]), kernel);
+    drop(exporter);
+    run(&format!(
+        "ip netns del chandra-e; ip netns del chandra-peer; rmdir {class}/ai; umount {class}"
+    ));
+}
