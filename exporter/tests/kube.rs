@@ -391,7 +391,7 @@ fn query(text: &str) -> HashMap<String, String> {
 fn quick() -> Patience {
     Patience {
         answer: Duration::from_secs(2),
-        silence: Duration::from_secs(20),
+        silence: Duration::from_secs(60),
         watch: Duration::from_secs(290),
         first_pause: Duration::from_millis(40),
         longest_pause: Duration::from_millis(400),
@@ -922,6 +922,11 @@ async fn an_event_without_end_is_refused() {
         api.send(&piece);
     }
     until("the list is read again", || api.lists() == 2).await;
+    assert!(
+        Log::lines()[0].contains("an event is larger than 8 MiB"),
+        "{:#?}",
+        Log::lines()
+    );
     until("no trouble", || trouble(&pods).is_empty()).await;
 }
 

@@ -239,7 +239,7 @@ async fn an_unchanged_file_is_fresh() {
     fs::write(&path, list(&["a"])).expect("written");
     let pods = follow(&path);
     until("the first list", || listed(&pods) == ["a"]).await;
-    sleep(Duration::from_millis(2200)).await;
+    sleep(Duration::from_millis(3200)).await;
     let age = pods.view().age(Instant::now()).expect("an age");
     assert!(age < Duration::from_millis(1500), "{age:?}");
 }

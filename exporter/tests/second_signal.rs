@@ -8,22 +8,46 @@ use std::{path::Path, process::Command};
 fn a_signal_more_is_one_file_per_layer_and_four_lines_in_lists() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let output = Command::new("git")
-        .args(["apply", "--check", "--numstat", "--summary", "docs/second-signal.patch"])
+        .args([
+            "apply",
+            "--check",
+            "--numstat",
+            "--summary",
+            "docs/second-signal.patch",
+        ])
         .current_dir(&root)
         .output()
         .expect("git");
     let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "the patch does not apply to this tree:\n{errors}");
+    assert!(
+        output.status.success(),
+        "the patch does not apply to this tree:\n{errors}"
+    );
     let text = String::from_utf8(output.stdout).expect("UTF-8");
-    let new: Vec<_> = text.lines().filter_map(|line| line.strip_prefix(" create mode 100644 ")).collect();
+    let new: Vec<_> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix(" create mode 100644 "))
+        .collect();
     assert_eq!(
         new,
-        ["exporter-common/src/reset.rs", "exporter-ebpf/src/bin/reset.rs", "exporter/src/signals/reset.rs"]
+        [
+            "exporter-common/src/reset.rs",
+            "exporter-ebpf/src/bin/reset.rs",
+            "exporter/src/signals/reset.rs"
+        ]
     );
     let edited: u32 = text
         .lines()
         .filter(|line| line.contains('\t') && !new.iter().any(|file| line.ends_with(file)))
-        .map(|line| line.split('\t').next().and_then(|added| added.parse::<u32>().ok()).expect("a count"))
+        .map(|line| {
+            line.split('\t')
+                .next()
+                .and_then(|added| added.parse::<u32>().ok())
+                .expect("a count")
+        })
         .sum();
-    assert!((1..=4).contains(&edited), "{edited} lines in lists:\n{text}");
+    assert!(
+        (1..=4).contains(&edited),
+        "{edited} lines in lists:\n{text}"
+    );
 }

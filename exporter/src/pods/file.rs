@@ -216,3 +216,32 @@ pub async fn watch(pods: Arc<Pods>, path: PathBuf) {
         sleep(LOOK).await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_young_file_is_read_by_the_next_look_too() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("pods.json");
+        fs::write(&path, "{\"items\": []}").expect("written");
+        let (stamp, found) = look(&path, None);
+        assert_eq!((stamp, found.ok()), (None, Some(Some(Vec::new()))));
+
+        for time in [
+            SystemTime::now() - 2 * YOUNG,
+            SystemTime::now() + 60 * YOUNG,
+        ] {
+            fs::File::options()
+                .write(true)
+                .open(&path)
+                .and_then(|file| file.set_modified(time))
+                .expect("dated");
+            let (stamp, found) = look(&path, None);
+            assert!(stamp.is_some() && found.is_ok_and(|list| list.is_some()));
+            let (again, found) = look(&path, stamp);
+            assert_eq!((again, found.ok()), (stamp, Some(None)), "nothing changed");
+        }
+    }
+}
