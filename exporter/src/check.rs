@@ -5,6 +5,7 @@
 
 use std::{fmt::Write, fs, path::Path};
 
+use anyhow::anyhow;
 use serde::Serialize;
 
 use crate::{
@@ -155,7 +156,9 @@ fn facts(kernel: &Kernel, hierarchy: &Hierarchy) -> Vec<Fact> {
         _ => Ok("off".to_owned()),
     };
     let cgroups = match hierarchy {
-        Hierarchy::V2 { root, whole: true } => Ok(format!("v2 at {}", root.display())),
+        Hierarchy::V2 { root, whole: true } => cgroup2(root)
+            .map(|()| format!("v2 at {}", root.display()))
+            .map_err(|error| error.to_string()),
         other => Err(other.trouble().unwrap_or_default()),
     };
     vec![
@@ -183,6 +186,21 @@ fn facts(kernel: &Kernel, hierarchy: &Hierarchy) -> Vec<Fact> {
         fact("GPU", Ok(gpu())),
         fact("NCCL", Ok(nccl())),
     ]
+}
+
+/// Makes sure that a folder is one of cgroup v2: any other could be walked as well.
+///
+/// # Errors
+/// When it is not: one line with what to do.
+pub fn cgroup2(root: &Path) -> anyhow::Result<()> {
+    // Every folder of a cgroup v2 hierarchy has this file, the root included.
+    if root.join("cgroup.controllers").is_file() {
+        return Ok(());
+    }
+    Err(anyhow!(
+        "{} is not where cgroup v2 is mounted: name the place with --path.cgroupfs",
+        root.display()
+    ))
 }
 
 fn release(release: &str) -> Result<String, String> {

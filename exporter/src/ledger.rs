@@ -102,12 +102,12 @@ impl<K: Copy + Eq + Hash, const N: usize> Ledger<K, N> {
         let known: HashSet<_> = owners.iter().map(|owner| &owner.labels).collect();
         self.accounts.retain(|labels, _| known.contains(labels));
         self.folded.retain(|owner| owners.contains(owner));
-        // A pod's own cgroup counts only what is outside of its containers: rarely anything.
-        for owner in owners
-            .iter()
-            .filter(|owner| !owner.labels.container.is_empty())
-        {
-            self.open(owner);
+        for owner in owners {
+            // A pod's own cgroup counts only what is outside of its containers: rarely anything. Its account is opened by
+            // its first event, and restarts with the pod's successor.
+            if !owner.labels.container.is_empty() || self.accounts.contains_key(&owner.labels) {
+                self.open(owner);
+            }
         }
         for (key, totals) in readings {
             let source = self.sources.entry(key).or_insert(Source {
@@ -205,7 +205,7 @@ impl<K: Copy + Eq + Hash, const N: usize> Ledger<K, N> {
                 uid: Arc::clone(&owner.uid),
                 totals: [0; N],
             });
-        // The directory names only the youngest pod of a name, so another uid is a younger one.
+        // The directory names only the pod that holds a name, so another uid is its successor's.
         if account.uid != owner.uid {
             *account = Account {
                 uid: Arc::clone(&owner.uid),

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use chandra::{
     args::{Args, Command, Serve},
     check,
@@ -48,6 +48,8 @@ fn print(text: &str) -> ExitCode {
 }
 
 fn refuse(code: u8, why: &dyn std::fmt::Display) -> ExitCode {
+    // One line, whatever line breaks the name of a file has.
+    let why = why.to_string().replace(['\n', '\r'], " ");
     let _ = writeln!(std::io::stderr(), "chandra: {why}");
     ExitCode::from(code)
 }
@@ -57,21 +59,13 @@ fn refuse_flags(error: &clap::Error) -> ExitCode {
         return print(&error.render().to_string());
     }
     let text = error.render().to_string();
-    let first = text
+    // The error and clap's tip, without the usage below them.
+    let words = text
+        .trim_start_matches("error: ")
         .lines()
-        .next()
-        .unwrap_or_default()
-        .trim_start_matches("error: ");
-    let missing = text
-        .lines()
-        .skip(1)
-        .take_while(|line| line.starts_with("  "))
-        .map(str::trim);
-    let line = [first]
-        .into_iter()
-        .chain(missing)
-        .collect::<Vec<_>>()
-        .join(" ");
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"))
+        .flat_map(str::split_whitespace);
+    let line = words.collect::<Vec<_>>().join(" ");
     refuse(USAGE, &format!("{line} (chandra --help lists the flags)"))
 }
 
@@ -172,7 +166,10 @@ async fn follow_pods(args: &Serve, source: &Source, pods: &Arc<Pods>) -> anyhow:
     match source {
         Source::None => {}
         Source::File(path) => {
-            pods.pods_listed(pods::file::read(path)?, std::time::Instant::now());
+            let records = pods::file::read(path).map_err(|error| {
+                anyhow!("{error}; --pods takes a file with a PodList in JSON, kube or none")
+            })?;
+            pods.pods_listed(records, std::time::Instant::now());
             tokio::spawn(pods::file::watch(Arc::clone(pods), path.clone()));
         }
         Source::Kube => {
@@ -203,16 +200,19 @@ fn prepare(args: &Serve, pods: Arc<Pods>) -> Arc<Exporter> {
     for running in &signals {
         let (name, state) = (running.entry.name, running.attempt.state);
         tracing::info!("signal {name}: {}", state.label());
-        for hook in running
+        let mut details: Vec<_> = running
             .attempt
             .hooks
             .iter()
-            .filter(|hook| !hook.detail.is_empty())
-        {
+            .map(|hook| &hook.detail)
+            .collect();
+        // What fails the whole object is the detail of every hook.
+        details.dedup();
+        for detail in details.into_iter().filter(|detail| !detail.is_empty()) {
             if state == State::Failed {
-                tracing::error!("signal {name}: {}", hook.detail);
+                tracing::error!("signal {name}: {detail}");
             } else {
-                tracing::warn!("signal {name}: {}", hook.detail);
+                tracing::warn!("signal {name}: {detail}");
             }
         }
         for note in &running.attempt.notes {
@@ -227,7 +227,9 @@ fn prepare(args: &Serve, pods: Arc<Pods>) -> Arc<Exporter> {
 
 fn follow_cgroups(hierarchy: &mut Hierarchy, pods: &Arc<Pods>) -> Option<cgroups::Bell> {
     if let Hierarchy::V2 { root, .. } = hierarchy {
-        match cgroups::Watcher::new(root.clone(), Arc::clone(pods)) {
+        let watcher = check::cgroup2(root)
+            .and_then(|()| cgroups::Watcher::new(root.clone(), Arc::clone(pods)));
+        match watcher {
             Ok(watcher) => {
                 let bell = watcher.bell();
                 let thread = thread::Builder::new()

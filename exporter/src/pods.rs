@@ -373,18 +373,19 @@ impl State {
                     .or_insert_with(|| Arc::clone(container));
             }
         }
-        let younger = self
+        let holds = self
             .holders
             .get(&name)
             .and_then(|uid| self.pods.get(uid))
             .is_none_or(|holder| {
-                record.created > holder.record.created || {
-                    // Creation times have whole seconds: in a tie a pod that is still listed beats one that is not, and
-                    // the later arrival wins.
-                    record.created == holder.record.created && !self.pods.contains_key(&record.uid)
-                }
+                // Creation times are those of several clocks, in whole seconds: a deleted pod has no claim, and in a tie
+                // the later arrival wins.
+                holder.gone.is_some()
+                    || record.created > holder.record.created
+                    || record.created == holder.record.created
+                        && !self.pods.contains_key(&record.uid)
             });
-        if younger {
+        if holds {
             self.holders.insert(name, Arc::clone(&record.uid));
         }
         self.pods
@@ -465,13 +466,23 @@ impl View<'_> {
         self.state.cgroups.contains_key(&cgroup)
     }
 
-    /// Returns every owner that has a cgroup, gone ones within the retention time included.
+    /// Returns every owner that has a cgroup, gone ones within the retention time included. A container's pod is one as
+    /// well: it owns what comes before the container's name, or without it.
     pub fn owners(&self) -> HashSet<Owner> {
-        let owner = |cgroup: &Cgroup| match self.state.resolve(&cgroup.place, self.named) {
-            Resolution::Owner(owner) => Some(owner),
-            _ => None,
-        };
-        self.state.cgroups.values().filter_map(owner).collect()
+        let mut owners = HashSet::new();
+        for cgroup in self.state.cgroups.values() {
+            if let Resolution::Owner(owner) | Resolution::Pending(Some(owner)) =
+                self.state.resolve(&cgroup.place, self.named)
+            {
+                if !owner.labels.pod.is_empty() {
+                    let mut pod = owner.clone();
+                    pod.labels.container = "".into();
+                    owners.insert(pod);
+                }
+                owners.insert(owner);
+            }
+        }
+        owners
     }
 
     /// How long ago the pods' source last answered; `None` if it never did.

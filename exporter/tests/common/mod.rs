@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What the tests share that run the real binary: the exporter as a process, scrapes, pods, cgroups.
 
-// Each test file uses its own part of this.
 #![allow(
     dead_code,
     reason = "every test file is a crate of its own and uses a part"
+)]
+#![expect(
+    unreachable_pub,
+    clippy::print_stderr,
+    reason = "a module of test crates, which export nothing and show the exporter's log"
 )]
 
 use std::{
@@ -188,6 +192,15 @@ impl Scrape {
             .keys()
             .any(|series| series.starts_with(metric) && series.contains(label))
     }
+}
+
+/// Prints why a test is skipped. Where everything has to run, that is a failure.
+pub fn skip(why: &str) {
+    assert!(
+        env::var_os("CHANDRA_TEST_ALL").is_none(),
+        "CHANDRA_TEST_ALL is set: {why}"
+    );
+    println!("SKIPPED: {why}");
 }
 
 /// Runs a shell command that must succeed, and returns its output.

@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The exposition, byte for byte: made-up accounts in, a committed page out. `UPDATE_GOLDEN=1` rewrites the pages.
+//! promtool then says if Prometheus would take them.
+
+mod common;
+
+use std::{
+    env, fs,
+    io::Write,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use chandra::{
+    args::Args,
+    families::{Desc, Families, POD},
+    kernel::{Hierarchy, Kernel},
+    pods::{Labels, Pods},
+    scrape::{self, Exporter, VERSION},
+    server::Site,
+    signals::{Options, SIGNALS, tcp},
+};
+use clap::Parser;
+
+use common::skip;
+
+type Make = fn() -> String;
+
+/// The committed pages, by name, and what makes each.
+const PAGES: [(&str, Make); 2] = [("exporter", exporter_page), ("tcp", tcp_page)];
+
+fn encode(families: Families) -> String {
+    let mut page = Vec::new();
+    families.encode(&mut page).expect("a vector takes all");
+    String::from_utf8(page).expect("the format is UTF-8")
+}
+
+fn tcp_page() -> String {
+    let labels = |namespace: &str, pod: &str, container: &str| Labels {
+        namespace: namespace.into(),
+        pod: pod.into(),
+        container: container.into(),
+    };
+    let accounts = [
+        (Labels::default(), [1, 2, 3, 4, 5]),
+        (Labels::only_pod("unknown"), [0; tcp::KINDS]),
+        (Labels::only_pod("other"), [0, 0, 1, 0, 0]),
+        (labels("inference", "vllm-0", ""), [0, 1, 0, 0, 0]),
+        // From 2^53 on not every whole number is a sample value.
+        (
+            labels("inference", "vllm-0", "main"),
+            [7, 1_000_000, (1 << 53) - 1, 1 << 53, u64::MAX],
+        ),
+        // How systemd escapes a dash in a unit's name.
+        (
+            labels("", "", r"run-nvidia\x2dfabric.mount"),
+            [6; tcp::KINDS],
+        ),
+        (
+            labels("\"quoted\"", "back\\slash\\", "two\nlines"),
+            [8; tcp::KINDS],
+        ),
+        (labels("ünïcode", "चन्द्र", "容器🔭"), [9; tcp::KINDS]),
+        (labels("{a=\"b\"}", "# HELP", " 1\t"), [10; tcp::KINDS]),
+    ];
+    let mut families = Families::default();
+    let borrowed = accounts.iter().map(|(labels, n)| (labels.clone(), n));
+    tcp::render(borrowed, &mut families);
+    encode(families)
+}
+
+/// What the exporter tells of itself, with a signal that fails in the same way on every host, and without what depends
+/// on the build and the clock.
+fn exporter_page() -> String {
+    let mut kernel = Kernel::read();
+    kernel.btf = Err("this kernel has no BTF".to_owned());
+    let mut signals = scrape::attach(&kernel, &[], Options { max_owners: 1 });
+    signals.retain(|running| running.entry.name == "tcp");
+    let args = Args::try_parse_from(["chandra", "--pods", "pods.json"]).expect("valid flags");
+    let pods = Pods::new(&args.serve.source(), Duration::from_secs(300));
+    let exporter = Exporter::new(
+        signals,
+        Arc::new(pods),
+        None,
+        &kernel,
+        &Hierarchy::Absent,
+        &args.serve,
+    );
+    let page = String::from_utf8(exporter.metrics().expect("a page")).expect("UTF-8");
+    let version = format!("\"{VERSION}\"");
+    let constant = page.lines().map(|line| {
+        let line = match line.split_once(' ') {
+            Some((name @ "chandra_pods_age_seconds", _)) => format!("{name} 0"),
+            _ => line.replace(&version, "\"0.0.0\""),
+        };
+        line + "\n"
+    });
+    constant.collect()
+}
+
+#[test]
+fn every_page_is_the_committed_one() {
+    for (name, make) in PAGES {
+        let page = make();
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/{name}.prom"));
+        if env::var_os("UPDATE_GOLDEN").is_some() {
+            fs::write(&path, &page).expect("a writable source tree");
+        }
+        let golden = fs::read_to_string(&path).unwrap_or_default();
+        let only = |page: &str, other: &str, mark| {
+            let lines = page.lines().filter(|line| !other.contains(*line));
+            lines
+                .map(|line| format!("{mark} {line}\n"))
+                .collect::<String>()
+        };
+        assert!(
+            page == golden,
+            "the page is not {} (UPDATE_GOLDEN=1 cargo test --test golden rewrites it):\n{}{}",
+            path.display(),
+            only(&golden, &page, '-'),
+            only(&page, &golden, '+'),
+        );
+    }
+}
+
+#[test]
+fn every_signal_has_a_page() {
+    for entry in SIGNALS {
+        assert!(
+            PAGES.iter().any(|(name, _)| *name == entry.name),
+            "no page of made-up accounts for {}",
+            entry.name
+        );
+    }
+}
+
+/// Where promtool is, if it is anywhere.
+fn promtool() -> Option<PathBuf> {
+    if let Some(path) = env::var_os("PROMTOOL").filter(|path| !path.is_empty()) {
+        return Some(path.into());
+    }
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path)
+        .map(|folder| folder.join("promtool"))
+        .find(|file| file.is_file())
+}
+
+/// Asks promtool about a page; it has to have nothing to say.
+fn lint(promtool: &Path, name: &str, page: &str) {
+    let mut child = Command::new(promtool)
+        .args(["check", "metrics"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("cannot run {}: {error}", promtool.display()));
+    let mut stdin = child.stdin.take().expect("piped");
+    stdin.write_all(page.as_bytes()).expect("promtool reads");
+    drop(stdin);
+    let output = child.wait_with_output().expect("promtool ends");
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    assert!(
+        output.status.success() && said.is_empty(),
+        "promtool check metrics <{name}: {}\n{said}",
+        output.status
+    );
+}
+
+#[test]
+fn prometheus_takes_every_page() {
+    let Some(promtool) = promtool() else {
+        return skip("needs promtool, on PATH or named by $PROMTOOL");
+    };
+    for (name, make) in PAGES {
+        lint(&promtool, name, &make());
+    }
+
+    // A signal that works has metrics that the page of one that failed lacks.
+    let mut all = Families::default();
+    let of_signals = SIGNALS.iter().flat_map(|entry| entry.descs);
+    for desc in of_signals.chain(scrape::DESCS) {
+        let desc: &'static Desc = desc;
+        let of_pod = if desc.per_pod { POD.len() } else { 0 };
+        let labels = vec!["x"; of_pod + desc.labels.len()];
+        all.add(desc, &labels, 1.0);
+    }
+    lint(&promtool, "every metric", &encode(all));
+}
