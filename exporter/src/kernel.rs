@@ -126,6 +126,8 @@ pub enum Hierarchy {
     V1,
     /// No cgroup file system is mounted.
     Absent,
+    /// The place that the user named is not where cgroup v2 is mounted.
+    Wrong(PathBuf),
 }
 
 impl Hierarchy {
@@ -162,6 +164,10 @@ impl Hierarchy {
     /// Finds the hierarchy of this host, or takes the given mount point.
     pub fn of_host(given: Option<&Path>) -> Self {
         match given {
+            // Every folder of a cgroup v2 hierarchy has this file, the root included; any other could be walked as well.
+            Some(root) if !root.join("cgroup.controllers").is_file() => {
+                Self::Wrong(root.to_owned())
+            }
             Some(root) => Self::V2 {
                 root: root.to_owned(),
                 whole: true,
@@ -184,6 +190,10 @@ impl Hierarchy {
                  systemd.unified_cgroup_hierarchy=1"
                     .to_owned(),
             ),
+            Self::Wrong(root) => Some(format!(
+                "{} is not where cgroup v2 is mounted, so nothing can be attributed to pods: name the place with --path.cgroupfs",
+                root.display()
+            )),
             Self::Absent => Some(
                 "no cgroup file system is mounted, so nothing can be attributed to pods: mount cgroup2 at /sys/fs/cgroup \
                  or name it with --path.cgroupfs"

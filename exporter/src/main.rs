@@ -227,9 +227,7 @@ fn prepare(args: &Serve, pods: Arc<Pods>) -> Arc<Exporter> {
 
 fn follow_cgroups(hierarchy: &mut Hierarchy, pods: &Arc<Pods>) -> Option<cgroups::Bell> {
     if let Hierarchy::V2 { root, .. } = hierarchy {
-        let watcher = check::cgroup2(root)
-            .and_then(|()| cgroups::Watcher::new(root.clone(), Arc::clone(pods)));
-        match watcher {
+        match cgroups::Watcher::new(root.clone(), Arc::clone(pods)) {
             Ok(watcher) => {
                 let bell = watcher.bell();
                 let thread = thread::Builder::new()

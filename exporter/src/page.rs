@@ -134,16 +134,16 @@ fn write(
 
 fn write_pods(page: &mut String, pods: &View<'_>, source: &Source) -> std::fmt::Result {
     let listed = pods.listed();
-    write!(page, "<h2>Pods</h2><p>{} cgroups. ", pods.cgroups())?;
+    write!(page, "<h2>Pods</h2><p>Cgroups: {}. ", pods.cgroups())?;
     match source {
         Source::None => {
             page.push_str("Pod names are off (<code>--pods none</code>): series carry the cgroup's name as <code>container</code>.");
             return Ok(());
         }
-        Source::Kube => write!(page, "{} pods, from the API server.", listed.len())?,
+        Source::Kube => write!(page, "Pods: {}, from the API server.", listed.len())?,
         Source::File(path) => write!(
             page,
-            "{} pods, from <code>{}</code>.",
+            "Pods: {}, from <code>{}</code>.",
             listed.len(),
             Text(&path.to_string_lossy())
         )?,

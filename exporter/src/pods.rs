@@ -365,13 +365,27 @@ impl State {
     fn upsert(&mut self, mut record: Record) {
         let name = (Arc::clone(&record.namespace), Arc::clone(&record.name));
         if let Some(known) = self.pods.get(&record.uid) {
-            // A container that restarted twice is no longer in the status, but its cgroup may still be.
-            for (id, container) in &known.record.containers {
-                record
-                    .containers
-                    .entry(Arc::clone(id))
-                    .or_insert_with(|| Arc::clone(container));
+            // A container that restarted twice is no longer in the status, but its cgroup may still be. One whose cgroup is
+            // forgotten is as well, or a crash loop would pile up ids.
+            let earlier = known.record.containers.iter();
+            let mut earlier: Vec<_> = earlier
+                .filter(|(id, _)| !record.containers.contains_key(*id))
+                .collect();
+            if !earlier.is_empty() {
+                let places = self
+                    .cgroups
+                    .values()
+                    .filter_map(|cgroup| match &cgroup.place {
+                        Place::Container { uid, id } if *uid == record.uid => Some(id),
+                        _ => None,
+                    });
+                let used: HashSet<_> = places.collect();
+                earlier.retain(|(id, _)| used.contains(id));
             }
+            let earlier = earlier
+                .into_iter()
+                .map(|(id, name)| (Arc::clone(id), Arc::clone(name)));
+            record.containers.extend(earlier);
         }
         let holds = self
             .holders

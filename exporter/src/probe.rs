@@ -20,17 +20,17 @@ use crate::kernel::{Kernel, btf::Btf};
 pub enum Method {
     /// A raw tracepoint with BTF-typed arguments.
     TpBtf,
+    /// A file system watched from user space.
+    Inotify,
 }
 
 impl Method {
     /// Every method, for the reference.
-    pub const LABELS: [&'static str; 1] = ["tp_btf"];
+    pub const LABELS: [&'static str; 2] = ["tp_btf", "inotify"];
 
     /// The label.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::TpBtf => "tp_btf",
-        }
+        Self::LABELS[self as usize]
     }
 }
 
@@ -53,11 +53,15 @@ pub enum Reason {
     Rejected,
     /// Anything else.
     Failed,
+    /// No cgroup v2 hierarchy is mounted.
+    NoCgroupV2,
+    /// The mount shows only a part of the hierarchy.
+    PartOfHierarchy,
 }
 
 impl Reason {
     /// Every reason, for the reference.
-    pub const LABELS: [&'static str; 8] = [
+    pub const LABELS: [&'static str; 10] = [
         "attached",
         "no_btf",
         "no_hook",
@@ -66,6 +70,8 @@ impl Reason {
         "no_memory",
         "rejected",
         "failed",
+        "no_cgroup_v2",
+        "part_of_hierarchy",
     ];
 
     /// The label.
@@ -456,6 +462,7 @@ mod tests {
     fn every_reason_has_its_own_label() {
         assert_eq!(Reason::Attached.label(), "attached");
         assert_eq!(Reason::Failed.label(), "failed");
-        assert_eq!(Reason::Failed as usize + 1, Reason::LABELS.len());
+        assert_eq!(Reason::PartOfHierarchy.label(), "part_of_hierarchy");
+        assert_eq!(Reason::PartOfHierarchy as usize + 1, Reason::LABELS.len());
     }
 }

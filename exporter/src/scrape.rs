@@ -48,7 +48,7 @@ static SIGNAL_STATE: Desc = Desc {
 static HOOK_INFO: Desc = Desc {
     name: "chandra_hook_info",
     kind: Kind::Gauge,
-    help: "1 for each hook of a signal, with how it is attached or why it is not.",
+    help: "1 for each hook of a signal, and for the exporter's watch of cgroups, with how it is attached or why it is not.",
     per_pod: false,
     labels: &["signal", "hook", "method", "reason"],
     values: &[("method", &Method::LABELS), ("reason", &Reason::LABELS)],
@@ -191,6 +191,7 @@ pub struct Exporter {
     pods: Arc<Pods>,
     bell: Option<Bell>,
     host: page::Host,
+    cgroups: Reason,
     source: Source,
     retention: Duration,
     started: Instant,
@@ -240,6 +241,11 @@ impl Exporter {
                 release: kernel.release.clone(),
                 cgroups: hierarchy.trouble(),
             },
+            cgroups: match hierarchy {
+                Hierarchy::V2 { whole: true, .. } => Reason::Attached,
+                Hierarchy::V2 { whole: false, .. } => Reason::PartOfHierarchy,
+                _ => Reason::NoCgroupV2,
+            },
             source: args.source(),
             retention: args.retention,
             started: Instant::now(),
@@ -249,6 +255,13 @@ impl Exporter {
     fn collect(&self) -> Families {
         let mut families = Families::default();
         families.add(&BUILD_INFO, &[VERSION], 1.0);
+        let cgroups = [
+            "exporter",
+            "cgroups",
+            Method::Inotify.label(),
+            self.cgroups.label(),
+        ];
+        families.add(&HOOK_INFO, &cgroups, 1.0);
         let now = Instant::now();
         self.pods.expire(now);
         let view = self.pods.view();

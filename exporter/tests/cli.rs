@@ -340,9 +340,9 @@ fn without_capabilities_it_serves_and_says_what_to_add() {
     let scrape = exporter.scrape();
     assert_state(&scrape, "failed");
     let hooks = |labels: &[(&str, &str)]| scrape.sum("chandra_hook_info", labels);
-    assert!(hooks(&[]) > 0.0);
+    assert!(hooks(&[("signal", "tcp")]) > 0.0);
     assert_eq!(
-        hooks(&[]),
+        hooks(&[("signal", "tcp")]),
         hooks(&[("signal", "tcp"), ("reason", "no_permission")])
     );
     let page = exporter.get("/");
@@ -399,8 +399,8 @@ fn without_btf_it_serves_and_says_so() {
     let scrape = exporter.scrape();
     assert_state(&scrape, "failed");
     let hooks = |labels: &[(&str, &str)]| scrape.sum("chandra_hook_info", labels);
-    assert!(hooks(&[]) > 0.0);
-    assert_eq!(hooks(&[]), hooks(&[("reason", "no_btf")]));
+    assert!(hooks(&[("signal", "tcp")]) > 0.0);
+    assert_eq!(hooks(&[("signal", "tcp")]), hooks(&[("reason", "no_btf")]));
     assert!(exporter.get("/").contains("CONFIG_DEBUG_INFO_BTF"));
 
     let mut check = without();
@@ -441,7 +441,9 @@ fn without_cgroup_v2_it_serves_and_says_that_nothing_is_attributed() {
     }
     for (mounts, what, remedy) in hosts {
         let exporter = Exporter::start_by(&mut after(mounts), &["--pods", "none"]);
-        assert_state(&exporter.scrape(), "up");
+        let scrape = exporter.scrape();
+        assert_state(&scrape, "up");
+        assert!(scrape.has("chandra_hook_info", "reason=\"no_cgroup_v2\""));
         let page = exporter.get("/");
         assert!(page.contains(what) && page.contains(remedy), "{page}");
         let mut check = after(mounts);
@@ -478,7 +480,7 @@ fn a_folder_that_is_not_cgroup_v2_is_not_walked() {
         let page = exporter.get("/");
         assert!(page.contains("nothing can be attributed to pods"), "{page}");
         assert!(
-            page.contains("<p>1 cgroups"),
+            page.contains("<p>Cgroups: 1."),
             "only the root, which is the host: {page}"
         );
         let mut check = chandra();
@@ -571,7 +573,7 @@ fn a_pods_file_is_read_again_when_it_changes() {
     };
     let page = exporter.get("/");
     assert!(page.contains("vllm-0") && page.contains(&file), "{page}");
-    assert!(page.contains("1 pods, from"), "{page}");
+    assert!(page.contains("Pods: 1, from"), "{page}");
     assert!(age() < 10.0);
     write_pods(&path, &[first.clone(), second.clone()]);
     until("a pod more", &|page| {

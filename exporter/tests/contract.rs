@@ -98,9 +98,9 @@ fn the_declared_label_values_are_those_that_the_code_produces() {
     );
     assert_eq!(declared("chandra_signal_state", "state"), produced);
 
-    let methods = [Method::TpBtf];
+    let methods = [Method::TpBtf, Method::Inotify];
     let produced = methods.map(|method| match method {
-        Method::TpBtf => method.label(),
+        Method::TpBtf | Method::Inotify => method.label(),
     });
     assert_eq!(declared("chandra_hook_info", "method"), produced);
 
@@ -113,6 +113,8 @@ fn the_declared_label_values_are_those_that_the_code_produces() {
         Reason::NoMemory,
         Reason::Rejected,
         Reason::Failed,
+        Reason::NoCgroupV2,
+        Reason::PartOfHierarchy,
     ];
     let produced = reasons.map(|reason| match reason {
         Reason::Attached
@@ -122,7 +124,9 @@ fn the_declared_label_values_are_those_that_the_code_produces() {
         | Reason::NoPermission
         | Reason::NoMemory
         | Reason::Rejected
-        | Reason::Failed => reason.label(),
+        | Reason::Failed
+        | Reason::NoCgroupV2
+        | Reason::PartOfHierarchy => reason.label(),
     });
     assert_eq!(declared("chandra_hook_info", "reason"), produced);
 

@@ -1,19 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The exporter as a guest of the node: what it leaves behind.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
-use super::{can_trace, common::*, skip};
+use super::{alone, can_trace, common::*, skip};
 
-/// Programs and maps of ours that the kernel holds, by any process.
-fn ours() -> String {
-    run(
-        "bpftool prog show 2>/dev/null | grep -E 'name tcp_retransmit_s' || true; bpftool map show 2>/dev/null | grep -E 'name RETRANSMITS' || true",
-    )
+/// The programs and maps that a process holds, as `prog` or `map` and an id, from its descriptors.
+fn held(pid: u32) -> BTreeSet<(&'static str, String)> {
+    let text = run(&format!("cat /proc/{pid}/fdinfo/*"));
+    let ids = text.lines().filter_map(|line| {
+        let (key, id) = line.split_once(':')?;
+        let kind = match key {
+            "prog_id" => "prog",
+            "map_id" => "map",
+            _ => return None,
+        };
+        Some((kind, id.trim().to_owned()))
+    });
+    ids.collect()
+}
+
+fn in_kernel((kind, id): &(&str, String)) -> bool {
+    succeeds(&format!("bpftool {kind} show id {id}"))
 }
 
 #[test]
 fn nothing_of_ours_remains_in_the_kernel_however_it_ends() {
+    let _alone = alone();
     if !can_trace() {
         return;
     }
@@ -22,9 +35,11 @@ fn nothing_of_ours_remains_in_the_kernel_however_it_ends() {
     }
     // SIGKILL leaves no time to clean up: the kernel has to do it with the process's descriptors.
     for signal in ["TERM", "INT", "KILL"] {
-        let before = ours();
         let mut exporter = Exporter::start(&["--pods", "none"]);
-        assert!(ours().len() > before.len(), "bpftool sees the programs");
+        let held = held(exporter.child.id());
+        let programs = held.iter().filter(|(kind, _)| *kind == "prog").count();
+        assert!(programs >= 2 && held.len() > programs, "{held:?}");
+        assert!(held.iter().all(in_kernel), "bpftool sees all of {held:?}");
         let (status, took) = exporter.stop(signal);
         assert_eq!(
             status.code(),
@@ -33,10 +48,10 @@ fn nothing_of_ours_remains_in_the_kernel_however_it_ends() {
         );
         assert!(took < Duration::from_secs(2), "SIG{signal} took {took:?}");
         // Programs and maps are freed after a grace period.
-        let freed = (0..50).any(|_| {
+        let freed = (0..100).any(|_| {
             std::thread::sleep(Duration::from_millis(100));
-            ours() == before
+            !held.iter().any(in_kernel)
         });
-        assert!(freed, "SIG{signal} left:\n{}", ours());
+        assert!(freed, "SIG{signal} left some of {held:?}");
     }
 }

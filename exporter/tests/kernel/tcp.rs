@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use super::{can_lose_packets, can_trace, common::*};
+use super::{alone, can_lose_packets, can_trace, common::*};
 
 const RETRANSMITS: &str = "chandra_tcp_retransmits_total";
 
@@ -113,6 +113,7 @@ fn finish(work: Vec<Child>) {
 
 #[test]
 fn every_pod_has_the_retransmits_of_its_own_network_namespace() {
+    let _alone = alone();
     if !can_trace() || !can_lose_packets() {
         return;
     }
@@ -316,6 +317,7 @@ fn every_pod_has_the_retransmits_of_its_own_network_namespace() {
 
 #[test]
 fn sockets_without_a_cgroup_pointer_are_unknown_rather_than_wrong() {
+    let _alone = alone();
     if !can_trace() || !can_lose_packets() {
         return;
     }
