@@ -2,8 +2,12 @@
 //! The real binary on a real kernel. Needs root, and for most tests a kernel with veth and netem: `make kernel-test`
 //! runs all of it in a VM, `make test` what this host can. A test that cannot run here prints why.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 mod common;
 
+#[path = "kernel/churn.rs"]
+mod churn;
 #[path = "kernel/process.rs"]
 mod process;
 #[path = "kernel/tcp.rs"]
@@ -16,6 +20,12 @@ fn skip(why: &str) {
         "the VM has to have this: {why}"
     );
     println!("SKIPPED: {why}");
+}
+
+/// Taken by every test: what one does to the kernel, another would count.
+fn alone() -> MutexGuard<'static, ()> {
+    static KERNEL: Mutex<()> = Mutex::new(());
+    KERNEL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Says if this process may load programs, and prints why not.

@@ -140,8 +140,14 @@ pub struct Watcher {
     watches: Option<Watches>,
     /// Watched directories, relative to the root.
     dirs: HashMap<WatchDescriptor, String>,
-    /// Ids by path, so that a removal, which only has a name, finds the id.
-    ids: HashMap<String, u64>,
+    /// What is at a path, so that a removal, which only has a name, finds the id.
+    seen: HashMap<String, Seen>,
+}
+
+#[derive(Debug)]
+struct Seen {
+    id: u64,
+    watch: Option<WatchDescriptor>,
 }
 
 impl Watcher {
@@ -168,7 +174,7 @@ impl Watcher {
             inotify,
             watches,
             dirs: HashMap::new(),
-            ids: HashMap::new(),
+            seen: HashMap::new(),
         };
         watcher
             .walk()
@@ -261,8 +267,9 @@ impl Watcher {
         {
             let path = format!("{dir}/{}", name.to_string_lossy());
             if mask.contains(EventMask::DELETE) {
-                if let Some(id) = self.ids.remove(&path) {
-                    self.pods.cgroup_gone(id, Instant::now());
+                if let Some(gone) = self.seen.remove(&path) {
+                    self.pods.cgroup_gone(gone.id, Instant::now());
+                    self.unwatch(gone.watch);
                 }
             } else {
                 let depth = path.matches('/').count();
@@ -275,7 +282,13 @@ impl Watcher {
     fn walk(&mut self) -> io::Result<()> {
         let mut met = HashSet::new();
         self.visit(String::new(), 0, &mut met)?;
-        self.ids.retain(|_, id| met.contains(id));
+        let gone: Vec<_> = self
+            .seen
+            .extract_if(|_, seen| !met.contains(&seen.id))
+            .collect();
+        for (_, gone) in gone {
+            self.unwatch(gone.watch);
+        }
         self.pods.cgroups_walked(&met, Instant::now());
         Ok(())
     }
@@ -286,8 +299,11 @@ impl Watcher {
         let full = full(&self.root, &path);
         let id = fs::metadata(&full)?.ino();
         met.insert(id);
-        if self.ids.insert(path.clone(), id) != Some(id) {
-            self.watch(&full, &path);
+        if self.seen.get(&path).is_none_or(|seen| seen.id != id) {
+            let watch = self.watch(&full, &path);
+            if let Some(gone) = self.seen.insert(path.clone(), Seen { id, watch }) {
+                self.unwatch(gone.watch);
+            }
         }
         self.pods.cgroup_found(id, place(&path));
         if depth == DEPTH {
@@ -307,21 +323,33 @@ impl Watcher {
         Ok(())
     }
 
-    fn watch(&mut self, full: &Path, path: &str) {
-        let Some(watches) = &mut self.watches else {
-            return;
-        };
+    fn watch(&mut self, full: &Path, path: &str) -> Option<WatchDescriptor> {
+        let watches = self.watches.as_mut()?;
         let mask = WatchMask::CREATE | WatchMask::DELETE | WatchMask::ONLYDIR;
         match watches.add(full, mask) {
             Ok(wd) => {
-                self.dirs.insert(wd, path.to_owned());
+                self.dirs.insert(wd.clone(), path.to_owned());
+                Some(wd)
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => {
                 tracing::warn!(
                     "cannot watch more cgroups ({error}; see fs.inotify.max_user_watches): walking every {WALK_UNWATCHED:?}"
                 );
                 self.watches = None;
+                None
+            }
+        }
+    }
+
+    /// The kernel keeps the watch of a removed cgroup: kernfs leaves the inode its links, so that inotify never learns of
+    /// its end (6.18). Without this, every pod would cost one of `fs.inotify.max_user_watches`.
+    fn unwatch(&mut self, watch: Option<WatchDescriptor>) {
+        if let Some(watch) = watch {
+            self.dirs.remove(&watch);
+            if let Some(watches) = &mut self.watches {
+                // Refused where the kernel did remove it.
+                let _ = watches.remove(watch);
             }
         }
     }
