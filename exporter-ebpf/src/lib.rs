@@ -70,7 +70,8 @@ pub unsafe fn load<T: Copy>(base: *const u8, offset: &Global<u32>) -> T {
 #[inline(always)]
 pub unsafe fn read<T: Copy>(base: *const u8, offset: &Global<u32>) -> Result<T, Loss> {
     // SAFETY: the helper checks the address and copies.
-    unsafe { bpf_probe_read_kernel(base.add(offset.load() as usize).cast::<T>()) }.map_err(|_| Loss::Unreadable)
+    unsafe { bpf_probe_read_kernel(base.add(offset.load() as usize).cast::<T>()) }
+        .map_err(|_| Loss::Unreadable)
 }
 
 /// Returns the id of the cgroup that owns a socket: the one its creator was in at `socket()` or, for an accepted

@@ -32,7 +32,9 @@ static RETRANSMITS: HashMap<u64, Retransmits> = HashMap::with_max_entries(CGROUP
 
 // SAFETY: named for itself, so that the object is the same bytes whatever the crate's hash.
 #[unsafe(no_mangle)]
-static NONE: Retransmits = Retransmits { segments: [0; Kind::LABELS.len()] };
+static NONE: Retransmits = Retransmits {
+    segments: [0; Kind::LABELS.len()],
+};
 
 // include/net/tcp_states.h, include/net/inet_connection_sock.h and include/uapi/linux/tcp.h: part of the ABI or
 // unchanged since 3.x.
@@ -97,7 +99,12 @@ unsafe fn kind(sock: *const u8) -> Kind {
         return Kind::Fast;
     }
     // SAFETY: `tcp` is typed.
-    let (state, pending) = unsafe { (load::<u8>(tcp, &OFF_CA_STATE), load::<u8>(tcp, &OFF_PENDING)) };
+    let (state, pending) = unsafe {
+        (
+            load::<u8>(tcp, &OFF_CA_STATE),
+            load::<u8>(tcp, &OFF_PENDING),
+        )
+    };
     match state & MASK_CA_STATE.load() as u8 {
         TCP_CA_LOSS => Kind::Rto,
         TCP_CA_RECOVERY => Kind::Fast,
@@ -112,7 +119,13 @@ unsafe fn count(sock: *const u8, kind: Kind, segments: u64) -> Result<(), Loss> 
     let cgroup = unsafe { socket_cgroup(sock) }?;
     let value = entry(&RETRANSMITS, &cgroup, &NONE)?;
     // SAFETY: `value` is a map value and `kind` an index below its length.
-    unsafe { add((&raw mut (*value).segments).cast::<u64>().add(kind as usize), segments) };
+    unsafe {
+        add(
+            (&raw mut (*value).segments)
+                .cast::<u64>()
+                .add(kind as usize),
+            segments,
+        )
+    };
     Ok(())
 }
-
