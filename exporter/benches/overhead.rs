@@ -23,23 +23,27 @@ use std::{
     ops::Range,
     process::Command,
     thread,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use aya::sys::{Stats, enable_stats};
 use chandra::kernel::{Hierarchy, Kernel};
 use exporter::Exporter;
-use load::{Lab, Load};
+use load::{Lab, Load, uptime};
 use pods::Pods;
 
 /// How often a load runs without the exporter, with it, and with statistics, in turn.
-const ROUNDS: usize = 8;
+const ROUNDS: usize = 20;
 
 /// From when all sockets are open until as many retransmits fall due in each second.
 const SETTLE: Duration = Duration::from_secs(3);
 
-/// How long each time: every socket of the load sends once.
-const PHASE: Duration = Duration::from_millis(1100);
+/// How long each time: some twenty batches of retransmits, of which the lower quartile counts, for interrupts and the
+/// neighbours of a virtual machine only ever add.
+const PHASE: Duration = Duration::from_millis(600);
+
+/// Fewest batches that a phase counts with: a busy neighbour may take the CPU from the load.
+const FEWEST: usize = 5;
 
 /// Pods on the node, for each column.
 const SIZES: [usize; 3] = [10, 100, 1000];
@@ -61,6 +65,9 @@ fn main() {
     if let Some(("load", rest)) = args.split_first().map(|(work, rest)| (work.as_str(), rest)) {
         return load::work(rest);
     }
+    // Two at once would measure each other.
+    let lock = fs::File::create(common::build().join("overhead.lock")).expect("a writable folder");
+    lock.lock().expect("a lock");
     let kernel = Kernel::read();
     let mut missing = Vec::new();
     let lab = if kernel.may_trace() && kernel.btf.is_ok() {
@@ -102,25 +109,26 @@ impl Several {
         Self(all)
     }
 
+    /// The value that this part of all is below.
+    fn quantile(&self, part: f64) -> f64 {
+        self.0[((self.0.len() - 1) as f64 * part).round() as usize]
+    }
+
     fn median(&self) -> f64 {
-        self.0[self.0.len() / 2]
+        self.quantile(0.5)
     }
 
-    fn least(&self) -> f64 {
-        self.0[0]
+    fn within(&self, low: f64, high: f64) -> String {
+        let [middle, low, high] = [0.5, low, high].map(|part| self.quantile(part));
+        format!("{middle:.0} ({low:.0} to {high:.0})")
     }
 
-    fn most(&self) -> f64 {
-        self.0[self.0.len() - 1]
+    fn quartiles(&self) -> String {
+        self.within(0.25, 0.75)
     }
 
-    fn spread(&self, decimals: usize) -> String {
-        format!(
-            "{:.decimals$} ({:.decimals$} to {:.decimals$})",
-            self.median(),
-            self.least(),
-            self.most()
-        )
+    fn range(&self) -> String {
+        self.within(0.0, 1.0)
     }
 }
 
@@ -139,14 +147,14 @@ fn per_event(lab: &Lab) {
         note(&format_args!("retransmits of {what}"));
         let running = lab.start(load);
         thread::sleep(SETTLE);
-        let (mut phases, mut ran) = (Vec::new(), Vec::new());
+        let [mut without, mut with] = [const { Vec::new() }; 2];
+        let mut ran = Vec::new();
         for _ in 0..ROUNDS {
-            let without = phase();
+            without.push(phase());
             let exporter = Exporter::start(&["--pods", "none"]);
-            let with = phase();
+            with.push(phase());
             let counted = exporter.scrape().sum("chandra_tcp_retransmits_total", &[]);
             assert!(counted > 0.0, "the exporter counts the load");
-            phases.push((without, with));
             let _statistics = enable_stats(Stats::RunTime).expect("a kernel from 5.8 and root");
             thread::sleep(PHASE);
             let scrape = exporter.scrape();
@@ -155,34 +163,40 @@ fn per_event(lab: &Lab) {
             assert!(runs > 0.0, "{program} did not run");
             ran.push(1e9 * of("chandra_program_run_seconds_total") / runs);
         }
+        without.push(phase());
         let batches = running.stop();
-        let of = |phase: &Range<SystemTime>| {
+        let cost = |phase: &Range<f64>| {
             let batches = batches.iter().filter(|batch| phase.contains(&batch.at));
-            Several::new(batches.map(|batch| batch.cost).collect()).median()
+            let costs: Vec<_> = batches.map(|batch| batch.cost).collect();
+            (costs.len() >= FEWEST).then(|| Several::new(costs).quantile(0.25))
         };
-        let alone = phases.iter().map(|(without, _)| of(without)).collect();
-        let added = phases.iter().map(|(without, with)| of(with) - of(without));
-        let (alone, added, ran) = (
-            Several::new(alone),
-            Several::new(added.collect()),
-            Several::new(ran),
-        );
+        let without: Vec<_> = without.iter().map(cost).collect();
+        // Against the mean of the phases before and after, since the machine's speed drifts.
+        let added = without.windows(2).zip(&with).filter_map(|(around, with)| {
+            let around = (around[0]? + around[1]?) / 2.0;
+            Some(cost(with)? - around)
+        });
+        let (added, ran) = (Several::new(added.collect()), Several::new(ran));
+        let alone = Several::new(without.into_iter().flatten().collect());
         println!(
             "| {what} | `{program}` | {} | {} | {:.1} % | {} |",
-            alone.spread(0),
-            added.spread(0),
+            alone.quartiles(),
+            added.quartiles(),
             100.0 * added.median() / alone.median(),
-            ran.spread(0),
+            ran.quartiles(),
         );
     }
-    println!();
+    println!(
+        "\nMedian (quartiles) of {ROUNDS} rounds: without the exporter, with it, and with bpf statistics, whose two \
+         readings of the clock are part of their number.\n"
+    );
 }
 
 /// Lets the load run for a while, and returns when.
-fn phase() -> Range<SystemTime> {
-    let begin = SystemTime::now();
+fn phase() -> Range<f64> {
+    let begin = uptime();
     thread::sleep(PHASE);
-    begin..SystemTime::now()
+    begin..uptime()
 }
 
 /// What one size of node measured.
@@ -232,7 +246,7 @@ fn per_scrape(lab: Option<&Lab>) {
     );
     row(
         "wall time, ms, longest",
-        &|node| format!("{:.1}", node.wall.most()),
+        &|node| format!("{:.1}", node.wall.quantile(1.0)),
         String::new(),
     );
     row("series", &|node| node.series.to_string(), String::new());
@@ -250,8 +264,8 @@ fn per_scrape(lab: Option<&Lab>) {
         String::new(),
     );
     row(
-        &format!("start to first page, ms, {STARTS} starts"),
-        &|node| node.first_scrape.spread(0),
+        &format!("start to first page, ms, median (range) of {STARTS} starts"),
+        &|node| node.first_scrape.range(),
         aim(most.first_scrape.median(), 1000.0, "< 1000"),
     );
     println!();
@@ -336,8 +350,8 @@ fn once(root: bool) {
     let starts = (0..STARTS).map(|_| Exporter::start(&["--pods", "none"]).first_scrape);
     let starts = Several::new(starts.map(|took| took.as_secs_f64() * 1e3).collect());
     println!(
-        "| start to first page without pods, ms, {STARTS} starts | {} | {} |",
-        starts.spread(0),
+        "| start to first page without pods, ms, median (range) of {STARTS} starts | {} | {} |",
+        starts.range(),
         aim(starts.median(), 1000.0, "< 1000")
     );
     let kib = |bytes: f64| format!("{:.1}", bytes / 1024.0);

@@ -18,7 +18,7 @@ use std::{
     process::{Child, Command, Stdio},
     task::{Context, Waker},
     thread::{self, JoinHandle},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use rustix::process::{Resource, Rlimit, setrlimit};
@@ -75,11 +75,18 @@ impl Load {
     }
 }
 
+/// Seconds since the boot, to a hundredth: the same for every process, and never set back.
+pub(crate) fn uptime() -> f64 {
+    let text = fs::read_to_string("/proc/uptime").expect("procfs");
+    let seconds = text.split(' ').next().and_then(|text| text.parse().ok());
+    seconds.expect("two numbers")
+}
+
 /// A batch of retransmits.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Batch {
-    /// When it was over.
-    pub(crate) at: SystemTime,
+    /// When it was over, by [`uptime`].
+    pub(crate) at: f64,
     /// Nanoseconds per retransmit.
     pub(crate) cost: f64,
 }
@@ -118,6 +125,22 @@ impl Holder {
 
     fn enter(&self) -> String {
         format!("nsenter --net=/proc/{}/ns/net", self.0.id())
+    }
+
+    fn counters(&self) -> String {
+        format!("/proc/{}/net/snmp", self.0.id())
+    }
+
+    /// This program once more, inside.
+    fn again(&self, through: &[&str], work: &[&str]) -> Command {
+        let mut command = Command::new("nsenter");
+        command
+            .arg(format!("--net=/proc/{}/ns/net", self.0.id()))
+            .args(through)
+            .arg(env::current_exe().expect("a path"))
+            .arg("load")
+            .args(work);
+        command
     }
 }
 
@@ -180,16 +203,13 @@ impl Lab {
             }
         };
         let server = server.map(|side| Server::start(side, &address));
-        let mut child = Command::new("sh")
-            .args(["-ec", "exec $LAB taskset -c $CPU chrt -f 1 \"$@\"", "sh"])
-            .arg(env::current_exe().expect("a path"))
-            .args(["load", load.argument(), &address])
-            .arg(format!("/proc/{}/net/snmp", self.near.0.id()))
-            .env("LAB", client.enter())
-            .env("CPU", self.cpu.to_string())
+        let (cpu, counters) = (self.cpu.to_string(), self.near.counters());
+        let work = [load.argument(), &address, &counters];
+        let mut child = client
+            .again(&["taskset", "-c", &cpu, "chrt", "-f", "1"], &work)
             .stdout(Stdio::piped())
             .spawn()
-            .expect("sh");
+            .expect("nsenter");
         let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
         let open = lines.next();
         assert!(matches!(open, Some(Ok(_))), "the load {load:?} failed");
@@ -203,14 +223,13 @@ impl Lab {
 
     /// Starts a connection that nobody answers from every cgroup.
     pub(crate) fn knock_from(&self, cgroups: &[PathBuf]) -> Knocking {
-        let mut child = Command::new("sh")
-            .args(["-ec", "exec $LAB \"$@\"", "sh"])
-            .arg(env::current_exe().expect("a path"))
-            .args(["load", "knock", &format!("{NOBODY}:81")])
-            .env("LAB", self.near.enter())
+        let work = ["knock", &format!("{NOBODY}:81")];
+        let mut child = self
+            .near
+            .again(&[], &work)
             .stdin(Stdio::piped())
             .spawn()
-            .expect("sh");
+            .expect("nsenter");
         let stdin = child.stdin.as_mut().expect("piped");
         for cgroup in cgroups {
             writeln!(stdin, "{}", cgroup.display()).expect("it reads");
@@ -258,7 +277,7 @@ impl Drop for Running {
 fn batch(line: &str) -> Option<Batch> {
     let (at, cost) = line.split_once(' ')?;
     Some(Batch {
-        at: SystemTime::UNIX_EPOCH + Duration::from_nanos(at.parse().ok()?),
+        at: at.parse().ok()?,
         cost: cost.parse().ok()?,
     })
 }
@@ -278,15 +297,12 @@ struct Server(Child);
 
 impl Server {
     fn start(side: &Holder, address: &str) -> Self {
-        let mut child = Command::new("sh")
-            .args(["-ec", "exec $LAB \"$@\"", "sh"])
-            .arg(env::current_exe().expect("a path"))
-            .args(["load", "listen", address])
-            .env("LAB", side.enter())
+        let mut child = side
+            .again(&[], &["listen", address])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
-            .expect("sh");
+            .expect("nsenter");
         let mut ready = [0];
         let stdout = child.stdout.as_mut().expect("piped");
         stdout.read_exact(&mut ready).expect("it listens");
@@ -441,9 +457,7 @@ fn meter(counters: &Path, mut work: impl FnMut()) {
             let sent = count - before.0;
             // Another turn on the CPU: the jump was not the softirq's alone.
             if turn == before.1 && sent >= BATCH {
-                let at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-                let at = at.expect("after 1970").as_nanos();
-                println!("{at} {}", jump.as_nanos() as f64 / sent as f64);
+                println!("{} {}", uptime(), jump.as_nanos() as f64 / sent as f64);
             }
             last = Instant::now();
         }

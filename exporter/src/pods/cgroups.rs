@@ -342,8 +342,8 @@ impl Watcher {
         }
     }
 
-    /// The kernel keeps the watch of a removed cgroup: kernfs leaves the inode its links, so that inotify never learns of
-    /// its end (6.18). Without this, every pod would cost one of `fs.inotify.max_user_watches`.
+    /// The kernel keeps the watch of a removed cgroup: kernfs leaves the inode its links, so inotify never learns of its
+    /// end (6.18). Without this, every pod would cost some of `fs.inotify.max_user_watches`.
     fn unwatch(&mut self, watch: Option<WatchDescriptor>) {
         if let Some(watch) = watch {
             self.dirs.remove(&watch);
