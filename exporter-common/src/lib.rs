@@ -4,6 +4,8 @@
 //! Everything here is `repr(C)` with fixed-width fields and no padding, asserted beside each type.
 #![no_std]
 
+pub mod histogram;
+pub mod rdma;
 pub mod tcp;
 
 /// A field offset that this kernel does not have. The verifier knows the value of the frozen constant and
@@ -25,12 +27,15 @@ pub enum Loss {
     MapFull = 0,
     /// A kernel object could not be read.
     Unreadable = 1,
+    /// A function was entered again by a thread whose last return from it had not been seen.
+    MissedReturn = 2,
 }
 
 impl Loss {
     /// All reasons, in the order of their indexes, with the label that each has in `chandra_lost_events_total`.
-    pub const LABELS: [(Self, &str); 2] = [
+    pub const LABELS: [(Self, &str); 3] = [
         (Self::MapFull, "map_full"),
         (Self::Unreadable, "unreadable"),
+        (Self::MissedReturn, "missed_return"),
     ];
 }

@@ -6,7 +6,7 @@
 use core::arch::asm;
 
 use aya_ebpf::{
-    Global,
+    EbpfContext, Global,
     bindings::BPF_NOEXIST,
     helpers::bpf_probe_read_kernel,
     maps::{Array, HashMap},
@@ -51,7 +51,69 @@ constants!(
     OFF_CGROUP_KN,
     OFF_KERNFS_ID,
     SOCK_CGROUP_TYPED,
+    ARM64,
 );
+
+/// Returns a word of the registers that a probe was hit with.
+macro_rules! register {
+    ($registers:expr, $offset:literal) => {{
+        let word: u64;
+        // One load at a constant offset: the verifier of 5.10 takes no other from a context.
+        // SAFETY: the callers pass a probe's context; the verifier checks the offset against it.
+        unsafe {
+            asm!(
+                concat!("{0} = *(u64 *)({1} + ", $offset, ")"),
+                out(reg) word, in(reg) $registers, options(readonly, nostack)
+            )
+        };
+        word
+    }};
+}
+
+/// The arguments or the return value of a function that a kprobe or kretprobe was hit in, by the calling conventions
+/// of x86-64 and arm64 (`struct pt_regs` of arch/*/include/asm/ptrace.h), so that one object serves both.
+#[derive(Clone, Copy)]
+pub struct Registers(*const u8);
+
+impl Registers {
+    /// Takes the context of a kprobe or kretprobe.
+    #[inline(always)]
+    pub fn of(context: &impl EbpfContext) -> Self {
+        Self(context.as_ptr().cast())
+    }
+
+    /// Returns argument `N` (0 to 4).
+    #[inline(always)]
+    pub fn argument<const N: u32>(self) -> u64 {
+        if ARM64.load() == 1 {
+            match N {
+                0 => register!(self.0, "0"),
+                1 => register!(self.0, "8"),
+                2 => register!(self.0, "16"),
+                3 => register!(self.0, "24"),
+                _ => register!(self.0, "32"),
+            }
+        } else {
+            match N {
+                0 => register!(self.0, "112"),
+                1 => register!(self.0, "104"),
+                2 => register!(self.0, "96"),
+                3 => register!(self.0, "88"),
+                _ => register!(self.0, "72"),
+            }
+        }
+    }
+
+    /// Returns the return value.
+    #[inline(always)]
+    pub fn returned(self) -> u64 {
+        if ARM64.load() == 1 {
+            register!(self.0, "0")
+        } else {
+            register!(self.0, "80")
+        }
+    }
+}
 
 /// Loads a field through a pointer that the verifier knows by its BTF type: a wrong offset is refused at load.
 ///
@@ -142,4 +204,13 @@ pub fn lose(lost: &Array<u64>, loss: Loss) {
         // SAFETY: a map value.
         unsafe { add(counter, 1) };
     }
+}
+
+/// Returns the number as it is, of which the compiler then knows nothing: a comparison with a bound stays in the program,
+/// on the very register that is used after it, where the verifier needs it.
+#[inline(always)]
+pub fn unknown(mut number: u64) -> u64 {
+    // SAFETY: no instruction.
+    unsafe { asm!("/* {0} */", inout(reg) number, options(nomem, nostack, preserves_flags)) };
+    number
 }

@@ -86,7 +86,7 @@ pub fn run(cgroupfs: Option<&Path>) -> anyhow::Result<Report> {
     let kernel = Kernel::read();
     let hierarchy = Hierarchy::of_host(cgroupfs);
     let host = facts(&kernel, &hierarchy);
-    let running = scrape::attach(&kernel, &[], Options { max_owners: 1 });
+    let running = scrape::attach(&kernel, &[], Options::default());
     let signals = running.into_iter().map(signal).collect::<Vec<_>>();
     let bytes = |cpus| {
         SIGNALS

@@ -6,9 +6,10 @@
 
 use std::{collections::BTreeMap, io::Write};
 
+use exporter_common::histogram::Shape;
 use prometheus::{
     Encoder, TextEncoder,
-    proto::{Counter, Gauge, LabelPair, Metric, MetricFamily, MetricType},
+    proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType},
 };
 
 /// The labels of a pod's series.
@@ -21,6 +22,8 @@ pub enum Kind {
     Counter,
     /// May go either way.
     Gauge,
+    /// A classic histogram of seconds.
+    Histogram,
 }
 
 /// One metric: its name, meaning and labels.
@@ -28,7 +31,7 @@ pub enum Kind {
 pub struct Desc {
     /// The full name.
     pub name: &'static str,
-    /// Counter or gauge.
+    /// Counter, gauge or histogram.
     pub kind: Kind,
     /// One sentence that says what one increment, or the value, means.
     pub help: &'static str,
@@ -52,23 +55,7 @@ pub struct Families {
 impl Families {
     /// Adds one series. `labels` are the values of the desc's labels, in its order, the pod's first.
     pub fn add(&mut self, desc: &'static Desc, labels: &[&str], value: f64) {
-        let names = POD
-            .iter()
-            .take(if desc.per_pod { POD.len() } else { 0 })
-            .chain(desc.labels);
-        debug_assert_eq!(
-            names.clone().count(),
-            labels.len(),
-            "{} has other labels",
-            desc.name
-        );
-        let pairs = names.zip(labels).map(|(name, value)| {
-            let mut pair = LabelPair::default();
-            pair.set_name((*name).to_owned());
-            pair.set_value((*value).to_owned());
-            pair
-        });
-        let mut metric = Metric::from_label(pairs.collect());
+        let mut metric = metric(desc, labels);
         match desc.kind {
             Kind::Counter => {
                 let mut counter = Counter::default();
@@ -80,13 +67,47 @@ impl Families {
                 gauge.set_value(value);
                 metric.set_gauge(gauge);
             }
+            Kind::Histogram => unreachable!("{} has buckets", desc.name),
         }
+        self.push(desc, metric, 1);
+    }
+
+    /// Adds one histogram from its slots in a map: the buckets, then the sum in nanoseconds.
+    pub fn add_histogram(
+        &mut self,
+        desc: &'static Desc,
+        labels: &[&str],
+        shape: Shape,
+        slots: &[u64],
+    ) {
+        let mut histogram = Histogram::default();
+        let mut count = 0;
+        let mut buckets = Vec::with_capacity(shape.bounds);
+        for (i, events) in slots.iter().enumerate().take(shape.bounds + 1) {
+            count += events;
+            if let Some(bound) = shape.bound(i) {
+                let mut bucket = Bucket::default();
+                bucket.set_upper_bound(bound as f64 / 1e9);
+                bucket.set_cumulative_count(count);
+                buckets.push(bucket);
+            }
+        }
+        histogram.set_bucket(buckets);
+        histogram.set_sample_count(count);
+        histogram.set_sample_sum(slots.get(shape.sum()).copied().unwrap_or_default() as f64 / 1e9);
+        let mut metric = metric(desc, labels);
+        metric.set_histogram(histogram);
+        // With the bucket without a bound, the sum and the count.
+        self.push(desc, metric, shape.bounds + 3);
+    }
+
+    fn push(&mut self, desc: &'static Desc, metric: Metric, series: usize) {
         self.families
             .entry(desc.name)
             .or_insert_with(|| (desc, Vec::new()))
             .1
             .push(metric);
-        self.series += 1;
+        self.series += series;
     }
 
     /// How many series there are so far.
@@ -106,10 +127,32 @@ impl Families {
             family.set_field_type(match desc.kind {
                 Kind::Counter => MetricType::COUNTER,
                 Kind::Gauge => MetricType::GAUGE,
+                Kind::Histogram => MetricType::HISTOGRAM,
             });
             family.set_metric(metrics);
             family
         });
         Ok(TextEncoder::new().encode(&families.collect::<Vec<_>>(), page)?)
     }
+}
+
+/// A metric without a value.
+fn metric(desc: &Desc, labels: &[&str]) -> Metric {
+    let names = POD
+        .iter()
+        .take(if desc.per_pod { POD.len() } else { 0 })
+        .chain(desc.labels);
+    debug_assert_eq!(
+        names.clone().count(),
+        labels.len(),
+        "{} has other labels",
+        desc.name
+    );
+    let pairs = names.zip(labels).map(|(name, value)| {
+        let mut pair = LabelPair::default();
+        pair.set_name((*name).to_owned());
+        pair.set_value((*value).to_owned());
+        pair
+    });
+    Metric::from_label(pairs.collect())
 }

@@ -2,21 +2,23 @@
 //! What is this host, as far as eBPF cares?
 
 pub mod btf;
+pub mod symbols;
 
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use btf::Btf;
 
 /// The running kernel.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Kernel {
     /// As `uname -r` says.
     pub release: String,
     /// The types of the kernel image, or one line that says why they cannot be read.
-    pub btf: Result<Btf, String>,
+    pub btf: Result<Arc<Btf>, String>,
     /// CPUs that the kernel has room for: per-CPU maps have a value for each.
     pub possible_cpus: usize,
     capabilities: u64,
@@ -38,7 +40,7 @@ impl Kernel {
             .unwrap_or_default()
             .trim()
             .to_owned();
-        let btf = Btf::vmlinux().map_err(|error| {
+        let btf = Btf::vmlinux().map(Arc::new).map_err(|error| {
             format!("{error}; the kernel has to be built with CONFIG_DEBUG_INFO_BTF (every distribution's is since 2021)")
         });
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -60,6 +62,11 @@ impl Kernel {
             capabilities,
             lockdown,
         }
+    }
+
+    /// The types of the kernel image, or why they cannot be read.
+    pub fn types(&self) -> Result<&Btf, &str> {
+        self.btf.as_ref().map(|btf| &**btf).map_err(String::as_str)
     }
 
     /// Lets go of the kernel's types, some megabytes that only attaching needs.

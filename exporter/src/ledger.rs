@@ -5,7 +5,8 @@
 //! each source grew by since the last scrape to its owner's account. Its rules:
 //!
 //! - An account never decreases. A cgroup that is removed takes nothing away; a container that restarts adds on.
-//! - An account is opened, at 0, when its owner appears, and closed when the directory has forgotten the owner.
+//! - An account is opened, at 0, when its owner appears (in a ledger of [`Opening::Events`], at its first event), and
+//!   closed when the directory has forgotten the owner.
 //! - A pod with the same name and another uid takes the account over and starts at 0: an ordinary counter reset.
 //! - What may still find its owner is held back for [`PATIENCE`]; what cannot is booked to `pod="unknown"`.
 //! - Owners beyond the limit are booked to `pod="other"`, and stay there for as long as they are known.
@@ -40,6 +41,15 @@ pub struct Attribution {
     pub unknown: u64,
 }
 
+/// When an owner's account is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Opening {
+    /// When the owner appears.
+    Owners,
+    /// At the first event: for signals of which most owners never have one, and whose accounts are large.
+    Events,
+}
+
 /// Accounts of `N` counters for each owner, fed from sources keyed by `K`.
 #[derive(Debug)]
 pub struct Ledger<K, const N: usize> {
@@ -52,6 +62,7 @@ pub struct Ledger<K, const N: usize> {
     other: Option<[u64; N]>,
     attribution: Attribution,
     limit: usize,
+    opening: Opening,
     units: fn(&[u64; N]) -> u64,
 }
 
@@ -84,7 +95,20 @@ impl<K: Copy + Eq + Hash, const N: usize> Ledger<K, N> {
             other: None,
             attribution: Attribution::default(),
             limit,
+            opening: Opening::Owners,
             units,
+        }
+    }
+
+    /// Opens accounts at another time.
+    pub fn opening(self, opening: Opening) -> Self {
+        Self { opening, ..self }
+    }
+
+    /// The kernel has begun to count from 0: what the sources grow by is counted from there.
+    pub fn restart(&mut self) {
+        for source in self.sources.values_mut() {
+            source.seen = [0; N];
         }
     }
 
@@ -105,7 +129,8 @@ impl<K: Copy + Eq + Hash, const N: usize> Ledger<K, N> {
         for owner in owners {
             // A pod's own cgroup counts only what is outside of its containers: rarely anything. Its account is opened by
             // its first event, and restarts with the pod's successor.
-            if !owner.labels.container.is_empty() || self.accounts.contains_key(&owner.labels) {
+            let at_once = self.opening == Opening::Owners && !owner.labels.container.is_empty();
+            if at_once || self.accounts.contains_key(&owner.labels) {
                 self.open(owner);
             }
         }

@@ -218,6 +218,10 @@ fn prepare(args: &Serve, pods: Arc<Pods>) -> Arc<Exporter> {
         &args.disable,
         Options {
             max_owners: args.max_owners,
+            cgroups: match &hierarchy {
+                Hierarchy::V2 { root, .. } => Some(root.clone()),
+                _ => None,
+            },
         },
     );
     for running in &signals {

@@ -9,11 +9,15 @@ use std::{error::Error, fmt, io};
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{Array, Map, MapError},
-    programs::{BtfTracePoint, ProgramError},
+    programs::{BtfTracePoint, KProbe, ProgramError, kprobe::KProbeLinkId},
 };
 use exporter_common::Loss;
 
-use crate::kernel::{Kernel, btf::Btf};
+use crate::kernel::{
+    Kernel,
+    btf::Btf,
+    symbols::{self, Function, Symbols},
+};
 
 /// How a hook is attached. The label `method` of `chandra_hook_info`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,11 +26,17 @@ pub enum Method {
     TpBtf,
     /// A file system watched from user space.
     Inotify,
+    /// A breakpoint at a function's entry.
+    Kprobe,
+    /// A breakpoint at a function's return.
+    Kretprobe,
+    /// A netlink request.
+    Netlink,
 }
 
 impl Method {
     /// Every method, for the reference.
-    pub const LABELS: [&'static str; 2] = ["tp_btf", "inotify"];
+    pub const LABELS: [&'static str; 5] = ["tp_btf", "inotify", "kprobe", "kretprobe", "netlink"];
 
     /// The label.
     pub fn label(self) -> &'static str {
@@ -93,15 +103,28 @@ pub struct Hook {
     pub detail: String,
 }
 
+/// What the lack of a hook means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// The signal has failed.
+    Required,
+    /// The signal goes on with less.
+    Wanted,
+    /// Nothing, where the kernel has no such function: the thing that it would see does not exist there.
+    IfThere,
+}
+
 /// A program of an object.
 #[derive(Clone, Copy, Debug)]
 pub struct Program {
-    /// Its name in the object, which is also the kernel's name of the hook.
+    /// Its name in the object; of a tracepoint also the kernel's.
     pub name: &'static str,
     /// How it is attached.
     pub method: Method,
-    /// Without it the signal has failed; without another it goes on with less.
-    pub required: bool,
+    /// The functions that a kprobe or kretprobe goes to: all that exist.
+    pub functions: &'static [&'static str],
+    /// What its lack means.
+    pub need: Need,
     /// The constants that it cannot do without.
     pub needs: &'static [&'static str],
 }
@@ -109,15 +132,15 @@ pub struct Program {
 /// The constants of an object, resolved from the running kernel.
 #[derive(Debug)]
 pub struct Constants<'a> {
-    btf: &'a Btf,
+    types: Result<&'a Btf, &'a str>,
     values: Vec<(&'static str, u32)>,
     missing: Vec<(&'static str, String)>,
 }
 
-impl Constants<'_> {
-    /// The kernel's types, for what [`Self::offset`] does not cover.
-    pub fn btf(&self) -> &Btf {
-        self.btf
+impl<'a> Constants<'a> {
+    /// The kernel's types, for what [`Self::offset`] does not cover, or why they cannot be read.
+    pub fn btf(&self) -> Result<&'a Btf, &'a str> {
+        self.types
     }
 
     /// Sets a constant to a value.
@@ -128,14 +151,19 @@ impl Constants<'_> {
     /// Sets a constant to the byte offset of a member, the sum of the offsets where several are named (a struct that
     /// lies in a buffer of another). Says if it could.
     pub fn offset(&mut self, constant: &'static str, members: &[(&str, &str)]) -> bool {
-        let offsets: Result<Vec<u32>, _> = members
-            .iter()
-            .map(|(name, path)| self.btf.field(name, path).map(|field| field.offset))
-            .collect();
+        let offsets = self.types.map_err(str::to_owned).and_then(|types| {
+            let offset = |(name, path): &(&str, &str)| {
+                let field = types.field(name, path);
+                field
+                    .map(|field| field.offset)
+                    .map_err(|error| error.to_string())
+            };
+            members.iter().map(offset).collect::<Result<Vec<u32>, _>>()
+        });
         match offsets {
             Ok(offsets) => self.set(constant, offsets.iter().sum()),
-            Err(error) => {
-                self.lack(constant, error.to_string());
+            Err(why) => {
+                self.lack(constant, why);
                 return false;
             }
         }
@@ -148,10 +176,11 @@ impl Constants<'_> {
     /// it); before, `sk_cgrp_data.val` is a word of pointer and flags. The kernel half does without the owner where OFF_SOCK_CGROUP is absent, so it is set only
     /// with the other two.
     pub fn socket_cgroup(&mut self) {
-        let typed = self
-            .btf
-            .field("sock", "sk_cgrp_data.cgroup")
-            .is_ok_and(|field| field.pointer);
+        let typed = self.types.is_ok_and(|types| {
+            types
+                .field("sock", "sk_cgrp_data.cgroup")
+                .is_ok_and(|field| field.pointer)
+        });
         self.set("SOCK_CGROUP_TYPED", u32::from(typed));
         let member = if typed {
             "sk_cgrp_data.cgroup"
@@ -181,6 +210,8 @@ pub struct Attached {
     /// The object; maps are taken out of it by name.
     pub ebpf: Ebpf,
     lost: Array<aya::maps::MapData, u64>,
+    values: Vec<(&'static str, u32)>,
+    links: Vec<Link>,
 }
 
 /// What [`attach`] did.
@@ -194,41 +225,44 @@ pub struct Outcome {
 }
 
 /// Loads an object, sets its constants and attaches its programs.
+///
+/// `types` are what the constants are resolved from: the kernel's, or a module's together with them. Programs of
+/// tracepoints need them; kprobes may do with less.
 pub fn attach(
     object: &[u8],
-    programs: &'static [Program],
+    programs: &[Program],
+    types: Result<&Btf, &str>,
     resolve: impl FnOnce(&mut Constants<'_>),
     kernel: &Kernel,
 ) -> Outcome {
     let all = |reason: Reason, detail: &str| Outcome {
         hooks: programs
             .iter()
-            .map(|p| Hook {
-                name: p.name,
-                method: p.method,
-                reason,
-                detail: detail.to_owned(),
-            })
+            .flat_map(|program| program.hooks(program.places(), reason, detail))
             .collect(),
         attached: None,
         notes: Vec::new(),
     };
-    let btf = match &kernel.btf {
-        Ok(btf) => btf,
-        Err(why) => return all(Reason::NoBtf, why),
-    };
+    let typed = programs
+        .iter()
+        .any(|program| program.method == Method::TpBtf);
+    if typed && let Err(why) = types {
+        return all(Reason::NoBtf, why);
+    }
     let mut constants = Constants {
-        btf,
+        types,
         values: Vec::new(),
         missing: Vec::new(),
     };
+    constants.set("ARM64", u32::from(cfg!(target_arch = "aarch64")));
     resolve(&mut constants);
     let Constants {
         values, missing, ..
     } = constants;
     let mut loader = EbpfLoader::new();
     for (name, value) in &values {
-        loader.override_global(name, value, true);
+        // Not every object uses what all share.
+        loader.override_global(name, value, *name != "ARM64");
     }
     let mut ebpf = match loader.load(object) {
         Ok(ebpf) => ebpf,
@@ -247,34 +281,46 @@ pub fn attach(
         Ok(lost) => lost,
         Err(why) => return all(Reason::Failed, &format!("cannot use the map LOST: {why}")),
     };
-    let types = aya::Btf::from_sys_fs();
+    let mut attached = Attached {
+        ebpf,
+        lost,
+        values,
+        links: Vec::new(),
+    };
+    let image = typed.then(aya::Btf::from_sys_fs);
+    let symbols = symbols_of(programs);
     let mut hooks = Vec::new();
     let mut usable = true;
     for program in programs {
         let lacks = missing
             .iter()
             .find(|(constant, _)| program.needs.contains(constant));
-        let (reason, detail) = match (lacks, &types) {
-            (Some((_, why)), _) => (Reason::NoField, format!("this kernel lacks a field: {why}")),
-            (None, Err(error)) => (
-                Reason::NoBtf,
-                format!("cannot read the kernel's BTF: {error}"),
+        let new = match (lacks, &image) {
+            (Some((_, why)), _) => program.hooks(
+                program.places(),
+                Reason::NoField,
+                &format!("this kernel lacks a field: {why}"),
             ),
-            (None, Ok(types)) => match attach_tp_btf(&mut ebpf, program.name, types) {
-                Ok(()) => (Reason::Attached, String::new()),
-                Err(error) => (
-                    reason_of(&error),
-                    explain(&format!("attach tp_btf {}", program.name), &error, kernel),
-                ),
-            },
+            (None, Some(Err(error))) if program.method == Method::TpBtf => program.hooks(
+                program.places(),
+                Reason::NoBtf,
+                &format!("cannot read the kernel's BTF: {error}"),
+            ),
+            (None, Some(Ok(image))) if program.method == Method::TpBtf => {
+                match attach_tp_btf(&mut attached.ebpf, program.name, image) {
+                    Ok(()) => program.hooks(program.places(), Reason::Attached, ""),
+                    Err(error) => program.hooks(
+                        program.places(),
+                        reason_of(&error),
+                        &explain(&format!("attach tp_btf {}", program.name), &error, kernel),
+                    ),
+                }
+            }
+            _ => attached.attach_probe(program, program.functions, &symbols, kernel),
         };
-        usable &= reason == Reason::Attached || !program.required;
-        hooks.push(Hook {
-            name: program.name,
-            method: program.method,
-            reason,
-            detail,
-        });
+        let works = new.iter().any(|hook| hook.reason == Reason::Attached);
+        usable &= works || program.need != Need::Required;
+        hooks.extend(new);
     }
     let needed = |constant: &&str| {
         programs
@@ -288,9 +334,195 @@ pub fn attach(
         .collect();
     Outcome {
         hooks,
-        attached: usable.then_some(Attached { ebpf, lost }),
+        attached: usable.then_some(attached),
         notes,
     }
+}
+
+/// Where the functions of all kprobes live.
+fn symbols_of(programs: &[Program]) -> Result<Symbols, String> {
+    let functions = programs.iter().flat_map(|program| program.functions);
+    let mut functions = functions.copied().peekable();
+    if functions.peek().is_none() {
+        return Ok(Symbols::default());
+    }
+    Symbols::of_kernel(functions).map_err(|error| format!("cannot read /proc/kallsyms: {error}"))
+}
+
+impl Program {
+    /// The places that it goes to.
+    fn places(&self) -> &[&'static str] {
+        if self.functions.is_empty() {
+            std::slice::from_ref(&self.name)
+        } else {
+            self.functions
+        }
+    }
+
+    /// Some of its hooks, all with the same fate.
+    fn hooks(&self, places: &[&'static str], reason: Reason, detail: &str) -> Vec<Hook> {
+        let hook = |name: &&'static str| Hook {
+            name,
+            method: self.method,
+            reason,
+            detail: detail.to_owned(),
+        };
+        places.iter().map(hook).collect()
+    }
+}
+
+impl Attached {
+    /// Loads a kprobe's program and attaches it to every one of the functions that exists.
+    fn attach_probe(
+        &mut self,
+        program: &Program,
+        functions: &[&'static str],
+        symbols: &Result<Symbols, String>,
+        kernel: &Kernel,
+    ) -> Vec<Hook> {
+        let symbols = match symbols {
+            Ok(symbols) => symbols,
+            Err(why) => return program.hooks(functions, Reason::NoHook, why),
+        };
+        let found: Vec<_> = functions
+            .iter()
+            .map(|name| (*name, symbols.find(name)))
+            .collect();
+        let (here, missing): (Vec<_>, Vec<_>) = found
+            .into_iter()
+            .partition(|(_, function)| function.is_ok());
+        if here.is_empty() {
+            if program.need == Need::IfThere {
+                return Vec::new();
+            }
+            let hook = |(name, function): (&'static str, Result<Function, String>)| Hook {
+                name,
+                method: program.method,
+                reason: Reason::NoHook,
+                detail: function.err().unwrap_or_default(),
+            };
+            return missing.into_iter().map(hook).collect();
+        }
+        let probe: Result<&mut KProbe, ProgramError> = self
+            .ebpf
+            .program_mut(program.name)
+            .ok_or(ProgramError::NotLoaded)
+            .and_then(TryInto::try_into);
+        let loaded = probe.and_then(|probe| match probe.fd() {
+            Ok(_) => Ok(()),
+            Err(_) => probe.load(),
+        });
+        if let Err(error) = loaded {
+            let what = format!("load the program {}", program.name);
+            return program.hooks(
+                functions,
+                reason_of(&error),
+                &explain(&what, &error, kernel),
+            );
+        }
+        // Of several functions for one thing, each kernel has some.
+        here.into_iter()
+            .map(|(name, function)| {
+                let (reason, detail) = match function {
+                    Err(why) => (Reason::NoHook, why),
+                    Ok(function) => match self.link(program.name, name, &function) {
+                        Ok(()) => (Reason::Attached, String::new()),
+                        Err(error) => {
+                            let what =
+                                format!("attach {} {}", program.method.label(), function.target);
+                            (reason_of(&error), explain(&what, &error, kernel))
+                        }
+                    },
+                };
+                Hook {
+                    name,
+                    method: program.method,
+                    reason,
+                    detail,
+                }
+            })
+            .collect()
+    }
+
+    fn link(
+        &mut self,
+        program: &'static str,
+        name: &'static str,
+        function: &Function,
+    ) -> Result<(), ProgramError> {
+        // Read before the attach: a reload in between is then seen as one.
+        let module = function.module.as_ref();
+        let load = module.and_then(|module| symbols::loaded(module));
+        let probe: &mut KProbe = self
+            .ebpf
+            .program_mut(program)
+            .ok_or(ProgramError::NotLoaded)?
+            .try_into()?;
+        let id = probe.attach(&function.target, 0)?;
+        self.links.push(Link {
+            program,
+            name,
+            load: module.cloned().zip(load),
+            id,
+        });
+        Ok(())
+    }
+
+    /// Attaches anew what went away with a module, and what came with one. Returns the hooks of all kprobes.
+    pub fn follow_modules(&mut self, programs: &[Program], kernel: &Kernel) -> Vec<Hook> {
+        let (dead, live): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.links)
+                .into_iter()
+                .partition(|link| {
+                    let load = link.load.as_ref();
+                    load.is_some_and(|(module, load)| symbols::loaded(module) != Some(*load))
+                });
+        self.links = live;
+        for link in dead {
+            if let Some(program) = self.ebpf.program_mut(link.program)
+                && let Ok(probe) = <&mut KProbe>::try_from(program)
+            {
+                // The kernel has disarmed it; this closes the descriptor.
+                let _ = probe.detach(link.id);
+            }
+        }
+        let symbols = symbols_of(programs);
+        let mut hooks = Vec::new();
+        for program in programs {
+            let is_linked = |name: &&'static str| {
+                let mut links = self.links.iter();
+                links.any(|link| link.program == program.name && link.name == *name)
+            };
+            let (at_work, left): (Vec<_>, Vec<_>) =
+                program.functions.iter().copied().partition(is_linked);
+            let linked = at_work.len();
+            hooks.extend(at_work.into_iter().map(|name| Hook {
+                name,
+                method: program.method,
+                reason: Reason::Attached,
+                detail: String::new(),
+            }));
+            let came = |name: &&str| symbols.as_ref().is_ok_and(|symbols| symbols.has(name));
+            if linked == 0 || left.iter().any(came) {
+                hooks.extend(self.attach_probe(program, &left, &symbols, kernel));
+            }
+        }
+        hooks
+    }
+
+    /// The constants that the object was loaded with.
+    pub fn values(&self) -> &[(&'static str, u32)] {
+        &self.values
+    }
+}
+
+/// A kprobe at work.
+struct Link {
+    program: &'static str,
+    name: &'static str,
+    /// The module and the load of it that the probe is in.
+    load: Option<(String, u64)>,
+    id: KProbeLinkId,
 }
 
 fn attach_tp_btf(ebpf: &mut Ebpf, name: &str, btf: &aya::Btf) -> Result<(), ProgramError> {
@@ -310,12 +542,18 @@ fn reason_of_object(error: &EbpfError) -> Reason {
 fn reason_of(error: &ProgramError) -> Reason {
     match error {
         ProgramError::Btf(_) => Reason::NoHook,
+        // The verifier's own refusals are EACCES, EINVAL or E2BIG; what the process may not do is EPERM.
         ProgramError::LoadError { io_error, .. } => match reason_of_errno(io_error) {
             Reason::Failed => Reason::Rejected,
+            Reason::NoPermission if is_verifier(io_error) => Reason::Rejected,
             reason => reason,
         },
         other => cause(other).map_or(Reason::Failed, reason_of_errno),
     }
+}
+
+fn is_verifier(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(rustix::io::Errno::ACCESS.raw_os_error())
 }
 
 fn reason_of_errno(error: &io::Error) -> Reason {
@@ -351,7 +589,9 @@ fn explain(what: &str, error: &(dyn Error + 'static), kernel: &Kernel) -> String
         let tail = why.char_indices().rev().nth(299).map_or(0, |(at, _)| at);
         why = format!("… {}", &why[tail..]);
     }
-    let hint = match cause(error).map(reason_of_errno) {
+    let cause = cause(error);
+    let hint = match cause.map(reason_of_errno) {
+        Some(Reason::NoPermission) if cause.is_some_and(is_verifier) => String::new(),
         Some(Reason::NoPermission) => kernel.permission_hint(),
         Some(Reason::NoMemory) => "; raise LimitMEMLOCK or the container's memory limit".to_owned(),
         _ => String::new(),
@@ -388,6 +628,17 @@ pub struct Runs {
     pub nanoseconds: u64,
     /// Events that the kernel did not hand to it because it was running already (5.12+).
     pub missed: u64,
+}
+
+impl Runs {
+    /// Adds the runs of another load of the program.
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            runs: self.runs + other.runs,
+            nanoseconds: self.nanoseconds + other.nanoseconds,
+            missed: self.missed + other.missed,
+        }
+    }
 }
 
 impl Attached {

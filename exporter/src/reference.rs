@@ -40,6 +40,7 @@ fn section(text: &mut String, name: &str, question: &str, descs: &[&Desc]) {
         let kind = match desc.kind {
             Kind::Counter => "counter",
             Kind::Gauge => "gauge",
+            Kind::Histogram => "histogram",
         };
         let pod = POD
             .iter()

@@ -63,9 +63,15 @@ static LOST_EVENTS: Desc = Desc {
     labels: &["signal", "reason"],
     values: &[(
         "reason",
-        &["map_full", "unreadable", "recursion", "read_failed"],
+        &[
+            "map_full",
+            "unreadable",
+            "missed_return",
+            "recursion",
+            "read_failed",
+        ],
     )],
-    source: "the map LOST of each object; recursion: recursion_misses of its programs; read_failed: scrapes whose map read failed",
+    source: "the map LOST of each object (missed_return: the kernel had no room to trace a return); recursion: recursion_misses of its programs; read_failed: scrapes whose map read failed",
 };
 
 static ATTRIBUTION: Desc = Desc {
@@ -161,27 +167,41 @@ impl Running {
 
     /// Events lost so far, by reason; every reason is present.
     pub fn lost(&self) -> Vec<(&'static str, u64)> {
-        let attached = self.attempt.signal.as_ref().map(|signal| signal.attached());
-        let mut lost = attached
-            .and_then(|attached| attached.lost().ok())
+        let signal = self.attempt.signal.as_ref();
+        let mut lost = signal
+            .and_then(|signal| signal.lost().ok())
             .unwrap_or_else(|| {
                 exporter_common::Loss::LABELS
                     .iter()
                     .map(|(_, label)| (*label, 0))
                     .collect()
             });
-        let missed = attached.map_or(0, |attached| {
-            attached.runs().iter().map(|(_, runs)| runs.missed).sum()
+        let missed = signal.map_or(0, |signal| {
+            signal.runs().iter().map(|(_, runs)| runs.missed).sum()
         });
         lost.extend([("recursion", missed), ("read_failed", self.failed_reads)]);
         lost
+    }
+
+    /// Takes over what has become of a signal that comes and goes.
+    fn follow(&mut self) {
+        let status = self
+            .attempt
+            .signal
+            .as_ref()
+            .and_then(|signal| signal.status());
+        if let Some(status) = status {
+            self.attempt.state = status.state;
+            self.attempt.hooks = status.hooks;
+            self.attempt.notes = status.notes;
+        }
     }
 
     fn programs(&self) -> Vec<(String, Runs)> {
         self.attempt
             .signal
             .as_ref()
-            .map_or_else(Vec::new, |signal| signal.attached().runs())
+            .map_or_else(Vec::new, |signal| signal.runs())
     }
 }
 
@@ -211,7 +231,7 @@ pub fn attach(kernel: &Kernel, disabled: &[String], options: Options) -> Vec<Run
         let attempt = if disabled.iter().any(|name| name == entry.name) {
             Attempt::without(State::Disabled)
         } else {
-            (entry.attach)(kernel, options)
+            (entry.attach)(kernel, options.clone())
         };
         Running {
             entry,
@@ -319,6 +339,7 @@ fn scrape(running: &mut Running, scope: &Scope<'_>, families: &mut Families) {
         families.add(&SERIES, &[name], (families.series() - before) as f64);
         families.add(&SCRAPE_SECONDS, &[name], begin.elapsed().as_secs_f64());
     }
+    running.follow();
     for (state, label) in State::LABELS {
         families.add(
             &SIGNAL_STATE,
@@ -358,7 +379,8 @@ impl Site for Exporter {
     }
 
     fn landing(&self) -> String {
-        let signals = self.signals.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut signals = self.signals.lock().unwrap_or_else(PoisonError::into_inner);
+        signals.iter_mut().for_each(Running::follow);
         page::landing(&signals, &self.pods.view(), &self.host, &self.source)
     }
 }

@@ -13,13 +13,13 @@ use chandra::{
     args::Args,
     families::{Desc, Families, Kind, POD},
     kernel::{Hierarchy, Kernel},
-    ledger::Ledger,
+    ledger::{Ledger, Opening},
     pods::{Place, Pods, Record, Source},
     probe::{Method, Reason},
     reference,
     scrape::{self, Exporter},
     server::Site,
-    signals::{Options, SIGNALS, State, tcp},
+    signals::{Options, SIGNALS, State, rdma, tcp},
 };
 use clap::Parser;
 use exporter_common::{Loss, tcp::Kind as Retransmit};
@@ -98,9 +98,17 @@ fn the_declared_label_values_are_those_that_the_code_produces() {
     );
     assert_eq!(declared("chandra_signal_state", "state"), produced);
 
-    let methods = [Method::TpBtf, Method::Inotify];
+    let methods = [
+        Method::TpBtf,
+        Method::Inotify,
+        Method::Kprobe,
+        Method::Kretprobe,
+        Method::Netlink,
+    ];
     let produced = methods.map(|method| match method {
-        Method::TpBtf | Method::Inotify => method.label(),
+        Method::TpBtf | Method::Inotify | Method::Kprobe | Method::Kretprobe | Method::Netlink => {
+            method.label()
+        }
     });
     assert_eq!(declared("chandra_hook_info", "method"), produced);
 
@@ -130,9 +138,9 @@ fn the_declared_label_values_are_those_that_the_code_produces() {
     });
     assert_eq!(declared("chandra_hook_info", "reason"), produced);
 
-    let losses = [Loss::MapFull, Loss::Unreadable];
+    let losses = [Loss::MapFull, Loss::Unreadable, Loss::MissedReturn];
     let in_kernel = losses.map(|loss| match loss {
-        Loss::MapFull | Loss::Unreadable => Loss::LABELS[loss as usize].1,
+        Loss::MapFull | Loss::Unreadable | Loss::MissedReturn => Loss::LABELS[loss as usize].1,
     });
     assert_eq!(in_kernel, Loss::LABELS.map(|(_, label)| label));
     let reasons = declared("chandra_lost_events_total", "reason");
@@ -150,7 +158,14 @@ fn the_declared_label_values_are_those_that_the_code_produces() {
 fn failed_signals() -> Vec<scrape::Running> {
     let mut kernel = Kernel::read();
     kernel.btf = Err("this kernel has no BTF".to_owned());
-    scrape::attach(&kernel, &[], Options { max_owners: 1200 })
+    scrape::attach(
+        &kernel,
+        &[],
+        Options {
+            max_owners: 1200,
+            ..Options::default()
+        },
+    )
 }
 
 #[test]
@@ -215,11 +230,15 @@ fn labels_are_words_and_declared_values_belong_to_them() {
             assert!(desc.labels.contains(label), "{} {label}", desc.name);
             let unique: HashSet<_> = values.iter().collect();
             assert_eq!(unique.len(), values.len(), "{} {label}", desc.name);
-            let words = values
-                .iter()
-                .flat_map(|value| value.bytes())
-                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
-            assert!(words, "{} {label}", desc.name);
+            // Ours are lower case; what the kernel's tools spell in capitals stays so.
+            for value in *values {
+                let word = |letter: fn(&u8) -> bool| {
+                    let rest = |b: &u8| b.is_ascii_digit() || *b == b'_';
+                    value.bytes().all(|b| letter(&b) || rest(&b))
+                };
+                let is_word = word(u8::is_ascii_lowercase) || word(u8::is_ascii_uppercase);
+                assert!(is_word, "{} {label} {value}", desc.name);
+            }
         }
     }
 }
@@ -385,6 +404,32 @@ fn a_node_with_eight_gpu_pods_stays_within_the_series_budget() {
                 let totals = cgroups.iter().map(|cgroup| (*cgroup, [1; tcp::KINDS]));
                 ledger.book(&view.owners(), totals, |cgroup| view.resolve(cgroup), now);
                 tcp::render(ledger.accounts(), &mut families);
+            }
+            // Each worker does everything that there is, on 8 devices; nobody else has a queue pair.
+            "rdma" => {
+                let sum = |slots: &[u64; rdma::SLOTS]| slots.iter().sum();
+                let mut ledger = Ledger::new(1200, sum).opening(Opening::Events);
+                let workers = cgroups.iter().filter(|cgroup| **cgroup % 3 == 2);
+                let totals = workers.map(|cgroup| (*cgroup, [1; rdma::SLOTS]));
+                ledger.book(&view.owners(), totals, |cgroup| view.resolve(cgroup), now);
+                rdma::render(ledger.accounts(), &mut families);
+                let devices: Vec<String> = (0..8).map(|i| format!("mlx5_{i}")).collect();
+                let created = devices.iter().map(|device| (device.clone(), [1, 1]));
+                rdma::render_devices(&created.collect(), &mut families);
+                let ages: Vec<_> = devices.iter().map(|device| (device.clone(), 1.0)).collect();
+                let accounts: Vec<_> = ledger.accounts().map(|(labels, _)| labels).collect();
+                let own = accounts
+                    .iter()
+                    .filter(|labels| !labels.container.is_empty());
+                // Each GPU has a NIC beside it; a pod uses that one, and the kernel's pairs are on every one.
+                let pairs = own.zip(&devices).flat_map(|(labels, device)| {
+                    let states = ["RTS", "ERR", "INIT"];
+                    states.map(|state| (labels, &**device, "RC", state, 1))
+                });
+                let kernel = devices
+                    .iter()
+                    .map(|device| (&accounts[0], &**device, "GSI", "RTS", 1));
+                rdma::render_gauge(pairs.chain(kernel), &ages, &mut families);
             }
             other => panic!("what do the pods' series of {other} come to?"),
         }

@@ -15,12 +15,12 @@ use std::{
 
 use chandra::{
     args::Args,
-    families::{Desc, Families, POD},
+    families::{Desc, Families, Kind, POD},
     kernel::{Hierarchy, Kernel},
     pods::{Labels, Pods},
     scrape::{self, Exporter, VERSION},
     server::Site,
-    signals::{Options, SIGNALS, tcp},
+    signals::{Options, SIGNALS, rdma, tcp},
 };
 use clap::Parser;
 
@@ -29,7 +29,11 @@ use common::skip;
 type Make = fn() -> String;
 
 /// The committed pages, by name, and what makes each.
-const PAGES: [(&str, Make); 2] = [("exporter", exporter_page), ("tcp", tcp_page)];
+const PAGES: [(&str, Make); 3] = [
+    ("exporter", exporter_page),
+    ("rdma", rdma_page),
+    ("tcp", tcp_page),
+];
 
 fn encode(families: Families) -> String {
     let mut page = Vec::new();
@@ -71,12 +75,50 @@ fn tcp_page() -> String {
     encode(families)
 }
 
+fn rdma_page() -> String {
+    let pod = Labels {
+        namespace: "training".into(),
+        pod: "llama-worker-0".into(),
+        container: "worker".into(),
+    };
+    // Every slot its own number, so that none can stand in another's place.
+    let all = std::array::from_fn(|slot| slot as u64 + 1);
+    let mut few = [0; rdma::SLOTS];
+    few[..4].copy_from_slice(&[3, 2, 0, 5]);
+    let accounts = [
+        (Labels::default(), few),
+        (Labels::only_pod("unknown"), [0; rdma::SLOTS]),
+        (pod.clone(), all),
+    ];
+    let mut families = Families::default();
+    let borrowed = accounts.iter().map(|(labels, n)| (labels.clone(), n));
+    rdma::render(borrowed, &mut families);
+    let devices = [("mlx5_0".to_owned(), [4, 3]), ("mlx5_1".to_owned(), [0, 0])];
+    rdma::render_devices(&devices.into(), &mut families);
+    let host = Labels::default();
+    let rows = [
+        (&host, "mlx5_0", "GSI", "RTS", 1),
+        (&pod, "mlx5_0", "RC", "ERR", 2),
+        (&pod, "mlx5_0", "RC", "RTS", 10_000),
+    ];
+    let ages = [("mlx5_0".to_owned(), 0.25), ("mlx5_1".to_owned(), 17.0)];
+    rdma::render_gauge(rows, &ages, &mut families);
+    encode(families)
+}
+
 /// What the exporter tells of itself, with a signal that fails in the same way on every host, and without what depends
 /// on the build and the clock.
 fn exporter_page() -> String {
     let mut kernel = Kernel::read();
     kernel.btf = Err("this kernel has no BTF".to_owned());
-    let mut signals = scrape::attach(&kernel, &[], Options { max_owners: 1 });
+    let mut signals = scrape::attach(
+        &kernel,
+        &[],
+        Options {
+            max_owners: 1,
+            ..Options::default()
+        },
+    );
     signals.retain(|running| running.entry.name == "tcp");
     let args = Args::try_parse_from(["chandra", "--pods", "pods.json"]).expect("valid flags");
     let pods = Pods::new(&args.serve.source(), Duration::from_secs(300));
@@ -185,7 +227,12 @@ fn prometheus_takes_every_page() {
         let desc: &'static Desc = desc;
         let of_pod = if desc.per_pod { POD.len() } else { 0 };
         let labels = vec!["x"; of_pod + desc.labels.len()];
-        all.add(desc, &labels, 1.0);
+        if desc.kind == Kind::Histogram {
+            let shape = exporter_common::rdma::LATENCY;
+            all.add_histogram(desc, &labels, shape, &vec![1; shape.slots()]);
+        } else {
+            all.add(desc, &labels, 1.0);
+        }
     }
     lint(&promtool, "every metric", &encode(all));
 }

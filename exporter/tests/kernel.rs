@@ -10,6 +10,8 @@ mod common;
 mod churn;
 #[path = "kernel/process.rs"]
 mod process;
+#[path = "kernel/rdma.rs"]
+mod rdma;
 #[path = "kernel/tcp.rs"]
 mod tcp;
 

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The signals: each is attached, read (maps → ledger) and rendered (ledger → families) by a file of its name.
 
+pub mod rdma;
 pub mod tcp;
 
 use std::{
     cell::Cell,
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -19,11 +21,11 @@ use crate::{
     kernel::Kernel,
     ledger::{Attribution, Ledger},
     pods::{Resolution, View},
-    probe::{Attached, Hook, Outcome},
+    probe::{Attached, Hook, Outcome, Runs},
 };
 
 /// Every signal, in the order of the page.
-pub const SIGNALS: &[Entry] = &[tcp::ENTRY];
+pub const SIGNALS: &[Entry] = &[tcp::ENTRY, rdma::ENTRY];
 
 /// What the exporter knows of a signal before it is attached.
 #[derive(Clone, Copy, Debug)]
@@ -41,10 +43,23 @@ pub struct Entry {
 }
 
 /// What every signal is told at attach.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Options {
     /// Owners that each signal shows by name.
     pub max_owners: usize,
+    /// Where the cgroup v2 hierarchy is, if there is one.
+    pub cgroups: Option<PathBuf>,
+}
+
+/// What has become of a signal.
+#[derive(Clone, Debug)]
+pub struct Status {
+    /// Up, absent or failed.
+    pub state: State,
+    /// Its hooks.
+    pub hooks: Vec<Hook>,
+    /// What works with less, for people.
+    pub notes: Vec<String>,
 }
 
 /// The label `state` of `chandra_signal_state`.
@@ -154,6 +169,12 @@ impl Scope<'_> {
         self.pods.resolve(cgroup)
     }
 
+    /// Lets held counts find their owners where there is no map to read.
+    pub fn book_none<const N: usize>(&self, ledger: &mut Ledger<u64, N>) {
+        let resolve = |cgroup| self.resolve(cgroup);
+        ledger.book(&self.pods.owners(), [], resolve, self.now);
+    }
+
     /// Books what a map of totals by cgroup id grew by, and removes the entries of cgroups that are long gone.
     ///
     /// # Errors
@@ -202,6 +223,17 @@ pub trait Signal: Send {
     /// How well events found their owners.
     fn attribution(&self) -> Attribution;
 
-    /// Its object in the kernel.
-    fn attached(&self) -> &Attached;
+    /// Events lost in the kernel half, by [`exporter_common::Loss`].
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    fn lost(&self) -> anyhow::Result<Vec<(&'static str, u64)>>;
+
+    /// The kernel's own account of each loaded program.
+    fn runs(&self) -> Vec<(String, Runs)>;
+
+    /// What has become of it, for a signal that comes and goes with modules of the kernel.
+    fn status(&self) -> Option<Status> {
+        None
+    }
 }

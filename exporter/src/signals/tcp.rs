@@ -20,7 +20,7 @@ use crate::{
     kernel::Kernel,
     ledger::{Attribution, Ledger},
     pods::Labels,
-    probe::{self, Attached, Constants, Method, Program},
+    probe::{self, Attached, Constants, Method, Need, Program, Runs},
 };
 
 /// The signal.
@@ -51,7 +51,8 @@ const PROGRAMS: &[Program] = &[
     Program {
         name: "tcp_retransmit_skb",
         method: Method::TpBtf,
-        required: true,
+        functions: &[],
+        need: Need::Required,
         needs: &[
             "OFF_SOCK_STATE",
             "OFF_CA_STATE",
@@ -62,14 +63,15 @@ const PROGRAMS: &[Program] = &[
     Program {
         name: "tcp_retransmit_synack",
         method: Method::TpBtf,
-        required: false,
+        functions: &[],
+        need: Need::Wanted,
         needs: &[],
     },
 ];
 
 fn attach(kernel: &Kernel, options: Options) -> Attempt {
     Attempt::of(
-        probe::attach(OBJECT, PROGRAMS, resolve, kernel),
+        probe::attach(OBJECT, PROGRAMS, kernel.types(), resolve, kernel),
         |mut attached| {
             let map = attached
                 .ebpf
@@ -93,7 +95,11 @@ fn resolve(constants: &mut Constants<'_>) {
         &[("sk_buff", "cb"), ("tcp_skb_cb", "tcp_gso_segs")],
     );
     // A bit field of a width that has changed over the years, in the low bits of its byte.
-    match constants.btf().field("tcp_sock", "inet_conn.icsk_ca_state") {
+    let state = constants.btf().map_err(str::to_owned).and_then(|types| {
+        let field = types.field("tcp_sock", "inet_conn.icsk_ca_state");
+        field.map_err(|error| error.to_string())
+    });
+    match state {
         Ok(field) => match field.bit {
             Some((0, width)) if width < 8 => {
                 constants.set("OFF_CA_STATE", field.offset);
@@ -104,14 +110,15 @@ fn resolve(constants: &mut Constants<'_>) {
                 format!("icsk_ca_state is not a field of low bits: {other:?}"),
             ),
         },
-        Err(error) => constants.lack("OFF_CA_STATE", error.to_string()),
+        Err(why) => constants.lack("OFF_CA_STATE", why),
     }
     // The third argument, `err`, exists on the newest kernels only.
-    let arguments = constants.btf().tracepoint_arguments("tcp_retransmit_skb");
-    constants.set(
-        "RETRANSMIT_HAS_ERROR",
-        u32::from(arguments.is_some_and(|count| count > 2)),
-    );
+    let has_error = constants.btf().is_ok_and(|types| {
+        types
+            .tracepoint_arguments("tcp_retransmit_skb")
+            .is_some_and(|count| count > 2)
+    });
+    constants.set("RETRANSMIT_HAS_ERROR", u32::from(has_error));
     constants.socket_cgroup();
 }
 
@@ -136,8 +143,12 @@ impl Signal for Tcp {
         self.ledger.attribution()
     }
 
-    fn attached(&self) -> &Attached {
-        &self.attached
+    fn lost(&self) -> anyhow::Result<Vec<(&'static str, u64)>> {
+        self.attached.lost()
+    }
+
+    fn runs(&self) -> Vec<(String, Runs)> {
+        self.attached.runs()
     }
 }
 

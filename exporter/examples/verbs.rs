@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Queue pairs for the tests, made over `/dev/infiniband/uverbs*` without a library (the write interface of
+//! `include/uapi/rdma/ib_user_verbs.h`), so that a test knows to the last one what was done.
+//!
+//! usage: `verbs DEVICE churn PAIRS PER_SECOND THREADS` makes each pair UD, takes it to RTS and destroys it;
+//!        `verbs DEVICE hold PAIRS [COMMAND…]` takes pairs to RTS in a thread that ends, then runs COMMAND, which inherits
+//!        the device, and ends at once; without COMMAND it waits to be killed;
+//!        `verbs DEVICE register BYTES TIMES` registers memory.
+//! It prints `ready` once everything is made.
+
+#![expect(clippy::print_stdout, reason = "a tool of the tests")]
+
+use std::{
+    env,
+    fs::{File, OpenOptions},
+    io::{self, Write},
+    process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+const GET_CONTEXT: u32 = 0;
+const ALLOC_PD: u32 = 3;
+const REG_MR: u32 = 9;
+const DEREG_MR: u32 = 13;
+const CREATE_CQ: u32 = 18;
+const CREATE_QP: u32 = 24;
+const MODIFY_QP: u32 = 26;
+const DESTROY_QP: u32 = 27;
+
+const UD: u8 = 4;
+const INIT: u8 = 1;
+const RTR: u8 = 2;
+const RTS: u8 = 3;
+
+/// The bits of `enum ib_qp_attr_mask` that the transitions of a UD pair need.
+const STATE: u32 = 1;
+const PKEY_INDEX: u32 = 1 << 4;
+const PORT: u32 = 1 << 5;
+const QKEY: u32 = 1 << 6;
+const SQ_PSN: u32 = 1 << 16;
+
+/// An open device.
+struct Device {
+    file: File,
+    pd: u32,
+    cq: u32,
+}
+
+/// Where the kernel writes an answer, behind the compiler's back.
+type Answer = [AtomicU32; 64];
+
+fn answer() -> Box<Answer> {
+    Box::new([const { AtomicU32::new(0) }; 64])
+}
+
+fn word(answer: &Answer, index: usize) -> u32 {
+    answer[index].load(Ordering::SeqCst)
+}
+
+/// Sends a command whose body begins with the address of the answer where `answer` is given.
+fn command(
+    mut file: &File,
+    code: u32,
+    answer: Option<&Answer>,
+    answer_bytes: usize,
+    body: &[u8],
+) -> io::Result<()> {
+    let mut bytes = vec![0; 8];
+    if let Some(answer) = answer {
+        bytes.extend((answer.as_ptr() as u64).to_ne_bytes());
+    }
+    bytes.extend(body);
+    let words = u16::try_from(bytes.len() / 4).expect("a short command");
+    bytes[0..4].copy_from_slice(&code.to_ne_bytes());
+    bytes[4..6].copy_from_slice(&words.to_ne_bytes());
+    bytes[6..8].copy_from_slice(&((answer_bytes / 4) as u16).to_ne_bytes());
+    file.write_all(&bytes)
+}
+
+fn words(values: &[u32]) -> Vec<u8> {
+    values
+        .iter()
+        .flat_map(|value| value.to_ne_bytes())
+        .collect()
+}
+
+impl Device {
+    fn open(path: &str) -> io::Result<Self> {
+        let file = OpenOptions::new().read(true).write(true).open(path)?;
+        let said = answer();
+        command(&file, GET_CONTEXT, Some(&said), 8, &[])?;
+        command(&file, ALLOC_PD, Some(&said), 4, &[])?;
+        let pd = word(&said, 0);
+        // user_handle, cqe, comp_vector, comp_channel (none), reserved; rxe answers with 16 bytes of its own.
+        let body = words(&[0, 0, 16, 0, u32::MAX, 0]);
+        command(&file, CREATE_CQ, Some(&said), 8 + 16, &body)?;
+        let cq = word(&said, 0);
+        Ok(Self { file, pd, cq })
+    }
+
+    /// Creates a UD queue pair, and returns its handle.
+    fn create(&self) -> io::Result<u32> {
+        let said = answer();
+        let mut body = words(&[0, 0, self.pd, self.cq, self.cq, 0, 1, 1, 1, 1, 0]);
+        body.extend([0, UD, 0, 0]);
+        // rxe answers with 32 bytes of its own.
+        command(&self.file, CREATE_QP, Some(&said), 32 + 32, &body)?;
+        Ok(word(&said, 0))
+    }
+
+    fn modify(&self, pair: u32, state: u8, mask: u32) -> io::Result<()> {
+        let mut body = vec![0; 64];
+        // qp_handle, attr_mask, qkey, rq_psn, sq_psn, dest_qp_num, qp_access_flags, both pkey indexes.
+        body.extend(words(&[pair, mask | STATE, 0x1111_1111, 0, 0, 0, 0, 0]));
+        body.extend([state, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        command(&self.file, MODIFY_QP, None, 0, &body)
+    }
+
+    fn connect(&self, pair: u32) -> io::Result<()> {
+        self.modify(pair, INIT, PKEY_INDEX | PORT | QKEY)?;
+        self.modify(pair, RTR, 0)?;
+        self.modify(pair, RTS, SQ_PSN)
+    }
+
+    fn destroy(&self, pair: u32) -> io::Result<()> {
+        command(
+            &self.file,
+            DESTROY_QP,
+            Some(&answer()),
+            4,
+            &words(&[pair, 0]),
+        )
+    }
+
+    fn register(&self, memory: &[u8]) -> io::Result<()> {
+        let said = answer();
+        let address = (memory.as_ptr() as u64).to_ne_bytes();
+        let mut body = Vec::from(address);
+        body.extend((memory.len() as u64).to_ne_bytes());
+        body.extend(address);
+        // IB_ACCESS_LOCAL_WRITE.
+        body.extend(words(&[self.pd, 1]));
+        command(&self.file, REG_MR, Some(&said), 12, &body)?;
+        command(&self.file, DEREG_MR, None, 0, &words(&[word(&said, 0)]))
+    }
+}
+
+fn number(text: Option<&String>) -> usize {
+    text.and_then(|text| text.parse().ok())
+        .expect("usage: see the source")
+}
+
+fn churn(device: &Arc<Device>, pairs: usize, per_second: usize, threads: usize) {
+    let began = Instant::now();
+    let work = |thread: usize| {
+        let device = Arc::clone(device);
+        move || {
+            for i in (thread..pairs).step_by(threads) {
+                let due = Duration::from_secs(1) * i as u32 / per_second as u32;
+                thread::sleep(due.saturating_sub(began.elapsed()));
+                let pair = device.create().expect("create");
+                device.connect(pair).expect("connect");
+                device.destroy(pair).expect("destroy");
+            }
+        }
+    };
+    let running: Vec<_> = (0..threads).map(|i| thread::spawn(work(i))).collect();
+    for thread in running {
+        thread.join().expect("it ends");
+    }
+    let took = began.elapsed();
+    println!("{pairs} pairs in {:.1} s", took.as_secs_f64());
+}
+
+fn hold(device: &Arc<Device>, pairs: usize, then: &[String]) {
+    let of_thread = Arc::clone(device);
+    let make = move || {
+        for _ in 0..pairs {
+            let pair = of_thread.create().expect("create");
+            of_thread.connect(pair).expect("connect");
+        }
+    };
+    thread::spawn(make).join().expect("it ends");
+    println!("ready");
+    let Some((program, arguments)) = then.split_first() else {
+        thread::sleep(Duration::from_secs(3600));
+        return;
+    };
+    rustix::io::fcntl_setfd(&device.file, rustix::io::FdFlags::empty()).expect("a descriptor");
+    let error = Command::new(program).args(arguments).spawn();
+    error.expect("the command runs");
+}
+
+fn main() {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let device = Arc::new(Device::open(&arguments[0]).expect("a device"));
+    match arguments[1].as_str() {
+        "churn" => churn(
+            &device,
+            number(arguments.get(2)),
+            number(arguments.get(3)),
+            number(arguments.get(4)),
+        ),
+        "hold" => hold(&device, number(arguments.get(2)), &arguments[3..]),
+        "register" => {
+            let memory = vec![1; number(arguments.get(2))];
+            for _ in 0..number(arguments.get(3)) {
+                device.register(&memory).expect("register");
+            }
+            println!("ready");
+        }
+        other => panic!("no command {other}: see the source"),
+    }
+}

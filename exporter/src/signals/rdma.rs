@@ -1,0 +1,1042 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Whose queue pairs come and go, fail, or are slow to connect?
+//!
+//! Hooks: kprobes and kretprobes on functions of ib_core, ib_uverbs and rdma_cm (`PROGRAMS` below), and RDMA netlink for
+//! the gauge. Metrics: `chandra_rdma_*`.
+//!
+//! Counted are the queue pairs that user space makes through the kernel; an event belongs to the cgroup that created the
+//! pair, whoever modifies or destroys it. Neither hooks nor netlink see what a process makes past the kernel's verbs
+//! (DEVX objects of mlx5, and NVSHMEM's IBGDA on top of them). Counters of ports and congestion are node_exporter's
+//! (`node_infiniband_*`).
+//!
+//! The modules are never held: they can be unloaded at any time, and when they come back the hooks do.
+
+pub mod enumeration;
+pub mod host;
+pub mod nldev;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fs, io,
+    os::fd::AsFd,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use aya::{
+    include_bytes_aligned,
+    maps::{self, MapData},
+};
+use exporter_common::{
+    Loss,
+    histogram::Shape,
+    rdma::{
+        Call, CallKey, DEVICE_NAME, Device, EVENTS, LATENCY, LIFETIME, MEMORY, RESULTS, Resolving,
+        ResolvingKey, STATES, Usage, slot,
+    },
+};
+use netlink_sys::{Socket, SocketAddr};
+use rustix::{
+    net::sockopt::{Timeout, set_socket_timeout},
+    time::{ClockId, clock_gettime},
+};
+
+use self::{
+    enumeration::{Enumeration, Limits, PairOwner, Report},
+    host::{Host, Owners, PairMaps, present},
+};
+use super::{Attempt, Entry, Options, Scope, Signal, State, Status};
+use crate::{
+    families::{Desc, Families, Kind},
+    kernel::{
+        Kernel,
+        btf::Btf,
+        symbols::{self, Symbols},
+    },
+    ledger::{Attribution, Ledger, OTHER, Opening, UNKNOWN},
+    pods::{Labels, Resolution},
+    probe::{self, Attached, Constants, Hook, Method, Need, Program, Reason, Runs},
+};
+
+/// The signal.
+pub const ENTRY: Entry = Entry {
+    name: "rdma",
+    question: "Whose queue pairs come and go, fail, or are slow to connect?",
+    descs: &[
+        &PAIRS,
+        &CREATED,
+        &DESTROYED,
+        &DEVICE_CREATED,
+        &DEVICE_DESTROYED,
+        &TRANSITIONS,
+        &ASYNC_EVENTS,
+        &LIFETIMES,
+        &CONNECTS,
+        &ADDRESSES,
+        &ROUTES,
+        &REGIONS,
+        &BYTES,
+        &AGE,
+    ],
+    object: OBJECT,
+    attach,
+};
+
+static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("CHANDRA_EBPF_OBJECTS"), "/rdma.o"));
+
+/// How many counters an owner has.
+pub const SLOTS: usize = slot::ALL;
+
+/// Types of a queue pair by `enum ib_qp_type` (include/rdma/ib_verbs.h), as `rdma resource` spells them.
+const TYPES: [(u8, &str); 11] = [
+    (0, "SMI"),
+    (1, "GSI"),
+    (2, "RC"),
+    (3, "UC"),
+    (4, "UD"),
+    (5, "RAW_IPV6"),
+    (6, "RAW_ETHERTYPE"),
+    (8, "RAW_PACKET"),
+    (9, "XRC_INI"),
+    (10, "XRC_TGT"),
+    (255, "DRIVER"),
+];
+
+/// What is neither a known type nor a known state.
+const STRANGE: &str = "UNKNOWN";
+
+static PAIRS: Desc = Desc {
+    name: "chandra_rdma_queue_pairs",
+    kind: Kind::Gauge,
+    help: "Queue pairs that exist; those of the kernel are the host's.",
+    per_pod: true,
+    labels: &["device", "type", "state"],
+    values: &[
+        (
+            "type",
+            &[
+                "SMI",
+                "GSI",
+                "RC",
+                "UC",
+                "UD",
+                "RAW_IPV6",
+                "RAW_ETHERTYPE",
+                "RAW_PACKET",
+                "XRC_INI",
+                "XRC_TGT",
+                "DRIVER",
+                STRANGE,
+            ],
+        ),
+        (
+            "state",
+            &["RESET", "INIT", "RTR", "RTS", "SQD", "SQE", "ERR", STRANGE],
+        ),
+    ],
+    source: "RDMA netlink (RDMA_NLDEV_CMD_RES_QP_GET), in every network namespace where devices live, when a scrape asks and \
+             at most every 10 s; the owner is the cgroup that created the pair, or that of its thread for pairs older than the exporter",
+};
+
+static CREATED: Desc = Desc {
+    name: "chandra_rdma_queue_pairs_created_total",
+    kind: Kind::Counter,
+    help: "Queue pairs that user space created.",
+    per_pod: true,
+    labels: &[],
+    values: &[],
+    source: "kretprobe ib_core:ib_create_qp_user; before 5.15 kprobe ib_core:ib_create_qp_security within the uverbs handlers",
+};
+
+static DESTROYED: Desc = Desc {
+    name: "chandra_rdma_queue_pairs_destroyed_total",
+    kind: Kind::Counter,
+    help: "Queue pairs of user space that were destroyed, by whomever.",
+    per_pod: true,
+    labels: &[],
+    values: &[],
+    source: "kprobe and kretprobe ib_core:ib_destroy_qp_user; the owner is the cgroup that created the pair",
+};
+
+static DEVICE_CREATED: Desc = Desc {
+    name: "chandra_rdma_device_queue_pairs_created_total",
+    kind: Kind::Counter,
+    help: "Queue pairs that user space created on the device.",
+    per_pod: false,
+    labels: &["device"],
+    values: &[],
+    source: "as chandra_rdma_queue_pairs_created_total; present at 0 for every device",
+};
+
+static DEVICE_DESTROYED: Desc = Desc {
+    name: "chandra_rdma_device_queue_pairs_destroyed_total",
+    kind: Kind::Counter,
+    help: "Queue pairs of user space that were destroyed on the device.",
+    per_pod: false,
+    labels: &["device"],
+    values: &[],
+    source: "as chandra_rdma_queue_pairs_destroyed_total; present at 0 for every device",
+};
+
+static TRANSITIONS: Desc = Desc {
+    name: "chandra_rdma_queue_pair_transitions_total",
+    kind: Kind::Counter,
+    help: "Successful modifies of a queue pair to the state.",
+    per_pod: true,
+    labels: &["state"],
+    values: &[("state", &STATES)],
+    source: "kprobe and kretprobe ib_core:ib_modify_qp_with_udata and ib_core:ib_modify_qp with IB_QP_STATE; ERR is also how an \
+             orderly close looks, and a failure inside the device is no modify",
+};
+
+static ASYNC_EVENTS: Desc = Desc {
+    name: "chandra_rdma_queue_pair_events_total",
+    kind: Kind::Counter,
+    help: "Asynchronous events that the device reported of queue pairs.",
+    per_pod: true,
+    labels: &["event"],
+    values: &[(
+        "event",
+        &[
+            "fatal",
+            "request_error",
+            "access_error",
+            "communication_established",
+            "send_queue_drained",
+            "path_migrated",
+            "path_migration_error",
+            "last_wqe_reached",
+            "other",
+        ],
+    )],
+    source: "kprobe ib_uverbs:ib_uverbs_qp_event_handler",
+};
+
+static LIFETIMES: Desc = Desc {
+    name: "chandra_rdma_queue_pair_lifetime_seconds",
+    kind: Kind::Histogram,
+    help: "Seconds from the creation of a queue pair to its destruction.",
+    per_pod: true,
+    labels: &[],
+    values: &[],
+    source: "as the counters of both; pairs older than the exporter are not in it",
+};
+
+static CONNECTS: Desc = Desc {
+    name: "chandra_rdma_queue_pair_connect_seconds",
+    kind: Kind::Histogram,
+    help: "Seconds from the creation of a queue pair to its first RTS.",
+    per_pod: true,
+    labels: &[],
+    values: &[],
+    source: "as chandra_rdma_queue_pair_transitions_total; pairs older than the exporter are not in it",
+};
+
+static ADDRESSES: Desc = Desc {
+    name: "chandra_rdma_address_resolution_seconds",
+    kind: Kind::Histogram,
+    help: "Seconds from rdma_resolve_addr to its event or its error.",
+    per_pod: true,
+    labels: &["result"],
+    values: &[("result", &RESULTS)],
+    source: "kprobe and kretprobe rdma_cm:rdma_resolve_addr, kprobe rdma_cm:cma_cm_event_handler; the owner is the cgroup that asked; \
+             an id that is destroyed before is not counted",
+};
+
+static ROUTES: Desc = Desc {
+    name: "chandra_rdma_route_resolution_seconds",
+    kind: Kind::Histogram,
+    help: "Seconds from rdma_resolve_route to its event or its error.",
+    per_pod: true,
+    labels: &["result"],
+    values: &[("result", &RESULTS)],
+    source: "kprobe and kretprobe rdma_cm:rdma_resolve_route, kprobe rdma_cm:cma_cm_event_handler",
+};
+
+static REGIONS: Desc = Desc {
+    name: "chandra_rdma_memory_regions_registered_total",
+    kind: Kind::Counter,
+    help: "Memory regions that were registered.",
+    per_pod: true,
+    labels: &["kind"],
+    values: &[("kind", &MEMORY)],
+    source: "kretprobe ib_uverbs:ib_uverbs_reg_mr and the REG_MR and REG_DMABUF_MR methods; dmabuf is GPUDirect",
+};
+
+static BYTES: Desc = Desc {
+    name: "chandra_rdma_memory_registered_bytes_total",
+    kind: Kind::Counter,
+    help: "Bytes of the memory regions that were registered.",
+    per_pod: true,
+    labels: &["kind"],
+    values: &[("kind", &MEMORY)],
+    source: "the size that ib_umem_get, ib_umem_odp_get or ib_umem_dmabuf_get is asked for during a registration",
+};
+
+static AGE: Desc = Desc {
+    name: "chandra_rdma_enumeration_age_seconds",
+    kind: Kind::Gauge,
+    help: "Seconds since the enumeration began that gave the device's queue pairs, or since the device was first seen.",
+    per_pod: false,
+    labels: &["device"],
+    values: &[],
+    source: "the exporter's clock; grows while the device does not answer",
+};
+
+const fn kprobe(name: &'static str, functions: &'static [&'static str]) -> Program {
+    Program {
+        name,
+        method: Method::Kprobe,
+        functions,
+        need: Need::Wanted,
+        needs: &[],
+    }
+}
+
+const fn kretprobe(name: &'static str, functions: &'static [&'static str]) -> Program {
+    Program {
+        method: Method::Kretprobe,
+        ..kprobe(name, functions)
+    }
+}
+
+const fn required(program: Program) -> Program {
+    Program {
+        need: Need::Required,
+        ..program
+    }
+}
+
+const fn if_there(program: Program) -> Program {
+    Program {
+        need: Need::IfThere,
+        ..program
+    }
+}
+
+/// What every kernel has.
+const PROGRAMS: &[Program] = &[
+    required(kprobe("modify_user", &["ib_modify_qp_with_udata"])),
+    kprobe("modify_kernel", &["ib_modify_qp"]),
+    required(kretprobe(
+        "modify_return",
+        &["ib_modify_qp_with_udata", "ib_modify_qp"],
+    )),
+    required(kprobe("destroy", &["ib_destroy_qp_user"])),
+    required(kretprobe("destroy_return", &["ib_destroy_qp_user"])),
+    kprobe("qp_event", &["ib_uverbs_qp_event_handler"]),
+    kprobe("resolve_addr", &["rdma_resolve_addr"]),
+    kretprobe("resolve_addr_return", &["rdma_resolve_addr"]),
+    kprobe("resolve_route", &["rdma_resolve_route"]),
+    kretprobe("resolve_route_return", &["rdma_resolve_route"]),
+    kprobe("cm_event", &["cma_cm_event_handler"]),
+    kprobe("destroy_id", &["rdma_destroy_id"]),
+    kprobe("register", REGISTER),
+    kretprobe("register_return", REGISTER),
+    kprobe("pin_user", &["ib_umem_get", "ib_umem_odp_get"]),
+    if_there(kprobe("pin_user_attr", &["ib_umem_get_attr_or_va"])),
+    if_there(kprobe(
+        "pin_dmabuf",
+        &[
+            "ib_umem_dmabuf_get",
+            "ib_umem_dmabuf_get_pinned",
+            "ib_umem_dmabuf_get_pinned_revocable_and_lock",
+        ],
+    )),
+    if_there(kprobe(
+        "pin_dmabuf_for",
+        &["ib_umem_dmabuf_get_pinned_with_dma_device"],
+    )),
+];
+
+const REGISTER: &[&str] = &[
+    "ib_uverbs_reg_mr",
+    "ib_uverbs_handler_UVERBS_METHOD_REG_MR",
+    "ib_uverbs_handler_UVERBS_METHOD_REG_DMABUF_MR",
+];
+
+/// A creation by user space, from 5.15 (commit 514aee660df4).
+const CREATE: &[Program] = &[
+    required(kprobe("create", &["ib_create_qp_user"])),
+    required(kretprobe("create_return", &["ib_create_qp_user"])),
+];
+
+const HANDLERS: &[&str] = &[
+    "ib_uverbs_handler_UVERBS_METHOD_QP_CREATE",
+    "ib_uverbs_create_qp",
+    "ib_uverbs_ex_create_qp",
+];
+
+/// What tells a creation by user space before, and the new pair's number where no type does.
+const HANDLE: &[Program] = &[
+    kprobe("create_handler", HANDLERS),
+    kretprobe("create_handler_return", HANDLERS),
+];
+
+const SECURITY: &[Program] = &[required(kprobe(
+    "create_security",
+    &["ib_create_qp_security"],
+))];
+
+const COPY_TO: &[Program] = &[kprobe("copy_to", &["uverbs_copy_to"])];
+
+/// Functions of before 5.8 also had the name `ib_create_qp_user`, with other arguments; this one came with its own.
+const CREATE_KERNEL: &str = "ib_create_qp_kernel";
+
+/// The modules whose functions are hooked. Without the first there is no RDMA.
+const MODULES: [&str; 3] = ["ib_core", "ib_uverbs", "rdma_cm"];
+
+/// Chooses the programs for this kernel.
+fn programs(symbols: &Symbols, numbered: bool) -> Vec<Program> {
+    let by_user = symbols.has("ib_create_qp_user") && symbols.has(CREATE_KERNEL);
+    let mut programs = Vec::from(if by_user { CREATE } else { SECURITY });
+    if !by_user || !numbered {
+        programs.extend(HANDLE);
+    }
+    if !numbered {
+        programs.extend(COPY_TO);
+    }
+    programs.extend(PROGRAMS);
+    programs
+}
+
+fn resolve(constants: &mut Constants<'_>) {
+    constants.offset("OFF_PAIR_DEVICE", &[("ib_qp", "device")]);
+    constants.offset("OFF_PAIR_NUMBER", &[("ib_qp", "qp_num")]);
+    constants.offset("OFF_DEVICE_INDEX", &[("ib_device", "index")]);
+    constants.offset("OFF_DEVICE_NAME", &[("ib_device", "name")]);
+}
+
+/// The types of ib_core, where it carries some.
+fn types_of_module(kernel: &Kernel) -> Result<Btf, String> {
+    let base = kernel.btf.as_ref().map_err(Clone::clone)?;
+    Btf::module("ib_core", Arc::clone(base)).map_err(|error| error.to_string())
+}
+
+fn attach(kernel: &Kernel, options: Options) -> Attempt {
+    match Rdma::new(kernel, &options) {
+        Ok(signal) => {
+            let status = signal.status_now();
+            Attempt {
+                state: status.state,
+                hooks: status.hooks,
+                notes: status.notes,
+                signal: Some(Box::new(signal)),
+            }
+        }
+        Err(error) => Attempt {
+            notes: vec![format!("{error:#}")],
+            ..Attempt::without(State::Failed)
+        },
+    }
+}
+
+/// Totals of the kernel half at one time.
+#[derive(Debug, Default)]
+struct Reading {
+    usage: Vec<(u64, [u64; SLOTS])>,
+    devices: Vec<(u64, Device)>,
+}
+
+/// The object at work.
+struct Live {
+    attached: Attached,
+    programs: Vec<Program>,
+    usage: maps::HashMap<MapData, u64, Usage>,
+    devices: maps::HashMap<MapData, u64, Device>,
+    calls: maps::HashMap<MapData, CallKey, Call>,
+    resolving: maps::HashMap<MapData, ResolvingKey, Resolving>,
+    /// The first bytes of each device's window are its name.
+    named: bool,
+}
+
+impl Live {
+    fn devices(&self) -> anyhow::Result<Vec<(u64, Device)>> {
+        let entries = self.devices.iter().map(|entry| present(entry).transpose());
+        let entries = entries.flatten().collect::<Result<_, _>>();
+        entries.context("read the map DEVICES")
+    }
+
+    fn reading(&self) -> anyhow::Result<Reading> {
+        let usage = self.usage.iter().map(|entry| present(entry).transpose());
+        let usage: Result<Vec<_>, _> = usage.flatten().collect();
+        let usage = usage.context("read the map USAGE")?;
+        Ok(Reading {
+            usage: usage
+                .into_iter()
+                .map(|(cgroup, usage)| (cgroup, usage.slots))
+                .collect(),
+            devices: self.devices()?,
+        })
+    }
+
+    /// Removes what is left of threads that have gone and of ids that were never answered. Returns how many.
+    fn sweep(&mut self) -> u64 {
+        let now = clock_gettime(ClockId::Monotonic);
+        let now = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
+        let old = |since: u64| now.saturating_sub(since) > SWEEP_AFTER.as_nanos() as u64;
+        let calls: Vec<_> = self.calls.keys().filter_map(Result::ok).collect();
+        let mut swept = 0;
+        for key in calls {
+            let thread = key.thread as u32;
+            if fs::metadata(format!("/proc/{thread}")).is_err() && self.calls.remove(&key).is_ok() {
+                swept += 1;
+            }
+        }
+        let resolving = self.resolving.iter().filter_map(Result::ok);
+        let resolving: Vec<_> = resolving
+            .filter(|(_, resolving)| old(resolving.started))
+            .collect();
+        for (key, _) in resolving {
+            swept += u64::from(self.resolving.remove(&key).is_ok());
+        }
+        swept
+    }
+}
+
+/// A resolution's longest time-out is some seconds.
+const SWEEP_AFTER: Duration = Duration::from_secs(600);
+
+/// How often the leftovers are looked for.
+const SWEEP_EVERY: Duration = Duration::from_secs(60);
+
+/// What follows the modules: used by the scrape and by the thread that hears of modules.
+struct Core {
+    live: Option<Live>,
+    status: Status,
+    /// Which load of each module the hooks are in.
+    loads: [Option<u64>; MODULES.len()],
+    owners: Arc<Owners>,
+    /// Readings of objects that were dropped, for the next scrape.
+    farewells: Vec<Reading>,
+    /// What dropped objects had lost and run.
+    lost: BTreeMap<&'static str, u64>,
+    runs: BTreeMap<String, Runs>,
+    swept: u64,
+}
+
+impl Core {
+    fn new(owners: Arc<Owners>) -> Self {
+        Self {
+            live: None,
+            status: absent(),
+            loads: [None; MODULES.len()],
+            owners,
+            farewells: Vec::new(),
+            lost: BTreeMap::new(),
+            runs: BTreeMap::new(),
+            swept: 0,
+        }
+    }
+
+    /// Attaches to what has been loaded, and lets go of what has been unloaded.
+    fn follow(&mut self, kernel: impl FnOnce() -> Kernel) {
+        let loads = MODULES.map(symbols::loaded);
+        if loads == self.loads {
+            return;
+        }
+        let core_is_same = loads[0] == self.loads[0] && self.live.is_some();
+        self.loads = loads;
+        if loads[0].is_none() {
+            self.drop_live();
+            self.status = absent();
+            return;
+        }
+        let kernel = kernel();
+        if core_is_same && let Some(live) = &mut self.live {
+            self.status.hooks = live.attached.follow_modules(&live.programs, &kernel);
+            return;
+        }
+        self.drop_live();
+        self.load(&kernel);
+    }
+
+    fn load(&mut self, kernel: &Kernel) {
+        let types = types_of_module(kernel);
+        let has_number = |types: &Btf| types.field("ib_qp", "qp_num").is_ok();
+        let numbered = types.as_ref().is_ok_and(has_number);
+        let names = ["ib_create_qp_user", CREATE_KERNEL];
+        let symbols = Symbols::of_kernel(names).unwrap_or_default();
+        let programs = programs(&symbols, numbered);
+        let types = types.as_ref().map_err(String::as_str);
+        let outcome = probe::attach(OBJECT, &programs, types, resolve, kernel);
+        let mut notes = Vec::new();
+        // All four are missing for one reason, or none is.
+        if let Some(why) = outcome.notes.first() {
+            notes.push(format!(
+                "ib_core tells no types ({why}): queue pairs older than the exporter end as unknown, and one that was made \
+                 by the older write interface has no owner once its thread is gone"
+            ));
+        }
+        let live = outcome.attached.and_then(|attached| {
+            let live = self.build(attached, programs, numbered);
+            live.map_err(|error| notes.push(format!("{error:#}"))).ok()
+        });
+        self.status = Status {
+            state: if live.is_some() {
+                State::Up
+            } else {
+                State::Failed
+            },
+            hooks: outcome.hooks,
+            notes,
+        };
+        self.live = live;
+    }
+
+    fn build(
+        &self,
+        mut attached: Attached,
+        programs: Vec<Program>,
+        numbered: bool,
+    ) -> anyhow::Result<Live> {
+        let named = attached
+            .values()
+            .iter()
+            .any(|(name, _)| *name == "OFF_DEVICE_NAME");
+        let mut take = |name: &str| {
+            attached
+                .ebpf
+                .take_map(name)
+                .with_context(|| format!("the object has no map {name}"))
+        };
+        let pairs = PairMaps {
+            pairs: take("PAIRS")?.try_into()?,
+            old: take("OLD_PAIRS")?.try_into()?,
+            numbered,
+        };
+        let live = Live {
+            usage: take("USAGE")?.try_into()?,
+            devices: take("DEVICES")?.try_into()?,
+            calls: take("CALLS")?.try_into()?,
+            resolving: take("RESOLVING")?.try_into()?,
+            named,
+            attached,
+            programs,
+        };
+        self.owners.replace(Some(pairs));
+        Ok(live)
+    }
+
+    fn drop_live(&mut self) {
+        self.owners.replace(None);
+        let Some(live) = self.live.take() else {
+            return;
+        };
+        match live.reading() {
+            Ok(reading) => self.farewells.push(reading),
+            Err(error) => tracing::error!("signal rdma: the last counts are lost: {error:#}"),
+        }
+        for (reason, events) in live.attached.lost().unwrap_or_default() {
+            *self.lost.entry(reason).or_default() += events;
+        }
+        for (program, runs) in live.attached.runs() {
+            let sum = self.runs.entry(program).or_default();
+            *sum = sum.plus(runs);
+        }
+    }
+}
+
+fn absent() -> Status {
+    Status {
+        state: State::Absent,
+        hooks: Vec::new(),
+        notes: Vec::new(),
+    }
+}
+
+/// Hears of modules from the kernel (kobject uevents), and looks by itself every few seconds.
+fn follow_modules(core: &Mutex<Core>, stopped: &AtomicBool) {
+    const PATIENCE: Duration = Duration::from_secs(2);
+    let socket = uevents(PATIENCE);
+    if let Err(error) = &socket {
+        tracing::info!(
+            "signal rdma: modules are looked for every 2 s, since uevents are not to be had: {error}"
+        );
+    }
+    let mut event = Vec::with_capacity(8 << 10);
+    while !stopped.load(Ordering::Relaxed) {
+        match &socket {
+            Ok(socket) => {
+                event.clear();
+                let _ = socket.recv_from(&mut event, 0);
+            }
+            Err(_) => thread::sleep(PATIENCE),
+        }
+        let mut core = core.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = core.status.state;
+        core.follow(Kernel::read);
+        if core.status.state != before {
+            tracing::info!("signal rdma: {}", core.status.state.label());
+        }
+    }
+}
+
+fn uevents(patience: Duration) -> io::Result<Socket> {
+    /// `NETLINK_KOBJECT_UEVENT`, whose group 1 is the kernel's.
+    const KOBJECT_UEVENT: isize = 15;
+    let mut socket = Socket::new(KOBJECT_UEVENT)?;
+    socket.bind(&SocketAddr::new(0, 1))?;
+    set_socket_timeout(socket.as_fd(), Timeout::Recv, Some(patience))?;
+    Ok(socket)
+}
+
+/// A row of the gauge: labels, device, type and state.
+type Row = (Labels, String, &'static str, &'static str);
+
+struct Rdma {
+    core: Arc<Mutex<Core>>,
+    stopped: Arc<AtomicBool>,
+    enumeration: Enumeration,
+    ledger: Ledger<u64, SLOTS>,
+    max_owners: usize,
+    /// Created and destroyed, by device.
+    devices: BTreeMap<String, [u64; 2]>,
+    /// The kernel's totals at the last scrape, by the device's address.
+    seen: HashMap<u64, [u64; 2]>,
+    rows: BTreeMap<Row, u64>,
+    ages: Vec<(String, f64)>,
+    troubles: Vec<String>,
+    swept: Option<Instant>,
+}
+
+impl Drop for Rdma {
+    fn drop(&mut self) {
+        self.stopped.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Rdma {
+    fn new(kernel: &Kernel, options: &Options) -> anyhow::Result<Self> {
+        let owners = Arc::new(Owners::default());
+        let mut core = Core::new(Arc::clone(&owners));
+        core.follow(|| kernel.clone());
+        let core = Arc::new(Mutex::new(core));
+        let stopped = Arc::new(AtomicBool::new(false));
+        let (of_thread, stop) = (Arc::clone(&core), Arc::clone(&stopped));
+        thread::Builder::new()
+            .name("rdma-modules".to_owned())
+            .stack_size(1 << 20)
+            .spawn(move || follow_modules(&of_thread, &stop))
+            .context("start the thread that follows modules")?;
+        let host = Host {
+            owners,
+            cgroups: options.cgroups.clone(),
+        };
+        let enumeration = Enumeration::start(host, Limits::default())
+            .context("start the thread that enumerates queue pairs")?;
+        // The first scrape has something to show.
+        enumeration.ask();
+        Ok(Self {
+            core,
+            stopped,
+            enumeration,
+            ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
+            max_owners: options.max_owners,
+            devices: BTreeMap::new(),
+            seen: HashMap::new(),
+            rows: BTreeMap::new(),
+            ages: Vec::new(),
+            troubles: Vec::new(),
+            swept: None,
+        })
+    }
+
+    fn core(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn status_now(&self) -> Status {
+        let mut status = self.core().status.clone();
+        if status.state == State::Up {
+            let reason = if self.troubles.is_empty() {
+                Reason::Attached
+            } else {
+                Reason::Failed
+            };
+            status.hooks.push(Hook {
+                name: "RDMA_NLDEV_CMD_RES_QP_GET",
+                method: Method::Netlink,
+                reason,
+                detail: self.troubles.join("; "),
+            });
+        }
+        status
+    }
+
+    /// Books what devices grew by to their names.
+    fn book_devices(&mut self, devices: &[(u64, Device)], named: bool, known: &BTreeSet<String>) {
+        for (address, device) in devices {
+            let Some(name) = name_of(device, named, known) else {
+                continue;
+            };
+            let totals = [device.created, device.destroyed];
+            let seen = self.seen.entry(*address).or_default();
+            let account = self.devices.entry(name).or_default();
+            for i in 0..totals.len() {
+                account[i] += totals[i].saturating_sub(seen[i]);
+            }
+            *seen = totals;
+        }
+    }
+
+    fn count_pairs(&mut self, reports: Vec<Report>, scope: &Scope<'_>) {
+        self.rows.clear();
+        self.ages.clear();
+        let mut shown = BTreeSet::new();
+        for Report {
+            device,
+            age,
+            counts,
+        } in reports
+        {
+            self.devices.entry(device.clone()).or_default();
+            for ((owner, kind, state), pairs) in counts.iter().flat_map(|counts| counts.iter()) {
+                let mut labels = labels_of(*owner, scope);
+                if !shown.contains(&labels) {
+                    if shown.len() >= self.max_owners {
+                        labels = Labels::only_pod(OTHER);
+                    }
+                    shown.insert(labels.clone());
+                }
+                let kind = TYPES
+                    .iter()
+                    .find(|(code, _)| code == kind)
+                    .map_or(STRANGE, |(_, name)| name);
+                let state = STATES.get(usize::from(*state)).unwrap_or(&STRANGE);
+                *self
+                    .rows
+                    .entry((labels, device.clone(), kind, state))
+                    .or_default() += pairs;
+            }
+            self.ages.push((device, age.as_secs_f64()));
+        }
+    }
+}
+
+/// The labels under which a queue pair is counted.
+fn labels_of(owner: PairOwner, scope: &Scope<'_>) -> Labels {
+    let unknown = || Labels::only_pod(UNKNOWN);
+    match owner {
+        PairOwner::Kernel => Labels::default(),
+        PairOwner::Unknown => unknown(),
+        PairOwner::Cgroup(cgroup) => match scope.resolve(cgroup) {
+            Resolution::Owner(owner) | Resolution::Pending(Some(owner)) => owner.labels,
+            Resolution::Host => Labels::default(),
+            Resolution::Pending(None) | Resolution::Unknown => unknown(),
+        },
+    }
+}
+
+/// Finds a device's name in what the kernel half copied.
+///
+/// Without types the offset is not known, but the names are: a name is what fills `IB_DEVICE_NAME_MAX` bytes with it and
+/// zeros, at a word's boundary. A device whose name is not known yet is booked later.
+fn name_of(device: &Device, named: bool, known: &BTreeSet<String>) -> Option<String> {
+    let text = |bytes: &[u8]| {
+        let name = bytes.split(|byte| *byte == 0).next()?;
+        let name = std::str::from_utf8(name).ok()?;
+        (!name.is_empty()).then(|| name.to_owned())
+    };
+    if named {
+        return text(&device.window[..DEVICE_NAME]);
+    }
+    let places = (0..=device.window.len() - DEVICE_NAME).step_by(8);
+    places
+        .map(|at| &device.window[at..at + DEVICE_NAME])
+        .find_map(|bytes| {
+            let name = text(bytes).filter(|name| known.contains(name))?;
+            let rest = bytes.get(name.len()..).unwrap_or_default();
+            rest.iter().all(|byte| *byte == 0).then_some(name)
+        })
+}
+
+/// Events, for the account of attribution.
+fn units(slots: &[u64; SLOTS]) -> u64 {
+    let events = slots[slot::CREATED..slot::LIVED].iter();
+    let resolved = |base: usize| {
+        (0..RESULTS.len()).flat_map(move |result| {
+            let base = base + result * LATENCY.slots();
+            base..=base + LATENCY.bounds
+        })
+    };
+    let resolved = resolved(slot::ADDRESS)
+        .chain(resolved(slot::ROUTE))
+        .map(|slot| slots[slot]);
+    let regions = &slots[slot::REGIONS..slot::BYTES];
+    events.sum::<u64>() + resolved.sum::<u64>() + regions.iter().sum::<u64>()
+}
+
+impl Signal for Rdma {
+    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<()> {
+        self.enumeration.ask();
+        let reports = self.enumeration.reports(scope.now);
+        self.troubles = self.enumeration.troubles(scope.now);
+        let known = reports.iter().map(|report| report.device.clone()).collect();
+        self.count_pairs(reports, scope);
+
+        let core = Arc::clone(&self.core);
+        let mut core = core.lock().unwrap_or_else(PoisonError::into_inner);
+        core.follow(Kernel::read);
+        for farewell in std::mem::take(&mut core.farewells) {
+            // Its names are those of devices that have gone: what is not known by now never will be.
+            self.book_devices(&farewell.devices, true, &known);
+            self.seen.clear();
+            self.ledger.book(
+                &scope.pods.owners(),
+                farewell.usage,
+                |cgroup| scope.resolve(cgroup),
+                scope.now,
+            );
+            self.ledger.restart();
+        }
+        let due = self
+            .swept
+            .is_none_or(|at| scope.now.saturating_duration_since(at) >= SWEEP_EVERY);
+        let swept = match &mut core.live {
+            None => {
+                scope.book_none(&mut self.ledger);
+                0
+            }
+            Some(live) => {
+                let devices = live.devices()?;
+                self.book_devices(&devices, live.named, &known);
+                scope.book(&mut self.ledger, &mut live.usage, |usage| usage.slots)?;
+                if due {
+                    self.swept = Some(scope.now);
+                    live.sweep()
+                } else {
+                    0
+                }
+            }
+        };
+        core.swept += swept;
+        Ok(())
+    }
+
+    fn render(&self, families: &mut Families) {
+        if self.core().status.state == State::Absent && self.devices.is_empty() {
+            return;
+        }
+        render(self.ledger.accounts(), families);
+        render_devices(&self.devices, families);
+        let rows = self
+            .rows
+            .iter()
+            .map(|((labels, device, kind, state), pairs)| {
+                (labels, &**device, *kind, *state, *pairs)
+            });
+        render_gauge(rows, &self.ages, families);
+    }
+
+    fn attribution(&self) -> Attribution {
+        self.ledger.attribution()
+    }
+
+    fn lost(&self) -> anyhow::Result<Vec<(&'static str, u64)>> {
+        let core = self.core();
+        let mut lost = match &core.live {
+            Some(live) => live.attached.lost()?,
+            None => Loss::LABELS.iter().map(|(_, label)| (*label, 0)).collect(),
+        };
+        let missed = Loss::LABELS[Loss::MissedReturn as usize].1;
+        for (reason, events) in &mut lost {
+            *events += core.lost.get(reason).copied().unwrap_or_default();
+            if *reason == missed {
+                *events += core.swept;
+            }
+        }
+        Ok(lost)
+    }
+
+    fn runs(&self) -> Vec<(String, Runs)> {
+        let core = self.core();
+        let mut all = core.runs.clone();
+        for (program, runs) in core.live.iter().flat_map(|live| live.attached.runs()) {
+            let sum = all.entry(program).or_default();
+            *sum = sum.plus(runs);
+        }
+        all.into_iter().collect()
+    }
+
+    fn status(&self) -> Option<Status> {
+        Some(self.status_now())
+    }
+}
+
+/// Renders accounts by slot. Events, histograms and registrations appear with their first: most owners of queue pairs
+/// never have most of them.
+pub fn render<'a>(
+    accounts: impl IntoIterator<Item = (Labels, &'a [u64; SLOTS])>,
+    families: &mut Families,
+) {
+    for (owner, slots) in accounts {
+        let pod = [&*owner.namespace, &*owner.pod, &*owner.container];
+        let with = |label: &'static str| [pod[0], pod[1], pod[2], label];
+        families.add(&CREATED, &pod, slots[slot::CREATED] as f64);
+        families.add(&DESTROYED, &pod, slots[slot::DESTROYED] as f64);
+        for (state, count) in STATES.iter().zip(&slots[slot::TRANSITIONS..]) {
+            families.add(&TRANSITIONS, &with(state), *count as f64);
+        }
+        for ((_, event), count) in EVENTS.iter().zip(&slots[slot::ASYNC..]) {
+            if *count > 0 {
+                families.add(&ASYNC_EVENTS, &with(event), *count as f64);
+            }
+        }
+        let mut histogram = |desc, labels: &[&str], shape: Shape, base: usize| {
+            let slots = &slots[base..base + shape.slots()];
+            if slots.iter().any(|count| *count > 0) {
+                families.add_histogram(desc, labels, shape, slots);
+            }
+        };
+        histogram(&LIFETIMES, &pod, LIFETIME, slot::LIVED);
+        histogram(&CONNECTS, &pod, LATENCY, slot::CONNECTED);
+        for (desc, base) in [(&ADDRESSES, slot::ADDRESS), (&ROUTES, slot::ROUTE)] {
+            for (i, result) in RESULTS.iter().enumerate() {
+                histogram(desc, &with(result), LATENCY, base + i * LATENCY.slots());
+            }
+        }
+        for (i, kind) in MEMORY.iter().enumerate() {
+            let (regions, bytes) = (slots[slot::REGIONS + i], slots[slot::BYTES + i]);
+            if regions > 0 {
+                families.add(&REGIONS, &with(kind), regions as f64);
+                families.add(&BYTES, &with(kind), bytes as f64);
+            }
+        }
+    }
+}
+
+/// Renders created and destroyed, by device.
+pub fn render_devices(devices: &BTreeMap<String, [u64; 2]>, families: &mut Families) {
+    for (device, [created, destroyed]) in devices {
+        families.add(&DEVICE_CREATED, &[device], *created as f64);
+        families.add(&DEVICE_DESTROYED, &[device], *destroyed as f64);
+    }
+}
+
+/// Renders the queue pairs by owner, device, type and state, and the age of each device's.
+pub fn render_gauge<'a>(
+    rows: impl IntoIterator<Item = (&'a Labels, &'a str, &'static str, &'static str, u64)>,
+    ages: &[(String, f64)],
+    families: &mut Families,
+) {
+    for (owner, device, kind, state, pairs) in rows {
+        let labels = [
+            &*owner.namespace,
+            &*owner.pod,
+            &*owner.container,
+            device,
+            kind,
+            state,
+        ];
+        families.add(&PAIRS, &labels, pairs as f64);
+    }
+    for (device, age) in ages {
+        families.add(&AGE, &[device], *age);
+    }
+}

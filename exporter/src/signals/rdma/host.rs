@@ -1,0 +1,343 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The devices and queue pairs of this host, in every network namespace, and who owns a queue pair.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    fs::{self, File},
+    os::{fd::AsFd, unix::fs::MetadataExt},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+    time::Duration,
+};
+
+use aya::maps::{self, MapData, MapError};
+use exporter_common::{
+    ABSENT,
+    rdma::{Number, Pair},
+};
+use rustix::{
+    thread::{LinkNameSpaceType, move_into_link_name_space},
+    time::{ClockId, clock_gettime},
+};
+
+use super::{
+    enumeration::{Answer, Fabric, PairOwner},
+    nldev::{self, Client, NldevError, QueuePair},
+};
+use crate::kernel::symbols;
+
+/// Network namespaces that are looked into for devices, at most.
+const MAX_NAMESPACES: usize = 512;
+
+/// The root cgroup.
+const ROOT_ID: u64 = 1;
+
+/// What the kernel half knows of queue pairs. Shared with the signal, which puts it here while its object is loaded.
+#[derive(Debug, Default)]
+pub struct Owners {
+    maps: Mutex<Option<PairMaps>>,
+}
+
+/// The maps of the kernel half that the enumeration uses.
+#[derive(Debug)]
+pub struct PairMaps {
+    /// By the address of the queue pair.
+    pub pairs: maps::HashMap<MapData, u64, Pair>,
+    /// Owners of pairs that are not among them.
+    pub old: maps::HashMap<MapData, Number, u64>,
+    /// The kernel half can read a queue pair's number by itself, so it can use `old`.
+    pub numbered: bool,
+}
+
+impl Owners {
+    /// Puts the maps of a loaded object here, or takes them away.
+    pub fn replace(&self, maps: Option<PairMaps>) {
+        *self.maps.lock().unwrap_or_else(PoisonError::into_inner) = maps;
+    }
+
+    /// Numbers of the device's queue pairs that were made before `began`, with their owners.
+    ///
+    /// A pair that was made later may have a number which was another's when the kernel listed it.
+    fn known(&self, maps: &PairMaps, index: u32, began: u64) -> HashMap<u32, u64> {
+        let pairs = maps.pairs.iter().filter_map(Result::ok);
+        pairs
+            .map(|(_, pair)| pair)
+            .filter(|pair| pair.number != ABSENT && pair.created < began)
+            .filter(|pair| pair.index == index)
+            .map(|pair| (pair.number, pair.cgroup))
+            .collect()
+    }
+
+    /// Says who owns each queue pair of a device, and tells the kernel half who owns those that are older than it.
+    fn attribute(
+        &self,
+        index: u32,
+        pairs: &[QueuePair],
+        began: u64,
+        cgroup_of: impl Fn(u32) -> Option<u64>,
+    ) -> Vec<PairOwner> {
+        let mut maps = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = maps
+            .as_ref()
+            .map(|maps| self.known(maps, index, began))
+            .unwrap_or_default();
+        let mut threads = HashMap::new();
+        let mut found = HashMap::new();
+        let owners = pairs.iter().map(|pair| {
+            if pair.of_kernel {
+                return PairOwner::Kernel;
+            }
+            if let Some(cgroup) = known.get(&pair.number) {
+                return PairOwner::Cgroup(*cgroup);
+            }
+            let cgroup = pair
+                .pid
+                .and_then(|pid| *threads.entry(pid).or_insert_with(|| cgroup_of(pid)));
+            match cgroup {
+                Some(cgroup) => {
+                    found.insert(pair.number, cgroup);
+                    PairOwner::Cgroup(cgroup)
+                }
+                None => PairOwner::Unknown,
+            }
+        });
+        let mut owners: Vec<_> = owners.collect();
+        if let Some(maps) = maps.as_mut().filter(|maps| maps.numbered) {
+            remember(maps, index, pairs, &found, &mut owners);
+        }
+        owners
+    }
+}
+
+/// Keeps the owners of old queue pairs for the kernel half, and for the time after their threads have gone.
+fn remember(
+    maps: &mut PairMaps,
+    index: u32,
+    pairs: &[QueuePair],
+    found: &HashMap<u32, u64>,
+    owners: &mut [PairOwner],
+) {
+    let listed: HashSet<u32> = pairs.iter().map(|pair| pair.number).collect();
+    let mut old = HashMap::new();
+    let mut gone = Vec::new();
+    for (number, cgroup) in maps.old.iter().filter_map(Result::ok) {
+        if number.index == index {
+            if listed.contains(&number.number) {
+                old.insert(number.number, cgroup);
+            } else {
+                gone.push(number);
+            }
+        }
+    }
+    for number in gone {
+        let _ = maps.old.remove(&number);
+    }
+    for (number, cgroup) in found {
+        if !old.contains_key(number) {
+            let number = Number {
+                index,
+                number: *number,
+            };
+            // Where the map is full, the pair's events go to `unknown`, which is counted there.
+            let _ = maps.old.insert(number, cgroup, 0);
+        }
+    }
+    for (pair, owner) in pairs.iter().zip(owners) {
+        if let (PairOwner::Unknown, Some(cgroup)) = (*owner, old.get(&pair.number)) {
+            *owner = PairOwner::Cgroup(*cgroup);
+        }
+    }
+}
+
+/// The cgroup id of a thread.
+fn cgroup_of(thread: u32, root: Option<&Path>) -> Option<u64> {
+    let Some(root) = root else {
+        // Without a hierarchy the kernel books every thread to its invisible root.
+        return Some(ROOT_ID);
+    };
+    let text = fs::read_to_string(format!("/proc/{thread}/cgroup")).ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
+    // A cgroup's id is the number of its folder.
+    let folder = root.join(path.trim_start_matches('/'));
+    fs::metadata(folder).ok().map(|metadata| metadata.ino())
+}
+
+/// A network namespace, by the file that stands for it.
+#[derive(Clone, Debug)]
+pub struct Namespace {
+    file: Arc<File>,
+}
+
+/// A device and where it is.
+#[derive(Clone, Debug)]
+pub struct Place {
+    device: nldev::Device,
+    /// `None` for this process' own.
+    namespace: Option<Namespace>,
+}
+
+/// This host.
+#[derive(Debug)]
+pub struct Host {
+    /// What the kernel half knows.
+    pub owners: Arc<Owners>,
+    /// Where the cgroup v2 hierarchy is.
+    pub cgroups: Option<PathBuf>,
+}
+
+/// Lists the devices that are visible from this thread's network namespace, and says if devices belong to one each.
+fn devices_here(budget: Duration) -> Result<(Vec<nldev::Device>, bool), NldevError> {
+    let mut client = Client::open()?;
+    let mut devices = Vec::new();
+    client.ask(nldev::GET, None, true, budget, |payload| {
+        devices.push(nldev::device(payload)?);
+        Ok(())
+    })?;
+    let mut exclusive = false;
+    client.ask(nldev::SYS_GET, None, false, budget, |payload| {
+        exclusive = nldev::exclusive(payload)?;
+        Ok(())
+    })?;
+    Ok((devices, exclusive))
+}
+
+/// Runs something in a network namespace, in a thread that ends with it.
+fn within<T: Send + 'static>(
+    namespace: Namespace,
+    work: impl FnOnce() -> Result<T, String> + Send + 'static,
+) -> Result<T, String> {
+    let thread = thread::Builder::new()
+        .name("rdma-netns".to_owned())
+        .stack_size(256 << 10)
+        .spawn(move || {
+            enter(&namespace)?;
+            work()
+        })
+        .map_err(|error| format!("cannot start a thread: {error}"))?;
+    thread
+        .join()
+        .unwrap_or_else(|_| Err("the thread failed".to_owned()))
+}
+
+fn enter(namespace: &Namespace) -> Result<(), String> {
+    move_into_link_name_space(namespace.file.as_fd(), Some(LinkNameSpaceType::Network))
+        .map_err(|error| format!("cannot enter its network namespace (CAP_SYS_ADMIN): {error}"))
+}
+
+/// The network namespaces of processes and the named ones, without this process' own, and how many cannot be opened.
+fn namespaces() -> (Vec<Namespace>, usize) {
+    let own = fs::metadata("/proc/self/ns/net").map(|metadata| metadata.ino());
+    let mut seen: HashSet<u64> = own.into_iter().collect();
+    let (mut found, mut closed) = (Vec::new(), 0);
+    let folder = |path: &str| {
+        let entries = fs::read_dir(path).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect::<Vec<_>>()
+    };
+    let processes = folder("/proc").into_iter().filter(|path| {
+        path.file_name()
+            .is_some_and(|name| name.to_string_lossy().bytes().all(|b| b.is_ascii_digit()))
+    });
+    let of_processes = processes.map(|path| path.join("ns/net"));
+    let named = ["/run/netns", "/var/run/docker/netns"]
+        .into_iter()
+        .flat_map(folder);
+    for path in of_processes.chain(named) {
+        // A link to a namespace is followed to its number; a thread of the kernel has none to follow.
+        let Ok(number) = fs::metadata(&path).map(|metadata| metadata.ino()) else {
+            continue;
+        };
+        if found.len() >= MAX_NAMESPACES || !seen.insert(number) {
+            continue;
+        }
+        match File::open(&path) {
+            Ok(file) => found.push(Namespace {
+                file: Arc::new(file),
+            }),
+            Err(_) => closed += 1,
+        }
+    }
+    (found, closed)
+}
+
+impl Fabric for Host {
+    type Device = Place;
+
+    fn devices(&self) -> Result<(Vec<(String, Place)>, Vec<String>), String> {
+        // Opening the socket would load ib_core.
+        if symbols::loaded("ib_core").is_none() {
+            return Ok((Vec::new(), Vec::new()));
+        }
+        let budget = Duration::from_secs(5);
+        let (here, exclusive) = devices_here(budget)
+            .map_err(|error| format!("cannot list RDMA devices over netlink: {error}"))?;
+        let mut devices: BTreeMap<String, Place> = BTreeMap::new();
+        let mut troubles = Vec::new();
+        let mut add = |listed: Vec<nldev::Device>, namespace: Option<&Namespace>| {
+            for device in listed {
+                let place = Place {
+                    device: device.clone(),
+                    namespace: namespace.cloned(),
+                };
+                devices.entry(device.name).or_insert(place);
+            }
+        };
+        add(here, None);
+        if exclusive {
+            let (namespaces, mut closed) = namespaces();
+            for namespace in namespaces {
+                let listed = within(namespace.clone(), move || {
+                    devices_here(budget).map_err(|error| error.to_string())
+                });
+                match listed {
+                    Ok((listed, _)) => add(listed, Some(&namespace)),
+                    Err(_) => closed += 1,
+                }
+            }
+            if closed > 0 {
+                troubles.push(format!(
+                    "RDMA devices belong to one network namespace each (exclusive mode), and {closed} namespaces cannot be \
+                     looked into (it takes CAP_SYS_ADMIN and the host's pid namespace): queue pairs of devices there are \
+                     not enumerated"
+                ));
+            }
+        }
+        Ok((devices.into_iter().collect(), troubles))
+    }
+
+    fn queue_pairs(&self, place: &Place, budget: Duration) -> Result<Answer, String> {
+        // This thread is the device's own, and ends after this.
+        if let Some(namespace) = &place.namespace {
+            enter(namespace)?;
+        }
+        let began = clock_gettime(ClockId::Monotonic);
+        let began = began.tv_sec as u64 * 1_000_000_000 + began.tv_nsec as u64;
+        let (mut pairs, mut odd) = (Vec::new(), 0);
+        let index = place.device.index;
+        let answer = Client::open()
+            .map_err(NldevError::from)
+            .and_then(|mut client| {
+                client.ask(nldev::RES_QP_GET, Some(index), true, budget, |payload| {
+                    odd += nldev::queue_pairs(payload, &mut pairs)?;
+                    Ok(())
+                })
+            });
+        answer.map_err(|error| format!("cannot list its queue pairs: {error}"))?;
+        let owners = self.owners.attribute(index, &pairs, began, |thread| {
+            cgroup_of(thread, self.cgroups.as_deref())
+        });
+        Ok(Answer {
+            pairs: pairs.into_iter().zip(owners).collect(),
+            odd: (odd > 0).then(|| format!("{odd} queue pairs have no number, type or state")),
+        })
+    }
+}
+
+/// Ends a map's iteration early at an entry that went away.
+pub fn present<T>(entry: Result<T, MapError>) -> Result<Option<T>, MapError> {
+    match entry {
+        Ok(entry) => Ok(Some(entry)),
+        Err(MapError::KeyNotFound) => Ok(None),
+        Err(error) => Err(error),
+    }
+}

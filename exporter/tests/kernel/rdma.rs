@@ -1,0 +1,651 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `rdma` on rdma_rxe: what tools and `examples/verbs` did, pod by pod, is what is counted; the gauge is what the `rdma`
+//! tool lists.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{BufRead, BufReader},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::{alone, can_trace, common::*, skip};
+
+const CREATED: &str = "chandra_rdma_queue_pairs_created_total";
+const DESTROYED: &str = "chandra_rdma_queue_pairs_destroyed_total";
+const TRANSITIONS: &str = "chandra_rdma_queue_pair_transitions_total";
+const PAIRS: &str = "chandra_rdma_queue_pairs";
+const LIFETIMES: &str = "chandra_rdma_queue_pair_lifetime_seconds_count";
+const CONNECTS: &str = "chandra_rdma_queue_pair_connect_seconds_count";
+const ADDRESSES: &str = "chandra_rdma_address_resolution_seconds_count";
+const ROUTES: &str = "chandra_rdma_route_resolution_seconds_count";
+const REGIONS: &str = "chandra_rdma_memory_regions_registered_total";
+const BYTES: &str = "chandra_rdma_memory_registered_bytes_total";
+
+/// The folder of device files of the one device.
+const UVERBS: &str = "/dev/infiniband/uverbs0";
+
+/// Says if this kernel has rdma_rxe and its tools, and prints why not.
+fn can_rdma() -> bool {
+    let can = can_trace()
+        && succeeds(
+            "modprobe -qa rdma_rxe rdma_ucm ib_uverbs && command -v rping rdma ib_write_bw",
+        );
+    if !can {
+        skip(
+            "needs root, rdma_rxe, rdma_ucm and the tools of rdma-core; make kernel-test has them",
+        );
+    }
+    can
+}
+
+/// A device `rxe0` on an interface of its own. Removed when dropped.
+struct Rxe;
+
+impl Rxe {
+    fn new() -> Self {
+        load();
+        Self
+    }
+}
+
+impl Drop for Rxe {
+    fn drop(&mut self) {
+        succeeds("rdma link del rxe0; ip link del chandra0");
+    }
+}
+
+fn load() {
+    run(
+        "modprobe -a rdma_rxe rdma_ucm ib_uverbs
+         ip link show chandra0 >/dev/null 2>&1 || ip link add chandra0 type dummy
+         ip addr replace 10.78.0.1/24 dev chandra0; ip link set chandra0 up; ip link set lo up
+         rdma link show rxe0/1 >/dev/null 2>&1 || rdma link add rxe0 type rxe netdev chandra0
+         for i in $(seq 100); do [ -e /dev/infiniband/uverbs0 ] && break; sleep 0.1; done
+         [ -e /dev/infiniband/uverbs0 ] || {
+           mkdir -p /dev/infiniband
+           mknod /dev/infiniband/uverbs0 c $(tr : ' ' </sys/class/infiniband_verbs/uverbs0/dev); }",
+    );
+}
+
+/// Pods with their cgroups, and the file that lists them.
+struct Cluster {
+    pods: Vec<Pod>,
+    folder: tempfile::TempDir,
+    root: String,
+}
+
+impl Cluster {
+    fn new(names: &[&str]) -> Self {
+        let root = cgroup_root().display().to_string();
+        let pods: Vec<_> = names
+            .iter()
+            .enumerate()
+            .map(|(i, name)| Pod::new("training", name, 100 + i as u64))
+            .collect();
+        let folder = tempfile::tempdir().expect("a folder");
+        write_pods(&folder.path().join("pods.json"), &pods);
+        for pod in &pods {
+            run(&format!("mkdir -p {root}/{}", pod.cgroup(0)));
+        }
+        Self { pods, folder, root }
+    }
+
+    fn exporter(&self) -> Exporter {
+        self.exporter_by(&mut Command::new(build().join("chandra")))
+    }
+
+    fn exporter_by(&self, command: &mut Command) -> Exporter {
+        let file = self.folder.path().join("pods.json");
+        let exporter = Exporter::start_by(command, &["--pods", &file.display().to_string()]);
+        let scrape = exporter.scrape();
+        let state = [("signal", "rdma"), ("state", "up")];
+        assert_eq!(
+            scrape.sum("chandra_signal_state", &state),
+            1.0,
+            "{}",
+            scrape.text
+        );
+        exporter
+    }
+
+    fn cgroup(&self, name: &str) -> String {
+        let pod = self.pods.iter().find(|pod| pod.name == name);
+        format!("{}/{}", self.root, pod.expect("a pod").cgroup(0))
+    }
+
+    /// Starts a shell line in a pod.
+    fn spawn(&self, pod: &str, work: &str) -> Child {
+        let line = format!("echo $$ >{}/cgroup.procs; {work}", self.cgroup(pod));
+        Command::new("sh")
+            .args(["-ec", &line])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("sh")
+    }
+
+    /// Runs a shell line in a pod to its end.
+    fn run(&self, pod: &str, work: &str) {
+        run(&format!(
+            "echo $$ >{}/cgroup.procs; {work}",
+            self.cgroup(pod)
+        ));
+    }
+
+    /// Starts `verbs … hold` in a pod and waits until its queue pairs are there.
+    fn hold(&self, pod: &str, work: &str) -> Child {
+        let mut child = self.spawn(pod, &format!("exec {} {UVERBS} hold {work}", verbs()));
+        let out = child.stdout.take().expect("piped");
+        let mut line = String::new();
+        BufReader::new(out).read_line(&mut line).expect("a line");
+        assert_eq!(line, "ready\n");
+        child
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for pod in &self.pods {
+            let cgroup = self.cgroup(&pod.name);
+            let end = Instant::now() + Duration::from_secs(10);
+            while fs::remove_dir(&cgroup).is_err() && Instant::now() < end {
+                succeeds(&format!("kill -9 $(cat {cgroup}/cgroup.procs)"));
+                thread::sleep(Duration::from_millis(100));
+            }
+        }
+    }
+}
+
+fn verbs() -> String {
+    build().join("examples/verbs").display().to_string()
+}
+
+/// Both ends of a tool: the server in one pod, the client in another.
+fn both(cluster: &Cluster, server: (&str, &str), client: (&str, &str)) {
+    let mut first = cluster.spawn(server.0, &format!("exec {} >/dev/null 2>&1", server.1));
+    // The tools listen on TCP or through rdma_cm; the client asks again until the server does.
+    let line = format!(
+        "for i in $(seq 100); do {} >/dev/null 2>&1 && exit 0; sleep 0.2; done; exit 1",
+        client.1
+    );
+    thread::sleep(Duration::from_secs(3));
+    cluster.run(client.0, &line);
+    assert!(first.wait().expect("it ends").success(), "{}", server.1);
+}
+
+fn of<'a>(pod: &'a str) -> [(&'a str, &'a str); 2] {
+    [("namespace", "training"), ("pod", pod)]
+}
+
+/// What a pod is expected to have done.
+#[derive(Debug, Default, PartialEq)]
+struct Done {
+    created: f64,
+    destroyed: f64,
+    states: BTreeMap<&'static str, f64>,
+    lifetimes: f64,
+    connects: f64,
+    addresses: f64,
+    routes: f64,
+    regions: f64,
+    bytes: f64,
+}
+
+impl Done {
+    /// Pairs that went INIT → RTR → RTS and were destroyed.
+    fn whole(pairs: f64) -> Self {
+        Self {
+            created: pairs,
+            destroyed: pairs,
+            states: [("INIT", pairs), ("RTR", pairs), ("RTS", pairs)].into(),
+            lifetimes: pairs,
+            connects: pairs,
+            ..Self::default()
+        }
+    }
+
+    fn of(scrape: &Scrape, pod: &str) -> Self {
+        let sum = |metric| scrape.sum(metric, &of(pod));
+        let states = ["RESET", "INIT", "RTR", "RTS", "SQD", "SQE", "ERR"]
+            .into_iter()
+            .map(|state| {
+                let [namespace, pod] = of(pod);
+                let labels = [namespace, pod, ("state", state)];
+                (state, scrape.sum(TRANSITIONS, &labels))
+            });
+        Self {
+            created: sum(CREATED),
+            destroyed: sum(DESTROYED),
+            states: states.filter(|(_, count)| *count > 0.0).collect(),
+            lifetimes: sum(LIFETIMES),
+            connects: sum(CONNECTS),
+            addresses: sum(ADDRESSES),
+            routes: sum(ROUTES),
+            regions: sum(REGIONS),
+            bytes: sum(BYTES),
+        }
+    }
+}
+
+/// Waits until pods have done exactly this, and nothing is unknown or lost.
+fn expect(exporter: &Exporter, pods: &[(&str, Done)]) -> Scrape {
+    let scrape = exporter.scrape_until("the pods have done what they did", |scrape| {
+        pods.iter().all(|(pod, done)| {
+            let seen = Done::of(scrape, pod);
+            if seen != *done {
+                println!("{pod}: not yet {done:?}, but {seen:?}");
+            }
+            seen == *done
+        })
+    });
+    for (pod, done) in pods {
+        println!("{pod}: {done:?}");
+    }
+    let lost = scrape.sum("chandra_lost_events_total", &[("signal", "rdma")]);
+    assert_eq!(lost, 0.0, "{}", scrape.text);
+    let created: f64 = pods.iter().map(|(_, done)| done.created).sum();
+    let device = scrape.sum("chandra_rdma_device_queue_pairs_created_total", &[]);
+    assert_eq!(scrape.sum(CREATED, &[]), created, "others created as well");
+    assert_eq!(
+        device, created,
+        "the device's count is the sum of the pods'"
+    );
+    scrape
+}
+
+/// What `rdma resource show qp` lists, by type and state.
+fn listed() -> BTreeMap<(String, String), f64> {
+    let mut counts = BTreeMap::new();
+    for line in run("rdma resource show qp").lines() {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let after = |word: &str| {
+            let at = words.iter().position(|w| *w == word);
+            words[at.expect("a word of the rdma tool") + 1].to_owned()
+        };
+        *counts.entry((after("type"), after("state"))).or_default() += 1.0;
+    }
+    counts
+}
+
+/// The gauge, by type and state.
+fn gauge(scrape: &Scrape) -> BTreeMap<(String, String), f64> {
+    let mut counts = BTreeMap::new();
+    let rows = scrape
+        .series
+        .iter()
+        .filter(|(series, _)| series.starts_with("chandra_rdma_queue_pairs{"));
+    for (series, value) in rows {
+        let label = |name: &str| {
+            let (_, rest) = series.split_once(&format!(",{name}=\"")).expect("a label");
+            rest.split('"').next().unwrap_or_default().to_owned()
+        };
+        *counts.entry((label("type"), label("state"))).or_default() += value;
+    }
+    counts
+}
+
+/// Waits until the gauge is what the `rdma` tool lists, and returns that scrape.
+fn agree(exporter: &Exporter) -> Scrape {
+    let scrape = exporter.scrape_until("the gauge is what the rdma tool lists", |scrape| {
+        let (ours, theirs) = (gauge(scrape), listed());
+        if ours != theirs {
+            println!("not yet {theirs:?}, but {ours:?}");
+        }
+        ours == theirs
+    });
+    println!("rdma resource and the gauge: {:?}", gauge(&scrape));
+    scrape
+}
+
+/// The tools, whose every step is known from rdma-core's and perftest's sources.
+fn tools(cluster: &Cluster, exporter: &Exporter) {
+    let sum = |scrape: &Scrape, state: &str| scrape.sum(PAIRS, &[("state", state)]);
+    // One pair, one region of 4096 bytes, each.
+    let pingpong = "ibv_rc_pingpong -d rxe0 -g 1 -n 5";
+    both(
+        cluster,
+        ("pingpong-0", pingpong),
+        ("pingpong-1", &format!("{pingpong} 10.78.0.1")),
+    );
+    // Four pairs and one region each. rdma_cm makes an id for nobody here.
+    let bandwidth = "ib_write_bw -d rxe0 -x 1 -q 4 -n 20 -s 1024 -F";
+    both(
+        cluster,
+        ("bandwidth-0", bandwidth),
+        ("bandwidth-1", &format!("{bandwidth} 10.78.0.1")),
+    );
+    both(
+        cluster,
+        ("rping-0", "rping -s -C 2 -a 10.78.0.1"),
+        ("rping-1", "rping -c -C 2 -a 10.78.0.1"),
+    );
+    let mut verbs_child = cluster.hold("killed", "12");
+    let between = agree(exporter);
+    assert_eq!(
+        between.sum(
+            PAIRS,
+            &[("pod", "killed"), ("type", "UD"), ("state", "RTS")]
+        ),
+        12.0
+    );
+    assert_eq!(
+        sum(&between, "ERR"),
+        0.0,
+        "an orderly close leaves nothing in ERR"
+    );
+    verbs_child.kill().expect("it runs");
+    verbs_child.wait().expect("it ends");
+    cluster.run(
+        "registers",
+        &format!("{} {UVERBS} register 100000 7 >/dev/null", verbs()),
+    );
+}
+
+/// What [`tools`] did. `bandwidth` registers a buffer whose size perftest chooses, so its bytes are taken as they are.
+fn tools_done(scrape: &Scrape) -> Vec<(&'static str, Done)> {
+    let pingpong = || Done {
+        regions: 1.0,
+        bytes: 4096.0,
+        ..Done::whole(1.0)
+    };
+    let bandwidth = |pod| Done {
+        regions: 1.0,
+        bytes: scrape.sum(BYTES, &of(pod)),
+        ..Done::whole(4.0)
+    };
+    // librdmacm moves to INIT once when the pair is made and once more before RTR, and to ERR at the disconnect.
+    let rping = |regions, bytes, resolved| Done {
+        states: [("INIT", 2.0), ("RTR", 1.0), ("RTS", 1.0), ("ERR", 1.0)].into(),
+        addresses: resolved,
+        routes: resolved,
+        regions,
+        bytes,
+        ..Done::whole(1.0)
+    };
+    vec![
+        ("pingpong-0", pingpong()),
+        ("pingpong-1", pingpong()),
+        ("bandwidth-0", bandwidth("bandwidth-0")),
+        ("bandwidth-1", bandwidth("bandwidth-1")),
+        // Messages of 16 bytes each way and a buffer of 64; the client has a second one.
+        ("rping-0", rping(3.0, 96.0, 0.0)),
+        ("rping-1", rping(4.0, 160.0, 1.0)),
+        ("killed", Done::whole(12.0)),
+        (
+            "registers",
+            Done {
+                regions: 7.0,
+                bytes: 700_000.0,
+                ..Done::default()
+            },
+        ),
+    ]
+}
+
+const TOOLS: [&str; 8] = [
+    "pingpong-0",
+    "pingpong-1",
+    "bandwidth-0",
+    "bandwidth-1",
+    "rping-0",
+    "rping-1",
+    "killed",
+    "registers",
+];
+
+#[test]
+fn every_pod_has_what_its_tools_did() {
+    let _alone = alone();
+    if !can_rdma() {
+        return;
+    }
+    let _rxe = Rxe::new();
+    let cluster = Cluster::new(&TOOLS);
+    let exporter = cluster.exporter();
+    tools(&cluster, &exporter);
+    let done = tools_done(&exporter.scrape());
+    expect(&exporter, &done);
+    agree(&exporter);
+}
+
+/// As with vendor drivers that are built by DKMS: no module has types. The kernel itself does not need them.
+#[test]
+fn modules_without_types_are_counted_as_well() {
+    let _alone = alone();
+    if !can_rdma() {
+        return;
+    }
+    let _rxe = Rxe::new();
+    let cluster = Cluster::new(&TOOLS);
+    let binary = build().join("chandra").display().to_string();
+    let script = format!(
+        "cp /sys/kernel/btf/vmlinux /tmp/vmlinux.btf; mount -t tmpfs none /sys/kernel/btf
+         mv /tmp/vmlinux.btf /sys/kernel/btf/vmlinux; exec {binary} \"$@\""
+    );
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-ec", &script, "sh"]);
+    let exporter = cluster.exporter_by(&mut command);
+    assert!(exporter.get("/").contains("ib_core tells no types"));
+    tools(&cluster, &exporter);
+    let done = tools_done(&exporter.scrape());
+    let scrape = expect(&exporter, &done);
+    let device = ("device", "rxe0");
+    assert_eq!(
+        scrape.sum("chandra_rdma_device_queue_pairs_destroyed_total", &[device]),
+        scrape.sum(DESTROYED, &[]),
+        "the device's name was found"
+    );
+}
+
+#[test]
+fn two_hundred_pairs_a_second_are_counted_to_the_last() {
+    let _alone = alone();
+    if !can_rdma() {
+        return;
+    }
+    let _rxe = Rxe::new();
+    let cluster = Cluster::new(&["churns"]);
+    let exporter = cluster.exporter();
+    let began = Instant::now();
+    let mut child = cluster.spawn(
+        "churns",
+        &format!("exec {} {UVERBS} churn 12000 200 4", verbs()),
+    );
+    while child.try_wait().expect("a child").is_none() {
+        exporter.scrape();
+        thread::sleep(Duration::from_secs(1));
+    }
+    assert!(child.wait().expect("it ends").success());
+    println!("12000 pairs in {:.1} s", began.elapsed().as_secs_f64());
+    expect(&exporter, &[("churns", Done::whole(12000.0))]);
+}
+
+#[test]
+fn old_pairs_and_pairs_without_their_thread_have_their_owner() {
+    let _alone = alone();
+    if !can_rdma() {
+        return;
+    }
+    let _rxe = Rxe::new();
+    let cluster = Cluster::new(&["old", "new", "tool"]);
+    // Its threads live: the kernel names their process.
+    let mut old = cluster.spawn("old", "exec ibv_rc_pingpong -d rxe0 -g 1 >/dev/null");
+    while listed().values().sum::<f64>() < 2.0 {
+        thread::sleep(Duration::from_millis(100));
+    }
+    let exporter = cluster.exporter();
+    let types = chandra::kernel::Kernel::read().btf.expect("BTF");
+    let numbered = chandra::kernel::btf::Btf::module("ib_core", types).is_ok();
+    // The thread that makes these has ended, so the kernel names nobody.
+    let mut new = cluster.hold("new", "5");
+    let scrape = agree(&exporter);
+    assert_eq!(scrape.sum(PAIRS, &[("pod", "old"), ("type", "RC")]), 1.0);
+    let without = scrape.sum(PAIRS, &[("pod", "new"), ("state", "RTS")]);
+    let unknown = scrape.sum(PAIRS, &[("pod", "unknown")]);
+    println!(
+        "of a thread that has gone: {without} with their owner, {unknown} unknown; types: {numbered}"
+    );
+    // Before types of modules, the write interface tells no number.
+    let expected = if numbered { (5.0, 0.0) } else { (0.0, 5.0) };
+    assert_eq!((without, unknown), expected);
+    for child in [&mut old, &mut new] {
+        child.kill().expect("it runs");
+        child.wait().expect("it ends");
+    }
+    let owner = if numbered { "old" } else { "unknown" };
+    let scrape = exporter.scrape_until("the old pair's end is counted", |scrape| {
+        scrape.sum(DESTROYED, &[("pod", owner)]) == 1.0
+    });
+    assert_eq!(scrape.sum(DESTROYED, &of("new")), 5.0);
+    assert_eq!(scrape.sum(CREATED, &of("old")), 0.0);
+    assert_eq!(scrape.sum(LIFETIMES, &of("old")), 0.0);
+    agree(&exporter);
+}
+
+#[test]
+fn pairs_that_another_process_ends_are_charged_to_their_creator() {
+    let _alone = alone();
+    if !can_rdma() {
+        return;
+    }
+    let _rxe = Rxe::new();
+    let cluster = Cluster::new(&["creator", "heir"]);
+    let exporter = cluster.exporter();
+    let heir = cluster.cgroup("heir");
+    let mut creator = cluster.hold(
+        "creator",
+        &format!("3 sh -c 'echo $$ >{heir}/cgroup.procs; exec sleep 600'"),
+    );
+    creator.wait().expect("it ends at once");
+    let scrape = agree(&exporter);
+    println!("{}", gauge(&scrape).len());
+    assert_eq!(
+        scrape.sum(DESTROYED, &of("creator")),
+        0.0,
+        "the heir has the device open"
+    );
+    run(&format!("kill -9 $(cat {heir}/cgroup.procs)"));
+    let done = Done::whole(3.0);
+    let scrape = expect(&exporter, &[("creator", done), ("heir", Done::default())]);
+    assert_eq!(scrape.sum(DESTROYED, &[]), 3.0);
+}
+
+#[test]
+fn modules_come_and_go() {
+    let _alone = alone();
+    if !can_rdma() {
+        return;
+    }
+    let cluster = Cluster::new(&["works"]);
+    let unload = "rdma link del rxe0 2>/dev/null; modprobe -r rdma_ucm; modprobe -r rdma_rxe; modprobe -r ib_uverbs; \
+                  modprobe -r rdma_cm ib_cm iw_cm ib_core 2>/dev/null; [ ! -e /sys/module/ib_core ]";
+    let go = |exporter: &Exporter| {
+        // The enumeration holds the module for a moment.
+        let end = Instant::now() + Duration::from_secs(20);
+        while !succeeds(unload) {
+            assert!(
+                Instant::now() < end,
+                "{}",
+                run("lsmod | grep -E '^(ib_|rdma)'")
+            );
+            thread::sleep(Duration::from_millis(200));
+        }
+        let state = [("signal", "rdma"), ("state", "absent")];
+        let gone = |scrape: &Scrape| scrape.sum("chandra_signal_state", &state) == 1.0;
+        exporter.scrape_until("the signal is absent", gone);
+    };
+    assert!(succeeds(unload), "the modules are in use");
+    let file = cluster.folder.path().join("pods.json");
+    let exporter = Exporter::start(&["--pods", &file.display().to_string()]);
+    go(&exporter);
+    let mut destroyed = 0.0;
+    for _ in 0..3 {
+        load();
+        let state = [("signal", "rdma"), ("state", "up")];
+        let up = |scrape: &Scrape| scrape.sum("chandra_signal_state", &state) == 1.0;
+        exporter.scrape_until("the signal is up", up);
+        let ended = |pairs: f64| {
+            exporter.scrape_until("the pairs of this round", |scrape| {
+                scrape.sum(DESTROYED, &of("works")) == pairs
+            })
+        };
+        let work = format!("{} {UVERBS} churn 10 1000 1 >/dev/null", verbs());
+        cluster.run("works", &work);
+        destroyed += 10.0;
+        ended(destroyed);
+        // Only a part goes away and comes back: what is known of pairs stays.
+        let mut held = cluster.hold("works", "2");
+        run("modprobe -r rdma_ucm; modprobe -r rdma_cm; modprobe rdma_ucm");
+        held.kill().expect("it runs");
+        held.wait().expect("it ends");
+        destroyed += 2.0;
+        let scrape = ended(destroyed);
+        let addresses = scrape.sum(ADDRESSES, &of("works"));
+        let rping = "rping -s -C 1 -a 10.78.0.1 >/dev/null & sleep 3; rping -c -C 1 -a 10.78.0.1 >/dev/null; wait";
+        cluster.run("works", rping);
+        destroyed += 2.0;
+        let scrape = ended(destroyed);
+        assert_eq!(
+            scrape.sum(ADDRESSES, &of("works")),
+            addresses + 1.0,
+            "the hooks of rdma_cm are back"
+        );
+        go(&exporter);
+        let scrape = exporter.scrape();
+        assert_eq!(
+            scrape.sum(DESTROYED, &of("works")),
+            destroyed,
+            "counters go on"
+        );
+        assert_eq!(scrape.sum(CREATED, &of("works")), destroyed);
+        assert_eq!(scrape.sum(DESTROYED, &[]), destroyed, "all of them by name");
+        let lost = scrape.sum("chandra_lost_events_total", &[("signal", "rdma")]);
+        assert_eq!(lost, 0.0);
+    }
+}
+
+#[test]
+fn retries_exceeded_show_as_pairs_in_err() {
+    let _alone = alone();
+    if !can_rdma() {
+        return;
+    }
+    let _rxe = Rxe::new();
+    let cluster = Cluster::new(&["cut-off", "peer"]);
+    // A second device whose address is this host's own: what rxe0 sends there goes to lo, where no device listens. So
+    // the two connect, and every packet between them is dropped.
+    run("ip link add chandra1 type dummy; ip addr add 10.77.0.1/24 dev chandra1; ip link set chandra1 up
+         rdma link add rxe1 type rxe netdev chandra1");
+    let exporter = cluster.exporter();
+    let mut peer = cluster.spawn("peer", "exec ibv_rc_pingpong -d rxe1 -g 1 >/dev/null");
+    thread::sleep(Duration::from_secs(2));
+    let mut cut_off = cluster.spawn(
+        "cut-off",
+        "exec ibv_rc_pingpong -d rxe0 -g 1 10.78.0.1 >/dev/null 2>&1",
+    );
+    let rts =
+        |scrape: &Scrape| scrape.sum(TRANSITIONS, &[("pod", "cut-off"), ("state", "RTS")]) == 1.0;
+    exporter.scrape_until("it is connected", rts);
+    // It would end at the error, as few jobs do.
+    run(&format!("kill -STOP {}", cut_off.id()));
+    let err = [("pod", "cut-off"), ("state", "ERR")];
+    let scrape = exporter.scrape_until("the pair is in ERR", |scrape| {
+        scrape.sum(PAIRS, &err) == 1.0
+    });
+    assert_eq!(
+        scrape.sum(TRANSITIONS, &err),
+        0.0,
+        "nobody modified it: it failed in the device"
+    );
+    thread::sleep(Duration::from_secs(12));
+    exporter.scrape();
+    thread::sleep(Duration::from_secs(1));
+    assert_eq!(exporter.scrape().sum(PAIRS, &err), 1.0, "it stays there");
+    for child in [&mut cut_off, &mut peer] {
+        child.kill().expect("it runs");
+        child.wait().expect("it ends");
+    }
+    run("rdma link del rxe1; ip link del chandra1");
+}
