@@ -361,23 +361,29 @@ fn modify(registers: Registers, by_user: bool) {
     if known.is_none() && !by_user {
         return;
     }
-    let call = || {
-        Ok(Call {
-            entered: 0,
-            object: address,
-            // `qp_state` is the first member of `struct ib_qp_attr`.
-            detail: u64::from(read::<u32>(registers.argument::<1>(), 0)?),
-            known: 0,
-            pair: match known {
-                Some(pair) => *unsafe_value(pair),
-                None => old(address)?,
-            },
-        })
-    };
-    match call() {
+    match describe_modify(address, known, registers.argument::<1>()) {
         Ok(call) => enter(Function::Modify, &call),
         Err(loss) => lose(&LOST, loss),
     }
+}
+
+#[inline(always)]
+fn describe_modify(
+    address: u64,
+    known: Option<*const Pair>,
+    attributes: u64,
+) -> Result<Call, Loss> {
+    Ok(Call {
+        entered: 0,
+        object: address,
+        // `qp_state` is the first member of `struct ib_qp_attr`.
+        detail: u64::from(read::<u32>(attributes, 0)?),
+        known: 0,
+        pair: match known {
+            Some(pair) => *unsafe_value(pair),
+            None => old(address)?,
+        },
+    })
 }
 
 /// Returns 0 for success.
