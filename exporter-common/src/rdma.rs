@@ -184,7 +184,8 @@ pub struct Call {
     pub object: u64,
     /// The state that a modify asks for, or the bytes that are registered.
     pub detail: u64,
-    /// For a destroy, 1 if the pair was in `PAIRS`; for a registration, 1 + the kind of memory once that is known.
+    /// For a destroy, 1 if the pair was in `PAIRS`; for a registration, 1 + the kind of memory once that is known; for a
+    /// handler of a creation, 1 if the pair's device is still to be found.
     pub known: u64,
     /// The queue pair, for modify and destroy.
     pub pair: Pair,

@@ -5,7 +5,9 @@
 //! usage: `verbs DEVICE churn PAIRS PER_SECOND THREADS` makes each pair UD, takes it to RTS and destroys it;
 //!        `verbs DEVICE hold PAIRS [COMMAND…]` takes pairs to RTS in a thread that ends, then runs COMMAND, which inherits
 //!        the device, and ends at once; without COMMAND it waits to be killed;
-//!        `verbs DEVICE register BYTES TIMES` registers memory.
+//!        `verbs DEVICE register BYTES TIMES` registers memory;
+//!        `verbs DEVICE fail ADDRESS` connects an RC pair to an IPv4 address where nobody answers, sends, and waits to be
+//!        killed: the device gives up after its retries (rxe only).
 //! It prints `ready` once everything is made.
 
 #![expect(clippy::print_stdout, reason = "a tool of the tests")]
@@ -14,6 +16,8 @@ use std::{
     env,
     fs::{File, OpenOptions},
     io::{self, Write},
+    net::Ipv4Addr,
+    os::unix::fs::FileExt,
     process::Command,
     sync::{
         Arc,
@@ -31,18 +35,33 @@ const CREATE_CQ: u32 = 18;
 const CREATE_QP: u32 = 24;
 const MODIFY_QP: u32 = 26;
 const DESTROY_QP: u32 = 27;
+const POST_SEND: u32 = 28;
 
+const RC: u8 = 2;
 const UD: u8 = 4;
 const INIT: u8 = 1;
 const RTR: u8 = 2;
 const RTS: u8 = 3;
 
-/// The bits of `enum ib_qp_attr_mask` that the transitions of a UD pair need.
+/// The bits of `enum ib_qp_attr_mask` that the transitions need.
 const STATE: u32 = 1;
+const ACCESS_FLAGS: u32 = 1 << 3;
 const PKEY_INDEX: u32 = 1 << 4;
 const PORT: u32 = 1 << 5;
 const QKEY: u32 = 1 << 6;
+const AV: u32 = 1 << 7;
+const PATH_MTU: u32 = 1 << 8;
+const TIMEOUT: u32 = 1 << 9;
+const RETRY_CNT: u32 = 1 << 10;
+const RNR_RETRY: u32 = 1 << 11;
+const RQ_PSN: u32 = 1 << 12;
+const MAX_QP_RD_ATOMIC: u32 = 1 << 13;
+const MIN_RNR_TIMER: u32 = 1 << 15;
 const SQ_PSN: u32 = 1 << 16;
+const MAX_DEST_RD_ATOMIC: u32 = 1 << 17;
+const DEST_QPN: u32 = 1 << 20;
+
+use memmap2::MmapOptions;
 
 /// An open device.
 struct Device {
@@ -105,26 +124,64 @@ impl Device {
 
     /// Creates a UD queue pair, and returns its handle.
     fn create(&self) -> io::Result<u32> {
-        let said = answer();
-        let mut body = words(&[0, 0, self.pd, self.cq, self.cq, 0, 1, 1, 1, 1, 0]);
-        body.extend([0, UD, 0, 0]);
-        // rxe answers with 32 bytes of its own.
-        command(&self.file, CREATE_QP, Some(&said), 32 + 32, &body)?;
+        let said = self.create_of(UD)?;
         Ok(word(&said, 0))
     }
 
-    fn modify(&self, pair: u32, state: u8, mask: u32) -> io::Result<()> {
-        let mut body = vec![0; 64];
+    /// Creates a queue pair, and returns the kernel's answer.
+    fn create_of(&self, kind: u8) -> io::Result<Box<Answer>> {
+        let said = answer();
+        let mut body = words(&[0, 0, self.pd, self.cq, self.cq, 0, 1, 1, 1, 1, 0]);
+        body.extend([0, kind, 0, 0]);
+        // rxe answers with 32 bytes of its own.
+        command(&self.file, CREATE_QP, Some(&said), 32 + 32, &body)?;
+        Ok(said)
+    }
+
+    fn modify(&self, pair: u32, state: u8, mask: u32, to: Ipv4Addr) -> io::Result<()> {
+        // The address: dgid, flow_label, dlid, sgid_index (the one of IPv4), hop_limit, is_global, port_num.
+        let mut body = Vec::from(to.to_ipv6_mapped().octets());
+        body.extend([0, 0, 0, 0, 0, 0, 0, 0, 1, 64, 0, 0, 0, 0, 1, 1]);
+        body.extend([0; 32]);
         // qp_handle, attr_mask, qkey, rq_psn, sq_psn, dest_qp_num, qp_access_flags, both pkey indexes.
-        body.extend(words(&[pair, mask | STATE, 0x1111_1111, 0, 0, 0, 0, 0]));
-        body.extend([state, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        body.extend(words(&[pair, mask | STATE, 0x1111_1111, 0, 0, 17, 0, 0]));
+        // Then path_mtu (1024), min_rnr_timer, port_num, timeout (4 ms), retry_cnt, rnr_retry.
+        body.extend([state, 0, 3, 0, 0, 1, 1, 12, 1, 10, 2, 2, 0, 0, 0, 0]);
         command(&self.file, MODIFY_QP, None, 0, &body)
     }
 
     fn connect(&self, pair: u32) -> io::Result<()> {
-        self.modify(pair, INIT, PKEY_INDEX | PORT | QKEY)?;
-        self.modify(pair, RTR, 0)?;
-        self.modify(pair, RTS, SQ_PSN)
+        let nobody = Ipv4Addr::UNSPECIFIED;
+        self.modify(pair, INIT, PKEY_INDEX | PORT | QKEY, nobody)?;
+        self.modify(pair, RTR, 0, nobody)?;
+        self.modify(pair, RTS, SQ_PSN, nobody)
+    }
+
+    /// Connects an RC pair to nobody, and sends an empty message there.
+    fn fail(&self, to: Ipv4Addr) -> io::Result<()> {
+        let said = self.create_of(RC)?;
+        let pair = word(&said, 0);
+        self.modify(pair, INIT, PKEY_INDEX | PORT | ACCESS_FLAGS, to)?;
+        let mask = AV | PATH_MTU | DEST_QPN | RQ_PSN | MAX_DEST_RD_ATOMIC | MIN_RNR_TIMER;
+        self.modify(pair, RTR, mask, to)?;
+        let mask = SQ_PSN | TIMEOUT | RETRY_CNT | RNR_RETRY | MAX_QP_RD_ATOMIC;
+        self.modify(pair, RTS, mask, to)?;
+        // rxe's answer ends with where the send queue is to be mapped: offset and size.
+        let offset = u64::from(word(&said, 12)) | u64::from(word(&said, 13)) << 32;
+        let queue = MmapOptions::new()
+            .offset(offset)
+            .len(word(&said, 14) as usize)
+            .map_raw(&self.file)?;
+        // `struct rxe_queue_buf` of include/uapi/rdma/rdma_user_rxe.h: entries from byte 384, the producer's index at 128.
+        // An entry of zeros but for opcode IB_WR_SEND, IB_SEND_SIGNALED and the first sequence number is an empty message.
+        let memory = OpenOptions::new().write(true).open("/proc/self/mem")?;
+        let at = queue.as_mut_ptr() as u64;
+        memory.write_all_at(&2_u32.to_ne_bytes(), at + 384 + 12)?;
+        memory.write_all_at(&2_u32.to_ne_bytes(), at + 384 + 16)?;
+        memory.write_all_at(&1_u32.to_ne_bytes(), at + 128)?;
+        // The doorbell: no work request by the command itself.
+        let doorbell = words(&[pair, 0, 0, 128]);
+        command(&self.file, POST_SEND, Some(&answer()), 4, &doorbell)
     }
 
     fn destroy(&self, pair: u32) -> io::Result<()> {
@@ -213,6 +270,12 @@ fn main() {
                 device.register(&memory).expect("register");
             }
             println!("ready");
+        }
+        "fail" => {
+            let to = arguments[2].parse().expect("an address");
+            device.fail(to).expect("a message that nobody takes");
+            println!("ready");
+            thread::sleep(Duration::from_secs(3600));
         }
         other => panic!("no command {other}: see the source"),
     }

@@ -13,7 +13,7 @@ use aya_ebpf::{
         bpf_probe_read_kernel, generated,
     },
     macros::{kprobe, kretprobe, map},
-    maps::HashMap,
+    maps::{Array, HashMap},
     programs::{ProbeContext, RetProbeContext},
 };
 use exporter_common::{
@@ -60,6 +60,10 @@ static CALLS: HashMap<CallKey, Call> = HashMap::with_max_entries(MAX_CALLS, 0);
 /// Resolutions between the request and its event.
 #[map]
 static RESOLVING: HashMap<ResolvingKey, Resolving> = HashMap::with_max_entries(RESOLUTIONS, 0);
+
+/// Where a queue pair keeps its number, in bytes, where no type says so; 0 until `copy_to` has seen it.
+#[map]
+static NUMBER_AT: Array<u32> = Array::with_max_entries(1, 0);
 
 // SAFETY: named for itself, so that the object is the same bytes whatever the crate's hash.
 #[unsafe(no_mangle)]
@@ -212,6 +216,10 @@ fn describe(address: u64, device: u64) -> Result<Pair, Loss> {
     }
     if OFF_PAIR_NUMBER.load() != ABSENT {
         pair.number = read(address, u64::from(OFF_PAIR_NUMBER.load()))?;
+    } else if let Some(learned) = NUMBER_AT.get(0)
+        && *learned != 0
+    {
+        pair.number = read(address, u64::from(*learned))?;
     }
     if pair.device != 0 && OFF_DEVICE_INDEX.load() != ABSENT {
         pair.index = read(pair.device, u64::from(OFF_DEVICE_INDEX.load()))?;
@@ -242,8 +250,10 @@ fn created(address: u64, on: u64) -> Result<(), Loss> {
         pair.created = bpf_ktime_get_ns();
     }
     count(pair.cgroup, slot::CREATED, 1)?;
-    // SAFETY: a map value.
-    unsafe { add(&raw mut (*device(pair.device, true)?).created, 1) };
+    if pair.device != 0 {
+        // SAFETY: a map value.
+        unsafe { add(&raw mut (*device(pair.device, true)?).created, 1) };
+    }
     // Its number may have been that of an old pair which went away unseen.
     let number = Number {
         index: pair.index,
@@ -300,7 +310,43 @@ pub fn create_handler(_: ProbeContext) -> u32 {
 /// The end of the handlers.
 #[kretprobe]
 pub fn create_handler_return(_: RetProbeContext) -> u32 {
-    let _ = leave(Function::CreateHandler);
+    if let Some(call) = leave(Function::CreateHandler)
+        && call.known == FROM_PROVIDER
+        && let Some(pair) = PAIRS.get_ptr_mut(&call.object)
+        && let Err(loss) = find_device(call.object, pair)
+    {
+        lose(&LOST, loss);
+    }
+    0
+}
+
+/// In [`Call::known`] of a handler: the pair's device is still to be found.
+const FROM_PROVIDER: u64 = 1;
+
+/// The core sets `device`, the first member of `struct ib_qp` from 2.6.11 on, after the provider has returned.
+#[inline(always)]
+fn find_device(address: u64, pair: *mut Pair) -> Result<(), Loss> {
+    let on: u64 = read(address, 0)?;
+    // SAFETY: map values; nobody else knows the new pair yet.
+    unsafe {
+        (*pair).device = on;
+        add(&raw mut (*device(on, true)?).created, 1);
+    }
+    Ok(())
+}
+
+/// The providers' `create_qp(struct ib_pd *, struct ib_qp_init_attr *, struct ib_udata *)` before 5.15, which returned
+/// the `struct ib_qp *`: for kernels that are built without `ib_create_qp_security`.
+#[kretprobe]
+pub fn create_provider_return(ctx: RetProbeContext) -> u32 {
+    let address = Registers::of(&ctx).returned();
+    if let Some(call) = CALLS.get_ptr_mut(&call_key(Function::CreateHandler))
+        && !is_error(address)
+    {
+        note_creation(address, 0);
+        // SAFETY: a map value that only this thread writes.
+        unsafe { (*call).known = FROM_PROVIDER };
+    }
     0
 }
 
@@ -316,7 +362,7 @@ pub fn create_security(ctx: ProbeContext) -> u32 {
 }
 
 /// `uverbs_copy_to(const struct uverbs_attr_bundle *, size_t idx, const void *from, size_t size)` of ib_uverbs: tells
-/// the number of the new queue pair where no BTF says where it lies.
+/// the number of the new queue pair, and where every other has its own, where no type does: `from` is `&qp->qp_num`.
 #[kprobe]
 pub fn copy_to(ctx: ProbeContext) -> u32 {
     let registers = Registers::of(&ctx);
@@ -327,11 +373,20 @@ pub fn copy_to(ctx: ProbeContext) -> u32 {
         return 0;
     };
     let address = unsafe_value(call).object;
+    let from = registers.argument::<2>();
     if let Some(pair) = PAIRS.get_ptr_mut(&address)
-        && let Ok(number) = read::<u32>(registers.argument::<2>(), 0)
+        && let Ok(number) = read::<u32>(from, 0)
     {
         // SAFETY: a map value; the pair is not handed to user space before this.
         unsafe { (*pair).number = number };
+        let offset = from.wrapping_sub(address);
+        // `struct ib_qp` takes some hundred bytes.
+        if offset < 4096
+            && let Some(learned) = NUMBER_AT.get_ptr_mut(0)
+        {
+            // SAFETY: a map value; whoever writes it writes the same.
+            unsafe { *learned = offset as u32 };
+        }
     }
     0
 }

@@ -36,8 +36,8 @@ use exporter_common::{
     Loss,
     histogram::Shape,
     rdma::{
-        Call, CallKey, DEVICE_NAME, Device, EVENTS, LATENCY, LIFETIME, MEMORY, RESULTS, Resolving,
-        ResolvingKey, STATES, Usage, slot,
+        Call, CallKey, EVENTS, LATENCY, LIFETIME, MEMORY, RESULTS, Resolving, ResolvingKey, STATES,
+        Usage, slot,
     },
 };
 use netlink_sys::{Socket, SocketAddr};
@@ -48,7 +48,7 @@ use rustix::{
 
 use self::{
     enumeration::{Enumeration, Limits, PairOwner, Report},
-    host::{Host, Owners, PairMaps, present},
+    host::{DeviceMap, Host, Owners, PairMaps, present},
 };
 use super::{Attempt, Entry, Options, Scope, Signal, State, Status};
 use crate::{
@@ -383,18 +383,67 @@ const SECURITY: &[Program] = &[required(kprobe(
     &["ib_create_qp_security"],
 ))];
 
+/// Kernels before 5.15 without CONFIG_SECURITY_INFINIBAND have no function of ib_core that every new pair passes, so each
+/// provider's own is hooked (drivers/infiniband of 5.10).
+const PROVIDERS: &[Program] = &[kretprobe(
+    "create_provider_return",
+    &[
+        "mlx5_ib_create_qp",
+        "mlx4_ib_create_qp",
+        "irdma_create_qp",
+        "i40iw_create_qp",
+        "bnxt_re_create_qp",
+        "qedr_create_qp",
+        "efa_create_qp",
+        "hns_roce_create_qp",
+        "c4iw_create_qp",
+        "rvt_create_qp",
+        "ocrdma_create_qp",
+        "pvrdma_create_qp",
+        "usnic_ib_create_qp",
+        "mthca_create_qp",
+        "siw_create_qp",
+        "rxe_create_qp",
+    ],
+)];
+
 const COPY_TO: &[Program] = &[kprobe("copy_to", &["uverbs_copy_to"])];
 
 /// Functions of before 5.8 also had the name `ib_create_qp_user`, with other arguments; this one came with its own.
 const CREATE_KERNEL: &str = "ib_create_qp_kernel";
 
-/// The modules whose functions are hooked. Without the first there is no RDMA.
-const MODULES: [&str; 3] = ["ib_core", "ib_uverbs", "rdma_cm"];
+/// The modules whose functions are hooked, the providers' included. Without the first there is no RDMA.
+const MODULES: [&str; 20] = [
+    "ib_core",
+    "ib_uverbs",
+    "rdma_cm",
+    "mlx5_ib",
+    "mlx4_ib",
+    "irdma",
+    "i40iw",
+    "bnxt_re",
+    "qedr",
+    "efa",
+    "hns_roce",
+    "hns_roce_hw_v2",
+    "iw_cxgb4",
+    "rdmavt",
+    "ocrdma",
+    "vmw_pvrdma",
+    "usnic_verbs",
+    "ib_mthca",
+    "siw",
+    "rdma_rxe",
+];
 
 /// Chooses the programs for this kernel.
 fn programs(symbols: &Symbols, numbered: bool) -> Vec<Program> {
     let by_user = symbols.has("ib_create_qp_user") && symbols.has(CREATE_KERNEL);
-    let mut programs = Vec::from(if by_user { CREATE } else { SECURITY });
+    let mut programs = Vec::from(match by_user {
+        true => CREATE,
+        false if symbols.has("ib_create_qp_security") => SECURITY,
+        false => PROVIDERS,
+    });
     if !by_user || !numbered {
         programs.extend(HANDLE);
     }
@@ -440,7 +489,7 @@ fn attach(kernel: &Kernel, options: Options) -> Attempt {
 #[derive(Debug, Default)]
 struct Reading {
     usage: Vec<(u64, [u64; SLOTS])>,
-    devices: Vec<(u64, Device)>,
+    devices: Vec<(u64, Option<String>, [u64; 2])>,
 }
 
 /// The object at work.
@@ -448,20 +497,12 @@ struct Live {
     attached: Attached,
     programs: Vec<Program>,
     usage: maps::HashMap<MapData, u64, Usage>,
-    devices: maps::HashMap<MapData, u64, Device>,
     calls: maps::HashMap<MapData, CallKey, Call>,
     resolving: maps::HashMap<MapData, ResolvingKey, Resolving>,
-    /// The first bytes of each device's window are its name.
-    named: bool,
+    owners: Arc<Owners>,
 }
 
 impl Live {
-    fn devices(&self) -> anyhow::Result<Vec<(u64, Device)>> {
-        let entries = self.devices.iter().map(|entry| present(entry).transpose());
-        let entries = entries.flatten().collect::<Result<_, _>>();
-        entries.context("read the map DEVICES")
-    }
-
     fn reading(&self) -> anyhow::Result<Reading> {
         let usage = self.usage.iter().map(|entry| present(entry).transpose());
         let usage: Result<Vec<_>, _> = usage.flatten().collect();
@@ -471,7 +512,7 @@ impl Live {
                 .into_iter()
                 .map(|(cgroup, usage)| (cgroup, usage.slots))
                 .collect(),
-            devices: self.devices()?,
+            devices: self.owners.devices()?,
         })
     }
 
@@ -560,7 +601,7 @@ impl Core {
         let types = types_of_module(kernel);
         let has_number = |types: &Btf| types.field("ib_qp", "qp_num").is_ok();
         let numbered = types.as_ref().is_ok_and(has_number);
-        let names = ["ib_create_qp_user", CREATE_KERNEL];
+        let names = ["ib_create_qp_user", CREATE_KERNEL, "ib_create_qp_security"];
         let symbols = Symbols::of_kernel(names).unwrap_or_default();
         let programs = programs(&symbols, numbered);
         let types = types.as_ref().map_err(String::as_str);
@@ -569,8 +610,7 @@ impl Core {
         // All four are missing for one reason, or none is.
         if let Some(why) = outcome.notes.first() {
             notes.push(format!(
-                "ib_core tells no types ({why}): queue pairs older than the exporter end as unknown, and one that was made \
-                 by the older write interface has no owner once its thread is gone"
+                "ib_core tells no types ({why}): queue pairs older than the exporter end as unknown"
             ));
         }
         let live = outcome.attached.and_then(|attached| {
@@ -610,21 +650,23 @@ impl Core {
             old: take("OLD_PAIRS")?.try_into()?,
             numbered,
         };
+        let devices = DeviceMap {
+            devices: take("DEVICES")?.try_into()?,
+            named,
+        };
         let live = Live {
             usage: take("USAGE")?.try_into()?,
-            devices: take("DEVICES")?.try_into()?,
             calls: take("CALLS")?.try_into()?,
             resolving: take("RESOLVING")?.try_into()?,
-            named,
+            owners: Arc::clone(&self.owners),
             attached,
             programs,
         };
-        self.owners.replace(Some(pairs));
+        self.owners.replace(Some((pairs, devices)));
         Ok(live)
     }
 
     fn drop_live(&mut self) {
-        self.owners.replace(None);
         let Some(live) = self.live.take() else {
             return;
         };
@@ -632,6 +674,7 @@ impl Core {
             Ok(reading) => self.farewells.push(reading),
             Err(error) => tracing::error!("signal rdma: the last counts are lost: {error:#}"),
         }
+        self.owners.replace(None);
         for (reason, events) in live.attached.lost().unwrap_or_default() {
             *self.lost.entry(reason).or_default() += events;
         }
@@ -769,14 +812,13 @@ impl Rdma {
         status
     }
 
-    /// Books what devices grew by to their names.
-    fn book_devices(&mut self, devices: &[(u64, Device)], named: bool, known: &BTreeSet<String>) {
-        for (address, device) in devices {
-            let Some(name) = name_of(device, named, known) else {
+    /// Books what devices grew by to their names. A device whose name is not known yet is booked later.
+    fn book_devices(&mut self, devices: Vec<(u64, Option<String>, [u64; 2])>) {
+        for (address, name, totals) in devices {
+            let Some(name) = name else {
                 continue;
             };
-            let totals = [device.created, device.destroyed];
-            let seen = self.seen.entry(*address).or_default();
+            let seen = self.seen.entry(address).or_default();
             let account = self.devices.entry(name).or_default();
             for i in 0..totals.len() {
                 account[i] += totals[i].saturating_sub(seen[i]);
@@ -833,29 +875,6 @@ fn labels_of(owner: PairOwner, scope: &Scope<'_>) -> Labels {
     }
 }
 
-/// Finds a device's name in what the kernel half copied.
-///
-/// Without types the offset is not known, but the names are: a name is what fills `IB_DEVICE_NAME_MAX` bytes with it and
-/// zeros, at a word's boundary. A device whose name is not known yet is booked later.
-fn name_of(device: &Device, named: bool, known: &BTreeSet<String>) -> Option<String> {
-    let text = |bytes: &[u8]| {
-        let name = bytes.split(|byte| *byte == 0).next()?;
-        let name = std::str::from_utf8(name).ok()?;
-        (!name.is_empty()).then(|| name.to_owned())
-    };
-    if named {
-        return text(&device.window[..DEVICE_NAME]);
-    }
-    let places = (0..=device.window.len() - DEVICE_NAME).step_by(8);
-    places
-        .map(|at| &device.window[at..at + DEVICE_NAME])
-        .find_map(|bytes| {
-            let name = text(bytes).filter(|name| known.contains(name))?;
-            let rest = bytes.get(name.len()..).unwrap_or_default();
-            rest.iter().all(|byte| *byte == 0).then_some(name)
-        })
-}
-
 /// Events, for the account of attribution.
 fn units(slots: &[u64; SLOTS]) -> u64 {
     let events = slots[slot::CREATED..slot::LIVED].iter();
@@ -877,15 +896,13 @@ impl Signal for Rdma {
         self.enumeration.ask();
         let reports = self.enumeration.reports(scope.now);
         self.troubles = self.enumeration.troubles(scope.now);
-        let known = reports.iter().map(|report| report.device.clone()).collect();
         self.count_pairs(reports, scope);
 
         let core = Arc::clone(&self.core);
         let mut core = core.lock().unwrap_or_else(PoisonError::into_inner);
         core.follow(Kernel::read);
         for farewell in std::mem::take(&mut core.farewells) {
-            // Its names are those of devices that have gone: what is not known by now never will be.
-            self.book_devices(&farewell.devices, true, &known);
+            self.book_devices(farewell.devices);
             self.seen.clear();
             self.ledger.book(
                 &scope.pods.owners(),
@@ -904,8 +921,8 @@ impl Signal for Rdma {
                 0
             }
             Some(live) => {
-                let devices = live.devices()?;
-                self.book_devices(&devices, live.named, &known);
+                let devices = live.owners.devices()?;
+                self.book_devices(devices);
                 scope.book(&mut self.ledger, &mut live.usage, |usage| usage.slots)?;
                 if due {
                     self.swept = Some(scope.now);

@@ -2,7 +2,7 @@
 //! The devices and queue pairs of this host, in every network namespace, and who owns a queue pair.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fs::{self, File},
     os::{fd::AsFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
@@ -11,10 +11,11 @@ use std::{
     time::Duration,
 };
 
+use anyhow::Context;
 use aya::maps::{self, MapData, MapError};
 use exporter_common::{
     ABSENT,
-    rdma::{Number, Pair},
+    rdma::{DEVICE_NAME, Device, Number, Pair},
 };
 use rustix::{
     thread::{LinkNameSpaceType, move_into_link_name_space},
@@ -37,6 +38,19 @@ const ROOT_ID: u64 = 1;
 #[derive(Debug, Default)]
 pub struct Owners {
     maps: Mutex<Option<PairMaps>>,
+    /// Apart from the other maps: the scrape reads it, and must not wait for an enumeration.
+    devices: Mutex<Option<DeviceMap>>,
+    /// Names of devices that netlink has ever listed.
+    names: Mutex<BTreeSet<String>>,
+}
+
+/// The map of devices.
+#[derive(Debug)]
+pub struct DeviceMap {
+    /// By the address of the device.
+    pub devices: maps::HashMap<MapData, u64, Device>,
+    /// The first bytes of each device's window are its name.
+    pub named: bool,
 }
 
 /// The maps of the kernel half that the enumeration uses.
@@ -52,19 +66,57 @@ pub struct PairMaps {
 
 impl Owners {
     /// Puts the maps of a loaded object here, or takes them away.
-    pub fn replace(&self, maps: Option<PairMaps>) {
-        *self.maps.lock().unwrap_or_else(PoisonError::into_inner) = maps;
+    pub fn replace(&self, maps: Option<(PairMaps, DeviceMap)>) {
+        let (pairs, devices) = maps.unzip();
+        *self.maps.lock().unwrap_or_else(PoisonError::into_inner) = pairs;
+        *self.devices.lock().unwrap_or_else(PoisonError::into_inner) = devices;
+    }
+
+    /// Returns every device's address, its name where that is known, and how many queue pairs were created and destroyed
+    /// on it.
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    pub fn devices(&self) -> anyhow::Result<Vec<(u64, Option<String>, [u64; 2])>> {
+        let map = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(DeviceMap { devices, named }) = &*map else {
+            return Ok(Vec::new());
+        };
+        let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = Vec::new();
+        for entry in devices.iter() {
+            if let Some((address, device)) = present(entry).context("read the map DEVICES")? {
+                let name = name_of(&device, *named, &names);
+                all.push((address, name, [device.created, device.destroyed]));
+            }
+        }
+        Ok(all)
+    }
+
+    /// Notes names of devices that exist.
+    fn note<'a>(&self, names: impl Iterator<Item = &'a String>) {
+        let mut known = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        known.extend(names.cloned());
     }
 
     /// Numbers of the device's queue pairs that were made before `began`, with their owners.
     ///
     /// A pair that was made later may have a number which was another's when the kernel listed it.
-    fn known(&self, maps: &PairMaps, index: u32, began: u64) -> HashMap<u32, u64> {
+    fn known(&self, maps: &PairMaps, device: &nldev::Device, began: u64) -> HashMap<u32, u64> {
+        let devices = self.devices().unwrap_or_default().into_iter();
+        let names: HashMap<_, _> = devices.map(|(address, name, _)| (address, name)).collect();
+        let here = |pair: &Pair| {
+            if pair.index == ABSENT {
+                names.get(&pair.device).and_then(Option::as_ref) == Some(&device.name)
+            } else {
+                pair.index == device.index
+            }
+        };
         let pairs = maps.pairs.iter().filter_map(Result::ok);
         pairs
             .map(|(_, pair)| pair)
             .filter(|pair| pair.number != ABSENT && pair.created < began)
-            .filter(|pair| pair.index == index)
+            .filter(here)
             .map(|pair| (pair.number, pair.cgroup))
             .collect()
     }
@@ -72,7 +124,7 @@ impl Owners {
     /// Says who owns each queue pair of a device, and tells the kernel half who owns those that are older than it.
     fn attribute(
         &self,
-        index: u32,
+        device: &nldev::Device,
         pairs: &[QueuePair],
         began: u64,
         cgroup_of: impl Fn(u32) -> Option<u64>,
@@ -80,7 +132,7 @@ impl Owners {
         let mut maps = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
         let known = maps
             .as_ref()
-            .map(|maps| self.known(maps, index, began))
+            .map(|maps| self.known(maps, device, began))
             .unwrap_or_default();
         let mut threads = HashMap::new();
         let mut found = HashMap::new();
@@ -104,10 +156,33 @@ impl Owners {
         });
         let mut owners: Vec<_> = owners.collect();
         if let Some(maps) = maps.as_mut().filter(|maps| maps.numbered) {
-            remember(maps, index, pairs, &found, &mut owners);
+            remember(maps, device.index, pairs, &found, &mut owners);
         }
         owners
     }
+}
+
+/// Finds a device's name in what the kernel half copied.
+///
+/// Without types the offset is not known, but the names are: a name is what fills `IB_DEVICE_NAME_MAX` bytes with it and
+/// zeros, at a word's boundary. A device whose name is not known yet is booked later.
+fn name_of(device: &Device, named: bool, known: &BTreeSet<String>) -> Option<String> {
+    let text = |bytes: &[u8]| {
+        let name = bytes.split(|byte| *byte == 0).next()?;
+        let name = std::str::from_utf8(name).ok()?;
+        (!name.is_empty()).then(|| name.to_owned())
+    };
+    if named {
+        return text(&device.window[..DEVICE_NAME]);
+    }
+    let places = (0..=device.window.len() - DEVICE_NAME).step_by(8);
+    places
+        .map(|at| &device.window[at..at + DEVICE_NAME])
+        .find_map(|bytes| {
+            let name = text(bytes).filter(|name| known.contains(name))?;
+            let rest = bytes.get(name.len()..).unwrap_or_default();
+            rest.iter().all(|byte| *byte == 0).then_some(name)
+        })
 }
 
 /// Keeps the owners of old queue pairs for the kernel half, and for the time after their threads have gone.
@@ -302,6 +377,7 @@ impl Fabric for Host {
                 ));
             }
         }
+        self.owners.note(devices.keys());
         Ok((devices.into_iter().collect(), troubles))
     }
 
@@ -323,9 +399,11 @@ impl Fabric for Host {
                 })
             });
         answer.map_err(|error| format!("cannot list its queue pairs: {error}"))?;
-        let owners = self.owners.attribute(index, &pairs, began, |thread| {
-            cgroup_of(thread, self.cgroups.as_deref())
-        });
+        let owners = self
+            .owners
+            .attribute(&place.device, &pairs, began, |thread| {
+                cgroup_of(thread, self.cgroups.as_deref())
+            });
         Ok(Answer {
             pairs: pairs.into_iter().zip(owners).collect(),
             odd: (odd > 0).then(|| format!("{odd} queue pairs have no number, type or state")),
