@@ -14,6 +14,8 @@ mod exporter;
 mod load;
 #[path = "overhead/pods.rs"]
 mod pods;
+#[path = "overhead/rdma.rs"]
+mod rdma;
 
 use std::{
     env,
@@ -87,7 +89,14 @@ fn main() {
         None => missing.push("pods: needs root".to_owned()),
         Some(why) => missing.push(format!("pods: {why}")),
     }
-    once(kernel.may_trace());
+    match rdma::missing() {
+        _ if !wanted("rdma") => {}
+        None => rdma::per_operation(),
+        Some(why) => missing.push(format!("queue pairs: {why}")),
+    }
+    if wanted("sizes") {
+        once(kernel.may_trace());
+    }
     println!("{}", machine(&kernel));
     for row in missing {
         println!("Not measured: {row}.");
