@@ -19,7 +19,7 @@ impl Shape {
     /// The slot of the bucket that holds a time in nanoseconds.
     #[inline(always)]
     pub const fn bucket(self, nanoseconds: u64) -> usize {
-        let units = nanoseconds / self.first + (nanoseconds % self.first != 0) as u64;
+        let units = nanoseconds.div_ceil(self.first);
         let bits = u64::BITS - units.saturating_sub(1).leading_zeros();
         let index = bits.div_ceil(2) as usize;
         if index < self.bounds {

@@ -263,6 +263,10 @@ fn time(device: &Device, pairs: usize) -> io::Result<()> {
     Ok(())
 }
 
+#[expect(
+    clippy::zombie_processes,
+    reason = "the command is to outlive this process"
+)]
 fn hold(device: &Arc<Device>, pairs: usize, then: &[String]) {
     let of_thread = Arc::clone(device);
     let make = move || {

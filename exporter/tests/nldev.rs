@@ -12,7 +12,7 @@ use std::{
 };
 
 use chandra::signals::rdma::{
-    enumeration::{Answer, Enumeration, Fabric, Limits, PairOwner},
+    enumeration::{Answer, Enumeration, Fabric, Limits, Listing, PairOwner},
     nldev::{
         self, Device, GET, MAX_PAIRS, NldevError, QueuePair, RES_QP_GET, SYS_GET, messages,
         queue_pairs,
@@ -284,13 +284,13 @@ struct Made {
 impl Fabric for Devices {
     type Device = &'static str;
 
-    fn devices(&self) -> Result<(Vec<(String, &'static str)>, Vec<String>), String> {
+    fn devices(&self) -> Result<Listing<&'static str>, String> {
         let names = ["broken", "many", "odd", "stuck"];
         let devices = names.map(|name| (name.to_owned(), name));
-        Ok((
-            devices.into(),
-            vec!["2 namespaces cannot be looked into".to_owned()],
-        ))
+        Ok(Listing {
+            devices: devices.into(),
+            troubles: vec!["2 namespaces cannot be looked into".to_owned()],
+        })
     }
 
     fn queue_pairs(&self, device: &&'static str, _: Duration) -> Result<Answer, String> {

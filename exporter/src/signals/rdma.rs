@@ -48,7 +48,7 @@ use rustix::{
 
 use self::{
     enumeration::{Enumeration, Limits, PairOwner, Report},
-    host::{DeviceMap, Host, Owners, PairMaps, present},
+    host::{DeviceMap, DeviceTotals, Host, Owners, PairMaps, present},
 };
 use super::{Attempt, Entry, Options, Scope, Signal, State, Status};
 use crate::{
@@ -489,7 +489,7 @@ fn attach(kernel: &Kernel, options: Options) -> Attempt {
 #[derive(Debug, Default)]
 struct Reading {
     usage: Vec<(u64, [u64; SLOTS])>,
-    devices: Vec<(u64, Option<String>, [u64; 2])>,
+    devices: Vec<DeviceTotals>,
 }
 
 /// The object at work.
@@ -546,12 +546,17 @@ const SWEEP_AFTER: Duration = Duration::from_secs(600);
 /// How often the leftovers are looked for.
 const SWEEP_EVERY: Duration = Duration::from_secs(60);
 
+/// Enough for the some seconds that a chain of modules takes.
+const LOOKS: u8 = 5;
+
 /// What follows the modules: used by the scrape and by the thread that hears of modules.
 struct Core {
     live: Option<Live>,
     status: Status,
     /// Which load of each module the hooks are in.
     loads: [Option<u64>; MODULES.len()],
+    /// How often what is missing is still looked for: a module is announced before all of it is in place.
+    looks: u8,
     owners: Arc<Owners>,
     /// Readings of objects that were dropped, for the next scrape.
     farewells: Vec<Reading>,
@@ -567,6 +572,7 @@ impl Core {
             live: None,
             status: absent(),
             loads: [None; MODULES.len()],
+            looks: 0,
             owners,
             farewells: Vec::new(),
             lost: BTreeMap::new(),
@@ -579,7 +585,13 @@ impl Core {
     fn follow(&mut self, kernel: impl FnOnce() -> Kernel) {
         let loads = MODULES.map(symbols::loaded);
         if loads == self.loads {
-            return;
+            let lacks = |hook: &Hook| hook.reason != Reason::Attached;
+            if self.looks == 0 || !self.status.hooks.iter().any(lacks) {
+                return;
+            }
+            self.looks -= 1;
+        } else {
+            self.looks = LOOKS;
         }
         let core_is_same = loads[0] == self.loads[0] && self.live.is_some();
         self.loads = loads;
@@ -813,9 +825,14 @@ impl Rdma {
     }
 
     /// Books what devices grew by to their names. A device whose name is not known yet is booked later.
-    fn book_devices(&mut self, devices: Vec<(u64, Option<String>, [u64; 2])>) {
-        for (address, name, totals) in devices {
-            let Some(name) = name else {
+    fn book_devices(&mut self, devices: Vec<DeviceTotals>) {
+        for device in devices {
+            let DeviceTotals {
+                address,
+                name: Some(name),
+                totals,
+            } = device
+            else {
                 continue;
             };
             let seen = self.seen.entry(address).or_default();

@@ -180,7 +180,7 @@ fn both(cluster: &Cluster, server: (&str, &str), client: (&str, &str)) {
     assert!(first.wait().expect("it ends").success(), "{}", server.1);
 }
 
-fn of<'a>(pod: &'a str) -> [(&'a str, &'a str); 2] {
+fn of(pod: &str) -> [(&str, &str); 2] {
     [("namespace", "training"), ("pod", pod)]
 }
 
@@ -653,4 +653,49 @@ fn retries_exceeded_show_as_pairs_in_err() {
     exporter.scrape_until("it went with its process", |scrape| {
         scrape.sum(PAIRS, &err) == 0.0
     });
+}
+
+/// In exclusive mode a device is seen from its own network namespace only.
+#[test]
+fn devices_in_other_network_namespaces_are_enumerated_or_reported() {
+    let _alone = alone();
+    if !can_rdma() {
+        return;
+    }
+    let far = "ip netns exec chandra-far";
+    let made = succeeds("rdma system set netns exclusive && ip netns add chandra-far")
+        && succeeds(&format!(
+            "{far} ip link add chandra2 type dummy && {far} ip link set chandra2 up && \
+             {far} ip addr add 10.76.0.1/24 dev chandra2 && {far} rdma link add rxe2 type rxe netdev chandra2 && \
+             {far} rdma link show rxe2/1 && ! rdma link show rxe2/1"
+        ));
+    if made {
+        let cluster = Cluster::new(&[]);
+        let exporter = cluster.exporter();
+        let gsi = [("device", "rxe2"), ("type", "GSI")];
+        exporter.scrape_until("the far device's own pair", |scrape| {
+            scrape.sum(PAIRS, &gsi) == 1.0
+        });
+        drop(exporter);
+        // Without CAP_SYS_ADMIN nobody enters a namespace.
+        let binary = build().join("chandra");
+        let mut command = Command::new("setpriv");
+        let bounding = "--bounding-set=-sys_admin";
+        command
+            .args([bounding, "--inh-caps=-sys_admin"])
+            .arg(binary);
+        let exporter = cluster.exporter_by(&mut command);
+        exporter.scrape_until("the reason is on the page", |_| {
+            exporter
+                .get("/")
+                .contains("namespaces cannot be looked into")
+        });
+        assert_eq!(exporter.scrape().sum(PAIRS, &gsi), 0.0);
+    } else {
+        // rdma_rxe makes devices in other namespaces from 6.17 or so.
+        println!("SKIPPED: this kernel makes no device in another network namespace");
+    }
+    succeeds(&format!(
+        "{far} rdma link del rxe2; ip netns del chandra-far; rdma system set netns shared"
+    ));
 }

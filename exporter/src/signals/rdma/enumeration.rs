@@ -52,17 +52,26 @@ pub trait Fabric: Send + Sync + 'static {
     /// What names a device to [`Self::queue_pairs`].
     type Device: Clone + Send + 'static;
 
-    /// Lists the devices by name, and what could not be looked at, in one line each.
+    /// Lists the devices.
     ///
     /// # Errors
     /// One line, where nothing could be looked at.
-    fn devices(&self) -> Result<(Vec<(String, Self::Device)>, Vec<String>), String>;
+    fn devices(&self) -> Result<Listing<Self::Device>, String>;
 
     /// Lists the queue pairs of a device, each with its owner; and what was odd, in one line.
     ///
     /// # Errors
     /// One line.
     fn queue_pairs(&self, device: &Self::Device, budget: Duration) -> Result<Answer, String>;
+}
+
+/// The devices that there are.
+#[derive(Clone, Debug)]
+pub struct Listing<D> {
+    /// By name.
+    pub devices: Vec<(String, D)>,
+    /// What could not be looked at, in one line each.
+    pub troubles: Vec<String>,
 }
 
 /// What a device answered.
@@ -212,7 +221,10 @@ fn run<F: Fabric>(shared: &Arc<Shared>, fabric: &Arc<F>, limits: Limits) {
         let listed = fabric.devices();
         let mut state = shared.lock();
         match listed {
-            Ok((mut devices, mut troubles)) => {
+            Ok(Listing {
+                mut devices,
+                mut troubles,
+            }) => {
                 if devices.len() > MAX_DEVICES {
                     troubles.push(format!(
                         "of {} devices only {MAX_DEVICES} are enumerated",

@@ -23,7 +23,7 @@ use rustix::{
 };
 
 use super::{
-    enumeration::{Answer, Fabric, PairOwner},
+    enumeration::{Answer, Fabric, Listing, PairOwner},
     nldev::{self, Client, NldevError, QueuePair},
 };
 use crate::kernel::symbols;
@@ -64,6 +64,17 @@ pub struct PairMaps {
     pub numbered: bool,
 }
 
+/// What the kernel half has counted of a device.
+#[derive(Clone, Debug)]
+pub struct DeviceTotals {
+    /// Where its `struct ib_device` is.
+    pub address: u64,
+    /// `None` as long as it is not known.
+    pub name: Option<String>,
+    /// Queue pairs created and destroyed.
+    pub totals: [u64; 2],
+}
+
 impl Owners {
     /// Puts the maps of a loaded object here, or takes them away.
     pub fn replace(&self, maps: Option<(PairMaps, DeviceMap)>) {
@@ -72,12 +83,11 @@ impl Owners {
         *self.devices.lock().unwrap_or_else(PoisonError::into_inner) = devices;
     }
 
-    /// Returns every device's address, its name where that is known, and how many queue pairs were created and destroyed
-    /// on it.
+    /// Returns what the kernel half has counted of each device.
     ///
     /// # Errors
     /// When the map cannot be read.
-    pub fn devices(&self) -> anyhow::Result<Vec<(u64, Option<String>, [u64; 2])>> {
+    pub fn devices(&self) -> anyhow::Result<Vec<DeviceTotals>> {
         let map = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(DeviceMap { devices, named }) = &*map else {
             return Ok(Vec::new());
@@ -86,8 +96,11 @@ impl Owners {
         let mut all = Vec::new();
         for entry in devices.iter() {
             if let Some((address, device)) = present(entry).context("read the map DEVICES")? {
-                let name = name_of(&device, *named, &names);
-                all.push((address, name, [device.created, device.destroyed]));
+                all.push(DeviceTotals {
+                    address,
+                    name: name_of(&device, *named, &names),
+                    totals: [device.created, device.destroyed],
+                });
             }
         }
         Ok(all)
@@ -104,7 +117,9 @@ impl Owners {
     /// A pair that was made later may have a number which was another's when the kernel listed it.
     fn known(&self, maps: &PairMaps, device: &nldev::Device, began: u64) -> HashMap<u32, u64> {
         let devices = self.devices().unwrap_or_default().into_iter();
-        let names: HashMap<_, _> = devices.map(|(address, name, _)| (address, name)).collect();
+        let names: HashMap<_, _> = devices
+            .map(|device| (device.address, device.name))
+            .collect();
         let here = |pair: &Pair| {
             if pair.index == ABSENT {
                 names.get(&pair.device).and_then(Option::as_ref) == Some(&device.name)
@@ -338,10 +353,13 @@ fn namespaces() -> (Vec<Namespace>, usize) {
 impl Fabric for Host {
     type Device = Place;
 
-    fn devices(&self) -> Result<(Vec<(String, Place)>, Vec<String>), String> {
+    fn devices(&self) -> Result<Listing<Place>, String> {
         // Opening the socket would load ib_core.
         if symbols::loaded("ib_core").is_none() {
-            return Ok((Vec::new(), Vec::new()));
+            return Ok(Listing {
+                devices: Vec::new(),
+                troubles: Vec::new(),
+            });
         }
         let budget = Duration::from_secs(5);
         let (here, exclusive) = devices_here(budget)
@@ -378,7 +396,10 @@ impl Fabric for Host {
             }
         }
         self.owners.note(devices.keys());
-        Ok((devices.into_iter().collect(), troubles))
+        Ok(Listing {
+            devices: devices.into_iter().collect(),
+            troubles,
+        })
     }
 
     fn queue_pairs(&self, place: &Place, budget: Duration) -> Result<Answer, String> {
