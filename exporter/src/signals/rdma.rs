@@ -413,9 +413,10 @@ const COPY_TO: &[Program] = &[kprobe("copy_to", &["uverbs_copy_to"])];
 const CREATE_KERNEL: &str = "ib_create_qp_kernel";
 
 /// The modules whose functions are hooked, the providers' included. Without the first there is no RDMA.
-const MODULES: [&str; 20] = [
+const MODULES: [&str; 21] = [
     "ib_core",
     "ib_uverbs",
+    "ib_uverbs_support",
     "rdma_cm",
     "mlx5_ib",
     "mlx4_ib",

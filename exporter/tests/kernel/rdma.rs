@@ -410,11 +410,18 @@ fn every_pod_has_what_its_tools_did() {
     }
     let _rxe = Rxe::new();
     let cluster = Cluster::new(&TOOLS);
-    let exporter = cluster.exporter();
+    let mut exporter = cluster.exporter();
     tools(&cluster, &exporter, true);
     let done = tools_done(&exporter.scrape());
     expect(&exporter, &done);
     agree(&exporter);
+    let (status, took) = exporter.stop("TERM");
+    println!("ended in {took:?}");
+    assert!(status.success(), "{status}");
+    // No kprobe of ours is left on the modules.
+    let left =
+        run("cat /sys/kernel/debug/kprobes/list 2>/dev/null | grep -cE 'ib_|rdma_|cma_' || true");
+    assert!(["", "0\n"].contains(&left.as_str()), "{left}");
 }
 
 /// As with vendor drivers that are built by DKMS: no module has types. The kernel itself does not need them.
@@ -547,6 +554,7 @@ fn modules_come_and_go() {
     }
     let cluster = Cluster::new(&["works"]);
     let unload = "rdma link del rxe0 2>/dev/null; modprobe -r rdma_ucm; modprobe -r rdma_rxe; modprobe -r ib_uverbs; \
+                  modprobe -r ib_uverbs_support 2>/dev/null; \
                   modprobe -r rdma_cm ib_cm iw_cm ib_core 2>/dev/null; [ ! -e /sys/module/ib_core ]";
     let go = |exporter: &Exporter| {
         // The enumeration holds the module for a moment.
