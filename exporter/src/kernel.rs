@@ -93,6 +93,20 @@ impl Kernel {
         self.lockdown.as_deref()
     }
 
+    /// What to do about a kprobe that may not be opened.
+    ///
+    /// Debian's and Ubuntu's kernels have a level of `kernel.perf_event_paranoid` above those of the mainline, and set it:
+    /// perf_event_open(2), by which kprobes are attached, then wants CAP_SYS_ADMIN and not just CAP_PERFMON.
+    pub fn probe_hint(&self) -> String {
+        let level = fs::read_to_string("/proc/sys/kernel/perf_event_paranoid").unwrap_or_default();
+        match level.trim().parse::<i32>() {
+            Ok(level) if level > 2 && !self.has("CAP_SYS_ADMIN") => format!(
+                "; with kernel.perf_event_paranoid={level} this kernel wants CAP_SYS_ADMIN for kprobes: add it, or set that to 2"
+            ),
+            _ => self.permission_hint(),
+        }
+    }
+
     /// What to do about EPERM.
     pub fn permission_hint(&self) -> String {
         if !self.may_trace() {

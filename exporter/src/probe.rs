@@ -10,6 +10,7 @@ use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{Array, Map, MapError},
     programs::{BtfTracePoint, KProbe, ProgramError, kprobe::KProbeLinkId},
+    sys::SyscallError,
 };
 use exporter_common::Loss;
 
@@ -556,6 +557,19 @@ fn is_verifier(error: &io::Error) -> bool {
     error.raw_os_error() == Some(rustix::io::Errno::ACCESS.raw_os_error())
 }
 
+/// Says if perf_event_open(2) failed, by which kprobes are attached.
+fn is_refused_probe(error: &(dyn Error + 'static)) -> bool {
+    let call = |error: &SyscallError| error.call == "perf_event_open";
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if error.downcast_ref().is_some_and(call) {
+            return true;
+        }
+        next = error.source();
+    }
+    false
+}
+
 fn reason_of_errno(error: &io::Error) -> Reason {
     match error.kind() {
         io::ErrorKind::PermissionDenied => Reason::NoPermission,
@@ -591,6 +605,7 @@ fn explain(what: &str, error: &(dyn Error + 'static), kernel: &Kernel) -> String
     }
     let cause = cause(error);
     let hint = match cause.map(reason_of_errno) {
+        Some(Reason::NoPermission) if is_refused_probe(error) => kernel.probe_hint(),
         Some(Reason::NoPermission) if cause.is_some_and(is_verifier) => String::new(),
         Some(Reason::NoPermission) => kernel.permission_hint(),
         Some(Reason::NoMemory) => "; raise LimitMEMLOCK or the container's memory limit".to_owned(),

@@ -99,6 +99,12 @@ pub fn loaded(module: &str) -> Option<u64> {
     fs::metadata(folder).ok().map(|metadata| metadata.ino())
 }
 
+/// Says if a module is neither on its way in nor on its way out. One that is built in always is.
+pub fn settled(module: &str) -> bool {
+    let state = Path::new("/sys/module").join(module).join("initstate");
+    fs::read_to_string(state).map_or(true, |state| state.trim() == "live")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

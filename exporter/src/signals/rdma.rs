@@ -608,6 +608,11 @@ impl Core {
         }
         self.drop_live();
         self.load(&kernel);
+        if self.live.is_none() && !symbols::settled(MODULES[0]) {
+            // On its way in or out: not failed, but to be looked at again.
+            self.loads = [None; MODULES.len()];
+            self.status = absent();
+        }
     }
 
     fn load(&mut self, kernel: &Kernel) {
@@ -809,7 +814,7 @@ impl Rdma {
 
     fn status_now(&self) -> Status {
         let mut status = self.core().status.clone();
-        if status.state == State::Up {
+        if status.state != State::Absent {
             let reason = if self.troubles.is_empty() {
                 Reason::Attached
             } else {
