@@ -8,6 +8,7 @@
 //!        `verbs DEVICE register BYTES TIMES` registers memory;
 //!        `verbs DEVICE fail ADDRESS` connects an RC pair to an IPv4 address where nobody answers, sends, and waits to be
 //!        killed: the device gives up after its retries (rxe only).
+//!        `verbs DEVICE drain PAIRS ADDRESS` takes RC pairs from RTS to SQD, which makes the device report that each is drained;
 //!        `verbs DEVICE time PAIRS` does as `churn` does, and prints what a create, a modify and a destroy took: the lower
 //!        quartile of each, in nanoseconds.
 //! It prints `ready` once everything is made.
@@ -44,9 +45,11 @@ const UD: u8 = 4;
 const INIT: u8 = 1;
 const RTR: u8 = 2;
 const RTS: u8 = 3;
+const SQD: u8 = 4;
 
 /// The bits of `enum ib_qp_attr_mask` that the transitions need.
 const STATE: u32 = 1;
+const EN_SQD_ASYNC_NOTIFY: u32 = 1 << 2;
 const ACCESS_FLAGS: u32 = 1 << 3;
 const PKEY_INDEX: u32 = 1 << 4;
 const PORT: u32 = 1 << 5;
@@ -147,8 +150,8 @@ impl Device {
         body.extend([0; 32]);
         // qp_handle, attr_mask, qkey, rq_psn, sq_psn, dest_qp_num, qp_access_flags, both pkey indexes.
         body.extend(words(&[pair, mask | STATE, 0x1111_1111, 0, 0, 17, 0, 0]));
-        // Then path_mtu (1024), min_rnr_timer, port_num, timeout (4 ms), retry_cnt, rnr_retry.
-        body.extend([state, 0, 3, 0, 0, 1, 1, 12, 1, 10, 2, 2, 0, 0, 0, 0]);
+        // Then path_mtu (1024), en_sqd_async_notify, min_rnr_timer, port_num, timeout (4 ms), retry_cnt, rnr_retry.
+        body.extend([state, 0, 3, 0, 1, 1, 1, 12, 1, 10, 2, 2, 0, 0, 0, 0]);
         command(&self.file, MODIFY_QP, None, 0, &body)
     }
 
@@ -159,8 +162,8 @@ impl Device {
         self.modify(pair, RTS, SQ_PSN, nobody)
     }
 
-    /// Connects an RC pair to nobody, and sends an empty message there.
-    fn fail(&self, to: Ipv4Addr) -> io::Result<()> {
+    /// Connects an RC pair to nobody, and returns the kernel's answer to its creation.
+    fn connect_to(&self, to: Ipv4Addr) -> io::Result<Box<Answer>> {
         let said = self.create_of(RC)?;
         let pair = word(&said, 0);
         self.modify(pair, INIT, PKEY_INDEX | PORT | ACCESS_FLAGS, to)?;
@@ -168,6 +171,13 @@ impl Device {
         self.modify(pair, RTR, mask, to)?;
         let mask = SQ_PSN | TIMEOUT | RETRY_CNT | RNR_RETRY | MAX_QP_RD_ATOMIC;
         self.modify(pair, RTS, mask, to)?;
+        Ok(said)
+    }
+
+    /// Connects an RC pair to nobody, and sends an empty message there.
+    fn fail(&self, to: Ipv4Addr) -> io::Result<()> {
+        let said = self.connect_to(to)?;
+        let pair = word(&said, 0);
         // rxe's answer ends with where the send queue is to be mapped: offset and size.
         let offset = u64::from(word(&said, 12)) | u64::from(word(&said, 13)) << 32;
         let queue = MmapOptions::new()
@@ -303,6 +313,17 @@ fn main() {
                 device.register(&memory).expect("register");
             }
             println!("ready");
+        }
+        "drain" => {
+            let to = arguments[3].parse().expect("an address");
+            for _ in 0..number(arguments.get(2)) {
+                let said = device.connect_to(to).expect("connect");
+                let pair = word(&said, 0);
+                let drained = device.modify(pair, SQD, EN_SQD_ASYNC_NOTIFY, to);
+                drained.expect("drain");
+            }
+            println!("ready");
+            thread::sleep(Duration::from_secs(3600));
         }
         "time" => time(&device, number(arguments.get(2))).expect("queue pairs"),
         "fail" => {

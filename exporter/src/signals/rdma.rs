@@ -41,14 +41,11 @@ use exporter_common::{
     },
 };
 use netlink_sys::{Socket, SocketAddr};
-use rustix::{
-    net::sockopt::{Timeout, set_socket_timeout},
-    time::{ClockId, clock_gettime},
-};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 use self::{
     enumeration::{Enumeration, Limits, PairOwner, Report},
-    host::{DeviceMap, DeviceTotals, Host, Owners, PairMaps, present},
+    host::{DeviceMap, DeviceTotals, Host, Owners, PairMaps, monotonic, present},
 };
 use super::{Attempt, Entry, Options, Scope, Signal, State, Status};
 use crate::{
@@ -519,8 +516,7 @@ impl Live {
 
     /// Removes what is left of threads that have gone and of ids that were never answered. Returns how many.
     fn sweep(&mut self) -> u64 {
-        let now = clock_gettime(ClockId::Monotonic);
-        let now = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
+        let now = monotonic();
         let old = |since: u64| now.saturating_sub(since) > SWEEP_AFTER.as_nanos() as u64;
         let calls: Vec<_> = self.calls.keys().filter_map(Result::ok).collect();
         let mut swept = 0;

@@ -714,3 +714,50 @@ fn devices_in_other_network_namespaces_are_enumerated_or_reported() {
         "{far} rdma link del rxe0; ip netns del chandra-far; rdma system set netns shared"
     ));
 }
+
+#[test]
+fn what_the_device_reports_is_charged_to_the_creator() {
+    let _alone = alone();
+    if !can_rdma() {
+        return;
+    }
+    let _rxe = Rxe::new();
+    run("ip neigh replace 10.78.0.9 lladdr 02:00:00:00:00:09 dev chandra0 nud permanent");
+    let cluster = Cluster::new(&["drains"]);
+    let exporter = cluster.exporter();
+    let mut drains = cluster.start("drains", "drain 6 10.78.0.9");
+    let events = "chandra_rdma_queue_pair_events_total";
+    let scrape = exporter.scrape_until("the events of six pairs", |scrape| {
+        scrape.sum(events, &of("drains")) == 6.0
+    });
+    let drained = [("event", "send_queue_drained")];
+    assert_eq!(scrape.sum(events, &drained), 6.0);
+    assert_eq!(scrape.sum(events, &[]), 6.0, "nobody else had any");
+    assert_eq!(
+        scrape.sum(TRANSITIONS, &[("pod", "drains"), ("state", "SQD")]),
+        6.0
+    );
+    println!("6 of 6 events of drained send queues");
+    drains.kill().expect("it runs");
+    drains.wait().expect("it ends");
+}
+
+#[test]
+fn resolutions_that_fail_are_errors() {
+    let _alone = alone();
+    if !can_rdma() {
+        return;
+    }
+    let _rxe = Rxe::new();
+    let cluster = Cluster::new(&["lost"]);
+    let exporter = cluster.exporter();
+    // No route leads there (RFC 5737), so the kernel refuses at once.
+    cluster.run("lost", "! rping -c -C 1 -a 203.0.113.9 >/dev/null 2>&1");
+    let failed = [("pod", "lost"), ("result", "error")];
+    let scrape = exporter.scrape_until("the failure", |scrape| {
+        scrape.sum(ADDRESSES, &failed) == 1.0
+    });
+    assert_eq!(scrape.sum(ADDRESSES, &[]), 1.0);
+    assert_eq!(scrape.sum(ROUTES, &[]), 0.0);
+    println!("1 of 1 failed resolutions");
+}

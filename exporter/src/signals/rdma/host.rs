@@ -407,8 +407,7 @@ impl Fabric for Host {
         if let Some(namespace) = &place.namespace {
             enter(namespace)?;
         }
-        let began = clock_gettime(ClockId::Monotonic);
-        let began = began.tv_sec as u64 * 1_000_000_000 + began.tv_nsec as u64;
+        let began = monotonic();
         let (mut pairs, mut odd) = (Vec::new(), 0);
         let index = place.device.index;
         let answer = Client::open()
@@ -432,7 +431,13 @@ impl Fabric for Host {
     }
 }
 
-/// Ends a map's iteration early at an entry that went away.
+/// Nanoseconds of the clock that the kernel half reads (`bpf_ktime_get_ns`).
+pub fn monotonic() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+/// Passes over an entry of a map that went away while the map was gone through.
 pub fn present<T>(entry: Result<T, MapError>) -> Result<Option<T>, MapError> {
     match entry {
         Ok(entry) => Ok(Some(entry)),
