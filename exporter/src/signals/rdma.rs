@@ -730,6 +730,12 @@ fn follow_modules(core: &Mutex<Core>, stopped: &AtomicBool) {
         core.follow(Kernel::read);
         if core.status.state != before {
             tracing::info!("signal rdma: {}", core.status.state.label());
+            if core.status.state == State::Failed {
+                let details = core.status.hooks.iter().map(|hook| &hook.detail);
+                for detail in details.filter(|detail| !detail.is_empty()) {
+                    tracing::error!("signal rdma: {detail}");
+                }
+            }
         }
     }
 }

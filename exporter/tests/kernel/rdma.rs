@@ -694,9 +694,7 @@ fn devices_in_other_network_namespaces_are_enumerated_or_reported() {
         command.args(capabilities).arg(build().join("chandra"));
         let exporter = cluster.exporter_by(&mut command);
         exporter.scrape_until("the reason is on the page", |_| {
-            exporter
-                .get("/")
-                .contains("namespaces cannot be looked into")
+            exporter.get("/").contains("cannot be looked into")
         });
         assert_eq!(exporter.scrape().sum(PAIRS, &[("device", "rxe0")]), 0.0);
         run(&format!(

@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fs::{self, File},
+    io,
     os::{fd::AsFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
@@ -334,8 +335,14 @@ fn namespaces() -> (Vec<Namespace>, usize) {
         .flat_map(folder);
     for path in of_processes.chain(named) {
         // A link to a namespace is followed to its number; a thread of the kernel has none to follow.
-        let Ok(number) = fs::metadata(&path).map(|metadata| metadata.ino()) else {
-            continue;
+        let number = match fs::metadata(&path) {
+            Ok(metadata) => metadata.ino(),
+            Err(error) => {
+                // Without CAP_SYS_PTRACE nothing tells how many namespaces those processes have.
+                closed +=
+                    usize::from(closed == 0 && error.kind() == io::ErrorKind::PermissionDenied);
+                continue;
+            }
         };
         if found.len() >= MAX_NAMESPACES || !seen.insert(number) {
             continue;
@@ -389,8 +396,8 @@ impl Fabric for Host {
             }
             if closed > 0 {
                 troubles.push(format!(
-                    "RDMA devices belong to one network namespace each (exclusive mode), and {closed} namespaces cannot be \
-                     looked into (it takes CAP_SYS_ADMIN and the host's pid namespace): queue pairs of devices there are \
+                    "RDMA devices belong to one network namespace each (exclusive mode), and {closed} namespaces or more cannot \
+                     be looked into (it takes CAP_SYS_ADMIN, CAP_SYS_PTRACE and the host's pid namespace): queue pairs of devices there are \
                      not enumerated"
                 ));
             }
