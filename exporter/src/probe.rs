@@ -10,7 +10,6 @@ use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{Array, Map, MapError},
     programs::{BtfTracePoint, KProbe, ProgramError, kprobe::KProbeLinkId},
-    sys::SyscallError,
 };
 use exporter_common::Loss;
 
@@ -559,15 +558,8 @@ fn is_verifier(error: &io::Error) -> bool {
 
 /// Says if perf_event_open(2) failed, by which kprobes are attached.
 fn is_refused_probe(error: &(dyn Error + 'static)) -> bool {
-    let call = |error: &SyscallError| error.call == "perf_event_open";
-    let mut next = Some(error);
-    while let Some(error) = next {
-        if error.downcast_ref().is_some_and(call) {
-            return true;
-        }
-        next = error.source();
-    }
-    false
+    let error = error.downcast_ref::<ProgramError>();
+    matches!(error, Some(ProgramError::SyscallError(error)) if error.call == "perf_event_open")
 }
 
 fn reason_of_errno(error: &io::Error) -> Reason {
