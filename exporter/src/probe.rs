@@ -633,7 +633,8 @@ pub struct Runs {
     pub runs: u64,
     /// Nanoseconds that it ran, likewise.
     pub nanoseconds: u64,
-    /// Events that the kernel did not hand to it because it was running already (5.12+).
+    /// Events that the kernel did not hand to it because it, or for kprobes any other, was running already (5.12+; for
+    /// kprobes from about 6.7).
     pub missed: u64,
 }
 

@@ -34,6 +34,7 @@ mod uapi {
     pub(crate) const PID: u16 = 28;
     pub(crate) const KERN_NAME: u16 = 29;
     pub(crate) const NETNS_MODE: u16 = 66;
+    pub(crate) const DRIVER_DETAILS: u16 = 97;
     pub(crate) const NLM_F_MULTI: u16 = 2;
 }
 
@@ -165,11 +166,9 @@ proptest! {
 
 #[test]
 fn requests_are_those_of_the_uapi() {
-    let mut dump = message(
-        kind(RES_QP_GET),
-        9,
-        &attribute(uapi::DEV_INDEX, &3_u32.to_ne_bytes()),
-    );
+    let mut attributes = attribute(uapi::DEV_INDEX, &3_u32.to_ne_bytes());
+    attributes.extend(attribute(uapi::DRIVER_DETAILS, &[1]));
+    let mut dump = message(kind(RES_QP_GET), 9, &attributes);
     // NLM_F_REQUEST and NLM_F_DUMP; the kernel fills in the port.
     dump[6..8].copy_from_slice(&0x301_u16.to_ne_bytes());
     dump[12..16].fill(0);

@@ -33,8 +33,10 @@ object!();
 constants!(
     OFF_PAIR_DEVICE,
     OFF_PAIR_NUMBER,
+    OFF_PAIR_REAL,
     OFF_DEVICE_INDEX,
     OFF_DEVICE_NAME,
+    CORE_CREATES,
 );
 
 /// By cgroup id.
@@ -61,9 +63,10 @@ static CALLS: HashMap<CallKey, Call> = HashMap::with_max_entries(MAX_CALLS, 0);
 #[map]
 static RESOLVING: HashMap<ResolvingKey, Resolving> = HashMap::with_max_entries(RESOLUTIONS, 0);
 
-/// Where a queue pair keeps its number, in bytes, where no type says so; 0 until `copy_to` has seen it.
+/// Where a queue pair keeps its number, in bytes, where no type says so; 0 until `copy_to` has seen it twice. Then what
+/// `copy_to` saw last: the handle of an XRC target is not the pair that was created, so one sight may be wrong.
 #[map]
-static NUMBER_AT: Array<u32> = Array::with_max_entries(1, 0);
+static NUMBER_AT: Array<u32> = Array::with_max_entries(2, 0);
 
 // SAFETY: named for itself, so that the object is the same bytes whatever the crate's hash.
 #[unsafe(no_mangle)]
@@ -105,7 +108,10 @@ fn enter(function: Function, call: &Call) {
     if CALLS.get_ptr(&key).is_some() {
         lose(&LOST, Loss::MissedReturn);
     }
-    if CALLS.insert(&key, call, 0).is_err() {
+    let mut call = *call;
+    // SAFETY: the helper takes no arguments.
+    call.entered = unsafe { bpf_ktime_get_ns() };
+    if CALLS.insert(&key, &call, 0).is_err() {
         lose(&LOST, Loss::MapFull);
     }
 }
@@ -249,18 +255,23 @@ fn created(address: u64, on: u64) -> Result<(), Loss> {
         pair.cgroup = bpf_get_current_cgroup_id();
         pair.created = bpf_ktime_get_ns();
     }
-    count(pair.cgroup, slot::CREATED, 1)?;
-    if pair.device != 0 {
-        // SAFETY: a map value.
-        unsafe { add(&raw mut (*device(pair.device, true)?).created, 1) };
-    }
     // Its number may have been that of an old pair which went away unseen.
     let number = Number {
         index: pair.index,
         number: pair.number,
     };
     let _ = OLD_PAIRS.remove(&number);
-    PAIRS.insert(&address, &pair, 0).map_err(|_| Loss::MapFull)
+    // Whatever cannot be counted, the pair keeps its owner.
+    let kept = PAIRS.insert(&address, &pair, 0).map_err(|_| Loss::MapFull);
+    if pair.device != 0 {
+        match device(pair.device, true) {
+            // SAFETY: a map value.
+            Ok(device) => unsafe { add(&raw mut (*device).created, 1) },
+            Err(loss) => lose(&LOST, loss),
+        }
+    }
+    count(pair.cgroup, slot::CREATED, 1)?;
+    kept
 }
 
 /// `ib_create_qp_user(struct ib_device *dev, …)` of ib_core, from 5.15: what every creation by user space goes through,
@@ -379,16 +390,30 @@ pub fn copy_to(ctx: ProbeContext) -> u32 {
     {
         // SAFETY: a map value; the pair is not handed to user space before this.
         unsafe { (*pair).number = number };
-        let offset = from.wrapping_sub(address);
-        // `struct ib_qp` takes some hundred bytes.
-        if offset < 4096
-            && let Some(learned) = NUMBER_AT.get_ptr_mut(0)
-        {
-            // SAFETY: a map value; whoever writes it writes the same.
-            unsafe { *learned = offset as u32 };
-        }
+        learn(from.wrapping_sub(address));
     }
     0
+}
+
+#[inline(always)]
+fn learn(offset: u64) {
+    let (Some(learned), Some(last)) = (NUMBER_AT.get_ptr_mut(0), NUMBER_AT.get_ptr_mut(1)) else {
+        return;
+    };
+    // `struct ib_qp` takes some hundred bytes.
+    if offset == 0 || offset >= 4096 {
+        return;
+    }
+    // SAFETY: map values of one word each; whoever writes the first writes what was seen twice.
+    unsafe {
+        if *last == offset as u32 {
+            if *learned == 0 {
+                *learned = offset as u32;
+            }
+        } else {
+            *last = offset as u32;
+        }
+    }
 }
 
 /// `ib_modify_qp_with_udata(struct ib_qp *, struct ib_qp_attr *, int attr_mask, …)` of ib_core: user space modifies.
@@ -489,7 +514,11 @@ pub fn destroy(ctx: ProbeContext) -> u32 {
         call.known = 1;
         call.pair = *unsafe_value(pair);
         let _ = PAIRS.remove(&address);
-    } else if by_user {
+        // The kernel ends a pair of its own, at the address of one whose end was not seen: nobody's event.
+        if !by_user && CORE_CREATES.load() == 1 {
+            return 0;
+        }
+    } else if by_user && !is_handle(address) {
         match old(address) {
             Ok(pair) => call.pair = pair,
             Err(loss) => {
@@ -506,6 +535,13 @@ pub fn destroy(ctx: ProbeContext) -> u32 {
     }
     enter(Function::Destroy, &call);
     0
+}
+
+/// Says if this is one more handle of an XRC target (`ib_open_qp`), whose end is not that of the pair.
+#[inline(always)]
+fn is_handle(address: u64) -> bool {
+    OFF_PAIR_REAL.load() != ABSENT
+        && read::<u64>(address, u64::from(OFF_PAIR_REAL.load())).is_ok_and(|real| real != address)
 }
 
 /// Returns 0 for success.

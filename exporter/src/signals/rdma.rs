@@ -16,11 +16,11 @@ pub mod host;
 pub mod nldev;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
-    fs, io,
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    io,
     os::fd::AsFd,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, PoisonError, TryLockError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -36,8 +36,8 @@ use exporter_common::{
     Loss,
     histogram::Shape,
     rdma::{
-        Call, CallKey, EVENTS, LATENCY, LIFETIME, MEMORY, RESULTS, Resolving, ResolvingKey, STATES,
-        Usage, slot,
+        Call, CallKey, DEVICES, EVENTS, LATENCY, LIFETIME, MEMORY, RESULTS, Resolving,
+        ResolvingKey, STATES, Usage, slot,
     },
 };
 use netlink_sys::{Socket, SocketAddr};
@@ -437,7 +437,12 @@ const MODULES: [&str; 21] = [
 /// Chooses the programs for this kernel.
 fn programs(symbols: &Symbols, numbered: bool) -> Vec<Program> {
     let by_user = symbols.has("ib_create_qp_user") && symbols.has(CREATE_KERNEL);
-    let mut programs = Vec::from(match by_user {
+    // What ends a pair before what begins one: a pair whose end was not seen would keep its number and address.
+    let (ends, rest): (Vec<_>, Vec<_>) = PROGRAMS
+        .iter()
+        .partition(|program| program.name.starts_with("destroy"));
+    let mut programs = ends;
+    programs.extend(match by_user {
         true => CREATE,
         false if symbols.has("ib_create_qp_security") => SECURITY,
         false => PROVIDERS,
@@ -448,13 +453,14 @@ fn programs(symbols: &Symbols, numbered: bool) -> Vec<Program> {
     if !numbered {
         programs.extend(COPY_TO);
     }
-    programs.extend(PROGRAMS);
+    programs.extend(rest);
     programs
 }
 
 fn resolve(constants: &mut Constants<'_>) {
     constants.offset("OFF_PAIR_DEVICE", &[("ib_qp", "device")]);
     constants.offset("OFF_PAIR_NUMBER", &[("ib_qp", "qp_num")]);
+    constants.offset("OFF_PAIR_REAL", &[("ib_qp", "real_qp")]);
     constants.offset("OFF_DEVICE_INDEX", &[("ib_device", "index")]);
     constants.offset("OFF_DEVICE_NAME", &[("ib_device", "name")]);
 }
@@ -514,17 +520,15 @@ impl Live {
         })
     }
 
-    /// Removes what is left of threads that have gone and of ids that were never answered. Returns how many.
+    /// Removes calls whose return was not seen and ids that were never answered. Returns how many.
     fn sweep(&mut self) -> u64 {
         let now = monotonic();
         let old = |since: u64| now.saturating_sub(since) > SWEEP_AFTER.as_nanos() as u64;
-        let calls: Vec<_> = self.calls.keys().filter_map(Result::ok).collect();
+        let calls = self.calls.iter().filter_map(Result::ok);
+        let calls: Vec<_> = calls.filter(|(_, call)| old(call.entered)).collect();
         let mut swept = 0;
-        for key in calls {
-            let thread = key.thread as u32;
-            if fs::metadata(format!("/proc/{thread}")).is_err() && self.calls.remove(&key).is_ok() {
-                swept += 1;
-            }
+        for (key, _) in calls {
+            swept += u64::from(self.calls.remove(&key).is_ok());
         }
         let resolving = self.resolving.iter().filter_map(Result::ok);
         let resolving: Vec<_> = resolving
@@ -537,7 +541,7 @@ impl Live {
     }
 }
 
-/// A resolution's longest time-out is some seconds.
+/// A resolution's longest time-out is some seconds, and so is the longest call.
 const SWEEP_AFTER: Duration = Duration::from_secs(600);
 
 /// How often the leftovers are looked for.
@@ -619,9 +623,14 @@ impl Core {
         let symbols = Symbols::of_kernel(names).unwrap_or_default();
         let programs = programs(&symbols, numbered);
         let types = types.as_ref().map_err(String::as_str);
-        let outcome = probe::attach(OBJECT, &programs, types, resolve, kernel);
+        let by_core = programs.iter().any(|program| program.name == "create");
+        let constants = |constants: &mut Constants<'_>| {
+            constants.set("CORE_CREATES", u32::from(by_core));
+            resolve(constants);
+        };
+        let outcome = probe::attach(OBJECT, &programs, types, constants, kernel);
         let mut notes = Vec::new();
-        // All four are missing for one reason, or none is.
+        // All are missing for one reason, or none is.
         if let Some(why) = outcome.notes.first() {
             notes.push(format!(
                 "ib_core tells no types ({why}): queue pairs older than the exporter end as unknown"
@@ -662,6 +671,7 @@ impl Core {
         let pairs = PairMaps {
             pairs: take("PAIRS")?.try_into()?,
             old: take("OLD_PAIRS")?.try_into()?,
+            missing: HashSet::new(),
             numbered,
         };
         let devices = DeviceMap {
@@ -678,6 +688,31 @@ impl Core {
         };
         self.owners.replace(Some((pairs, devices)));
         Ok(live)
+    }
+
+    /// Tells what a scrape shows beside the counts.
+    fn tell(&self) -> anyhow::Result<Told> {
+        let mut lost = match &self.live {
+            Some(live) => live.attached.lost()?,
+            None => Loss::LABELS.iter().map(|(_, label)| (*label, 0)).collect(),
+        };
+        let missed = Loss::LABELS[Loss::MissedReturn as usize].1;
+        for (reason, events) in &mut lost {
+            *events += self.lost.get(reason).copied().unwrap_or_default();
+            if *reason == missed {
+                *events += self.swept;
+            }
+        }
+        let mut runs = self.runs.clone();
+        for (program, of_live) in self.live.iter().flat_map(|live| live.attached.runs()) {
+            let sum = runs.entry(program).or_default();
+            *sum = sum.plus(of_live);
+        }
+        Ok(Told {
+            status: self.status.clone(),
+            lost,
+            runs: runs.into_iter().collect(),
+        })
     }
 
     fn drop_live(&mut self) {
@@ -762,10 +797,21 @@ struct Rdma {
     devices: BTreeMap<String, [u64; 2]>,
     /// The kernel's totals at the last scrape, by the device's address.
     seen: HashMap<u64, [u64; 2]>,
+    /// The names under which they were booked.
+    booked: HashMap<u64, String>,
     rows: BTreeMap<Row, u64>,
     ages: Vec<(String, f64)>,
     troubles: Vec<String>,
     swept: Option<Instant>,
+    last: Told,
+}
+
+/// What was told of the kernel half when it last could be asked: while modules are followed, no scrape waits.
+#[derive(Clone, Debug)]
+struct Told {
+    status: Status,
+    lost: Vec<(&'static str, u64)>,
+    runs: Vec<(String, Runs)>,
 }
 
 impl Drop for Rdma {
@@ -779,6 +825,7 @@ impl Rdma {
         let owners = Arc::new(Owners::default());
         let mut core = Core::new(Arc::clone(&owners));
         core.follow(|| kernel.clone());
+        let last = core.tell()?;
         let core = Arc::new(Mutex::new(core));
         let stopped = Arc::new(AtomicBool::new(false));
         let (of_thread, stop) = (Arc::clone(&core), Arc::clone(&stopped));
@@ -803,19 +850,17 @@ impl Rdma {
             max_owners: options.max_owners,
             devices: BTreeMap::new(),
             seen: HashMap::new(),
+            booked: HashMap::new(),
             rows: BTreeMap::new(),
             ages: Vec::new(),
             troubles: Vec::new(),
             swept: None,
+            last,
         })
     }
 
-    fn core(&self) -> MutexGuard<'_, Core> {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn status_now(&self) -> Status {
-        let mut status = self.core().status.clone();
+        let mut status = self.last.status.clone();
         if status.state != State::Absent {
             let reason = if self.troubles.is_empty() {
                 Reason::Attached
@@ -844,11 +889,24 @@ impl Rdma {
                 continue;
             };
             let seen = self.seen.entry(address).or_default();
+            self.booked.insert(address, name.clone());
             let account = self.devices.entry(name).or_default();
             for i in 0..totals.len() {
                 account[i] += totals[i].saturating_sub(seen[i]);
             }
             *seen = totals;
+        }
+    }
+
+    /// Makes room for devices to come, once half of the map is taken: forgets those that have gone and are booked.
+    fn forget_devices(&mut self, owners: &Owners, listed: &BTreeSet<String>) {
+        if self.booked.len() < DEVICES as usize / 2 {
+            return;
+        }
+        let gone = |name: &String| !listed.is_empty() && !listed.contains(name);
+        for (address, _) in self.booked.extract_if(|_, name| gone(name)) {
+            owners.forget(address);
+            self.seen.remove(&address);
         }
     }
 
@@ -921,14 +979,20 @@ impl Signal for Rdma {
         self.enumeration.ask();
         let reports = self.enumeration.reports(scope.now);
         self.troubles = self.enumeration.troubles(scope.now);
+        let listed = reports.iter().map(|report| report.device.clone()).collect();
         self.count_pairs(reports, scope);
 
         let core = Arc::clone(&self.core);
-        let mut core = core.lock().unwrap_or_else(PoisonError::into_inner);
-        core.follow(Kernel::read);
+        let mut core = match core.try_lock() {
+            Ok(core) => core,
+            Err(TryLockError::Poisoned(core)) => core.into_inner(),
+            // Modules are being followed: what was counted is read by the next scrape.
+            Err(TryLockError::WouldBlock) => return Ok(()),
+        };
         for farewell in std::mem::take(&mut core.farewells) {
             self.book_devices(farewell.devices);
             self.seen.clear();
+            self.booked.clear();
             self.ledger.book(
                 &scope.pods.owners(),
                 farewell.usage,
@@ -948,6 +1012,7 @@ impl Signal for Rdma {
             Some(live) => {
                 let devices = live.owners.devices()?;
                 self.book_devices(devices);
+                self.forget_devices(&live.owners, &listed);
                 scope.book(&mut self.ledger, &mut live.usage, |usage| usage.slots)?;
                 if due {
                     self.swept = Some(scope.now);
@@ -958,11 +1023,12 @@ impl Signal for Rdma {
             }
         };
         core.swept += swept;
+        self.last = core.tell()?;
         Ok(())
     }
 
     fn render(&self, families: &mut Families) {
-        if self.core().status.state == State::Absent && self.devices.is_empty() {
+        if self.last.status.state == State::Absent && self.devices.is_empty() {
             return;
         }
         render(self.ledger.accounts(), families);
@@ -981,29 +1047,11 @@ impl Signal for Rdma {
     }
 
     fn lost(&self) -> anyhow::Result<Vec<(&'static str, u64)>> {
-        let core = self.core();
-        let mut lost = match &core.live {
-            Some(live) => live.attached.lost()?,
-            None => Loss::LABELS.iter().map(|(_, label)| (*label, 0)).collect(),
-        };
-        let missed = Loss::LABELS[Loss::MissedReturn as usize].1;
-        for (reason, events) in &mut lost {
-            *events += core.lost.get(reason).copied().unwrap_or_default();
-            if *reason == missed {
-                *events += core.swept;
-            }
-        }
-        Ok(lost)
+        Ok(self.last.lost.clone())
     }
 
     fn runs(&self) -> Vec<(String, Runs)> {
-        let core = self.core();
-        let mut all = core.runs.clone();
-        for (program, runs) in core.live.iter().flat_map(|live| live.attached.runs()) {
-            let sum = all.entry(program).or_default();
-            *sum = sum.plus(runs);
-        }
-        all.into_iter().collect()
+        self.last.runs.clone()
     }
 
     fn status(&self) -> Option<Status> {

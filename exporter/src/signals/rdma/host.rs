@@ -35,6 +35,9 @@ const MAX_NAMESPACES: usize = 512;
 /// The root cgroup.
 const ROOT_ID: u64 = 1;
 
+/// `IB_QPT_XRC_TGT`.
+const XRC_TGT: u8 = 10;
+
 /// What the kernel half knows of queue pairs. Shared with the signal, which puts it here while its object is loaded.
 #[derive(Debug, Default)]
 pub struct Owners {
@@ -63,6 +66,9 @@ pub struct PairMaps {
     pub old: maps::HashMap<MapData, Number, u64>,
     /// The kernel half can read a queue pair's number by itself, so it can use `old`.
     pub numbered: bool,
+    /// Old pairs that the last listing of their device lacked. A long listing comes in parts and may skip some while
+    /// others go, so only the second lack counts.
+    pub missing: HashSet<Number>,
 }
 
 /// What the kernel half has counted of a device.
@@ -107,6 +113,14 @@ impl Owners {
         Ok(all)
     }
 
+    /// Removes a device that has gone and whose counts have been read.
+    pub fn forget(&self, address: u64) {
+        let mut map = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(DeviceMap { devices, .. }) = &mut *map {
+            let _ = devices.remove(&address);
+        }
+    }
+
     /// Notes names of devices that exist.
     fn note<'a>(&self, names: impl Iterator<Item = &'a String>) {
         let mut known = self.names.lock().unwrap_or_else(PoisonError::into_inner);
@@ -133,7 +147,16 @@ impl Owners {
             .map(|(_, pair)| pair)
             .filter(|pair| pair.number != ABSENT && pair.created < began)
             .filter(here)
-            .map(|pair| (pair.number, pair.cgroup))
+            // Of two with one number, the end of the older was not seen.
+            .fold(HashMap::<u32, Pair>::new(), |mut known, pair| {
+                let held = known.entry(pair.number).or_insert(pair);
+                if held.created < pair.created {
+                    *held = pair;
+                }
+                known
+            })
+            .into_iter()
+            .map(|(number, pair)| (number, pair.cgroup))
             .collect()
     }
 
@@ -153,7 +176,8 @@ impl Owners {
         let mut threads = HashMap::new();
         let mut found = HashMap::new();
         let owners = pairs.iter().map(|pair| {
-            if pair.of_kernel {
+            // No user of RDMA in the kernel makes XRC targets.
+            if pair.of_kernel && pair.kind != XRC_TGT {
                 return PairOwner::Kernel;
             }
             if let Some(cgroup) = known.get(&pair.number) {
@@ -180,8 +204,7 @@ impl Owners {
 
 /// Finds a device's name in what the kernel half copied.
 ///
-/// Without types the offset is not known, but the names are: a name is what fills `IB_DEVICE_NAME_MAX` bytes with it and
-/// zeros, at a word's boundary. A device whose name is not known yet is booked later.
+/// Without types the offset is not known, but the names are: the first at a word's boundary is it. A device whose name is not known yet is booked later.
 fn name_of(device: &Device, named: bool, known: &BTreeSet<String>) -> Option<String> {
     let text = |bytes: &[u8]| {
         let name = bytes.split(|byte| *byte == 0).next()?;
@@ -195,9 +218,9 @@ fn name_of(device: &Device, named: bool, known: &BTreeSet<String>) -> Option<Str
     places
         .map(|at| &device.window[at..at + DEVICE_NAME])
         .find_map(|bytes| {
+            // A NUL has to follow; behind it may be the end of an earlier name that was longer.
             let name = text(bytes).filter(|name| known.contains(name))?;
-            let rest = bytes.get(name.len()..).unwrap_or_default();
-            rest.iter().all(|byte| *byte == 0).then_some(name)
+            (bytes.get(name.len()) == Some(&0)).then_some(name)
         })
 }
 
@@ -222,8 +245,13 @@ fn remember(
         }
     }
     for number in gone {
-        let _ = maps.old.remove(&number);
+        if !maps.missing.insert(number) {
+            maps.missing.remove(&number);
+            let _ = maps.old.remove(&number);
+        }
     }
+    maps.missing
+        .retain(|number| number.index != index || !listed.contains(&number.number));
     for (number, cgroup) in found {
         if !old.contains_key(number) {
             let number = Number {
@@ -275,6 +303,11 @@ pub struct Host {
     pub owners: Arc<Owners>,
     /// Where the cgroup v2 hierarchy is.
     pub cgroups: Option<PathBuf>,
+}
+
+/// Opening the socket would load ib_core, also while it is on its way out.
+fn is_loaded() -> bool {
+    symbols::loaded("ib_core").is_some() && symbols::settled("ib_core")
 }
 
 /// Lists the devices that are visible from this thread's network namespace, and says if devices belong to one each.
@@ -361,8 +394,7 @@ impl Fabric for Host {
     type Device = Place;
 
     fn devices(&self) -> Result<Listing<Place>, String> {
-        // Opening the socket would load ib_core.
-        if symbols::loaded("ib_core").is_none() {
+        if !is_loaded() {
             return Ok(Listing {
                 devices: Vec::new(),
                 troubles: Vec::new(),
@@ -410,6 +442,9 @@ impl Fabric for Host {
     }
 
     fn queue_pairs(&self, place: &Place, budget: Duration) -> Result<Answer, String> {
+        if !is_loaded() {
+            return Err("ib_core has been unloaded".to_owned());
+        }
         // This thread is the device's own, and ends after this.
         if let Some(namespace) = &place.namespace {
             enter(namespace)?;
