@@ -723,19 +723,38 @@ fn what_the_device_reports_is_charged_to_the_creator() {
     run("ip neigh replace 10.78.0.9 lladdr 02:00:00:00:00:09 dev chandra0 nud permanent");
     let cluster = Cluster::new(&["drains"]);
     let exporter = cluster.exporter();
+    // The kernel's own probe at the same place tells how often it was hit, and how often a hit was missed since another
+    // probe was being handled on that CPU: here the event follows the modify at once, on the same CPU.
+    let tracing = "/sys/kernel/tracing";
+    run(&format!(
+        "[ -e {tracing}/kprobe_events ] || mount -t tracefs tracefs {tracing}
+         echo 'p:chandra_event ib_uverbs:ib_uverbs_qp_event_handler' >>{tracing}/kprobe_events
+         echo 1 >{tracing}/events/kprobes/chandra_event/enable"
+    ));
+    let profile = || {
+        let text = run(&format!("grep chandra_event {tracing}/kprobe_profile"));
+        let mut numbers = text.split_whitespace().skip(1).map(|n| n.parse::<f64>());
+        let mut next = || numbers.next().expect("a column").expect("a number");
+        (next(), next())
+    };
     let mut drains = cluster.start("drains", "drain 6 10.78.0.9");
     let events = "chandra_rdma_queue_pair_events_total";
-    let scrape = exporter.scrape_until("the events of six pairs", |scrape| {
-        scrape.sum(events, &of("drains")) == 6.0
+    let scrape = exporter.scrape_until("every hit is counted, and six are told of", |scrape| {
+        let (hits, missed) = profile();
+        hits + missed == 6.0 && scrape.sum(events, &of("drains")) == hits
     });
-    let drained = [("event", "send_queue_drained")];
-    assert_eq!(scrape.sum(events, &drained), 6.0);
-    assert_eq!(scrape.sum(events, &[]), 6.0, "nobody else had any");
+    let (hits, missed) = profile();
+    assert_eq!(scrape.sum(events, &[("event", "send_queue_drained")]), hits);
+    assert_eq!(scrape.sum(events, &[]), hits, "nobody else had any");
     assert_eq!(
         scrape.sum(TRANSITIONS, &[("pod", "drains"), ("state", "SQD")]),
         6.0
     );
-    println!("6 of 6 events of drained send queues");
+    println!("{hits} of {hits} events of drained send queues; {missed} missed by the kernel");
+    assert!(hits >= 4.0, "{missed} of 6 missed");
+    run(&format!(
+        "echo 0 >{tracing}/events/kprobes/chandra_event/enable; echo '-:chandra_event' >>{tracing}/kprobe_events"
+    ));
     drains.kill().expect("it runs");
     drains.wait().expect("it ends");
 }
