@@ -169,10 +169,14 @@ impl Scope<'_> {
         self.pods.resolve(cgroup)
     }
 
-    /// Lets held counts find their owners where there is no map to read.
-    pub fn book_none<const N: usize>(&self, ledger: &mut Ledger<u64, N>) {
+    /// Books what totals by cgroup id grew by. Held counts look for their owners anew, even where there are no totals.
+    pub fn book_totals<const N: usize>(
+        &self,
+        ledger: &mut Ledger<u64, N>,
+        totals: impl IntoIterator<Item = (u64, [u64; N])>,
+    ) {
         let resolve = |cgroup| self.resolve(cgroup);
-        ledger.book(&self.pods.owners(), [], resolve, self.now);
+        ledger.book(&self.pods.owners(), totals, resolve, self.now);
     }
 
     /// Books what a map of totals by cgroup id grew by, and removes the entries of cgroups that are long gone.
@@ -185,20 +189,11 @@ impl Scope<'_> {
         map: &mut HashMap<MapData, u64, V>,
         totals: impl Fn(V) -> [u64; N],
     ) -> anyhow::Result<()> {
-        let mut readings = Vec::new();
-        for entry in map.iter() {
-            match entry {
-                Ok((cgroup, value)) => readings.push((cgroup, totals(value))),
-                Err(MapError::KeyNotFound) => {}
-                Err(error) => return Err(error).context("read a map"),
-            }
-        }
-        ledger.book(
-            &self.pods.owners(),
-            readings,
-            |cgroup| self.resolve(cgroup),
-            self.now,
-        );
+        let readings = entries(map)?;
+        let readings = readings
+            .into_iter()
+            .map(|(cgroup, value)| (cgroup, totals(value)));
+        self.book_totals(ledger, readings);
         for cgroup in ledger.retire(self.retention, |cgroup| !self.pods.knows(cgroup), self.now) {
             match map.remove(&cgroup) {
                 Ok(()) | Err(MapError::KeyNotFound) => {}
@@ -207,6 +202,16 @@ impl Scope<'_> {
         }
         Ok(())
     }
+}
+
+/// Reads a whole map. An entry that goes away meanwhile is passed over.
+///
+/// # Errors
+/// When the map cannot be read.
+pub fn entries<K: Pod, V: Pod>(map: &HashMap<MapData, K, V>) -> anyhow::Result<Vec<(K, V)>> {
+    let there = |entry: &Result<_, MapError>| !matches!(entry, Err(MapError::KeyNotFound));
+    let all: Result<_, _> = map.iter().filter(there).collect();
+    all.context("read a map")
 }
 
 /// A signal at work. Dropping it detaches everything.

@@ -45,9 +45,9 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 use self::{
     enumeration::{Enumeration, Limits, PairOwner, Report},
-    host::{DeviceMap, DeviceTotals, Host, Owners, PairMaps, monotonic, present},
+    host::{DeviceMap, DeviceTotals, Host, Owners, PairMaps, monotonic},
 };
-use super::{Attempt, Entry, Options, Scope, Signal, State, Status};
+use super::{Attempt, Entry, Options, Scope, Signal, State, Status, entries};
 use crate::{
     families::{Desc, Families, Kind},
     kernel::{
@@ -316,7 +316,14 @@ const fn if_there(program: Program) -> Program {
     }
 }
 
-/// What every kernel has.
+/// What ends a pair, on every kernel. Attached before what begins one: a pair whose end was not seen would keep its number
+/// and address.
+const DESTROY: &[Program] = &[
+    required(kprobe("destroy", &["ib_destroy_qp_user"])),
+    required(kretprobe("destroy_return", &["ib_destroy_qp_user"])),
+];
+
+/// What else every kernel has.
 const PROGRAMS: &[Program] = &[
     required(kprobe("modify_user", &["ib_modify_qp_with_udata"])),
     kprobe("modify_kernel", &["ib_modify_qp"]),
@@ -324,8 +331,6 @@ const PROGRAMS: &[Program] = &[
         "modify_return",
         &["ib_modify_qp_with_udata", "ib_modify_qp"],
     )),
-    required(kprobe("destroy", &["ib_destroy_qp_user"])),
-    required(kretprobe("destroy_return", &["ib_destroy_qp_user"])),
     kprobe("qp_event", &["ib_uverbs_qp_event_handler"]),
     kprobe("resolve_addr", &["rdma_resolve_addr"]),
     kretprobe("resolve_addr_return", &["rdma_resolve_addr"]),
@@ -437,11 +442,7 @@ const MODULES: [&str; 21] = [
 /// Chooses the programs for this kernel.
 fn programs(symbols: &Symbols, numbered: bool) -> Vec<Program> {
     let by_user = symbols.has("ib_create_qp_user") && symbols.has(CREATE_KERNEL);
-    // What ends a pair before what begins one: a pair whose end was not seen would keep its number and address.
-    let (ends, rest): (Vec<_>, Vec<_>) = PROGRAMS
-        .iter()
-        .partition(|program| program.name.starts_with("destroy"));
-    let mut programs = ends;
+    let mut programs = Vec::from(DESTROY);
     programs.extend(match by_user {
         true => CREATE,
         false if symbols.has("ib_create_qp_security") => SECURITY,
@@ -453,7 +454,7 @@ fn programs(symbols: &Symbols, numbered: bool) -> Vec<Program> {
     if !numbered {
         programs.extend(COPY_TO);
     }
-    programs.extend(rest);
+    programs.extend(PROGRAMS);
     programs
 }
 
@@ -503,20 +504,14 @@ struct Live {
     usage: maps::HashMap<MapData, u64, Usage>,
     calls: maps::HashMap<MapData, CallKey, Call>,
     resolving: maps::HashMap<MapData, ResolvingKey, Resolving>,
-    owners: Arc<Owners>,
 }
 
 impl Live {
-    fn reading(&self) -> anyhow::Result<Reading> {
-        let usage = self.usage.iter().map(|entry| present(entry).transpose());
-        let usage: Result<Vec<_>, _> = usage.flatten().collect();
-        let usage = usage.context("read the map USAGE")?;
+    fn reading(&self, owners: &Owners) -> anyhow::Result<Reading> {
+        let usage = entries(&self.usage)?.into_iter();
         Ok(Reading {
-            usage: usage
-                .into_iter()
-                .map(|(cgroup, usage)| (cgroup, usage.slots))
-                .collect(),
-            devices: self.owners.devices()?,
+            usage: usage.map(|(cgroup, usage)| (cgroup, usage.slots)).collect(),
+            devices: owners.devices()?,
         })
     }
 
@@ -561,7 +556,7 @@ struct Core {
     owners: Arc<Owners>,
     /// Readings of objects that were dropped, for the next scrape.
     farewells: Vec<Reading>,
-    /// What dropped objects had lost and run.
+    /// What dropped objects had lost, what was swept up of them included, and run.
     lost: BTreeMap<&'static str, u64>,
     runs: BTreeMap<String, Runs>,
     swept: u64,
@@ -682,7 +677,6 @@ impl Core {
             usage: take("USAGE")?.try_into()?,
             calls: take("CALLS")?.try_into()?,
             resolving: take("RESOLVING")?.try_into()?,
-            owners: Arc::clone(&self.owners),
             attached,
             programs,
         };
@@ -716,21 +710,23 @@ impl Core {
     }
 
     fn drop_live(&mut self) {
-        let Some(live) = self.live.take() else {
+        let Some(live) = &self.live else {
             return;
         };
-        match live.reading() {
+        match live.reading(&self.owners) {
             Ok(reading) => self.farewells.push(reading),
             Err(error) => tracing::error!("signal rdma: the last counts are lost: {error:#}"),
         }
+        match self.tell() {
+            Ok(told) => {
+                self.lost = told.lost.into_iter().collect();
+                self.runs = told.runs.into_iter().collect();
+                self.swept = 0;
+            }
+            Err(error) => tracing::error!("signal rdma: the last losses are lost: {error:#}"),
+        }
         self.owners.replace(None);
-        for (reason, events) in live.attached.lost().unwrap_or_default() {
-            *self.lost.entry(reason).or_default() += events;
-        }
-        for (program, runs) in live.attached.runs() {
-            let sum = self.runs.entry(program).or_default();
-            *sum = sum.plus(runs);
-        }
+        self.live = None;
     }
 }
 
@@ -993,26 +989,22 @@ impl Signal for Rdma {
             self.book_devices(farewell.devices);
             self.seen.clear();
             self.booked.clear();
-            self.ledger.book(
-                &scope.pods.owners(),
-                farewell.usage,
-                |cgroup| scope.resolve(cgroup),
-                scope.now,
-            );
+            scope.book_totals(&mut self.ledger, farewell.usage);
             self.ledger.restart();
         }
         let due = self
             .swept
             .is_none_or(|at| scope.now.saturating_duration_since(at) >= SWEEP_EVERY);
+        let core = &mut *core;
         let swept = match &mut core.live {
             None => {
-                scope.book_none(&mut self.ledger);
+                scope.book_totals(&mut self.ledger, []);
                 0
             }
             Some(live) => {
-                let devices = live.owners.devices()?;
+                let devices = core.owners.devices()?;
                 self.book_devices(devices);
-                self.forget_devices(&live.owners, &listed);
+                self.forget_devices(&core.owners, &listed);
                 scope.book(&mut self.ledger, &mut live.usage, |usage| usage.slots)?;
                 if due {
                     self.swept = Some(scope.now);

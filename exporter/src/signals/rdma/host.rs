@@ -12,8 +12,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context;
-use aya::maps::{self, MapData, MapError};
+use aya::maps::{self, MapData};
 use exporter_common::{
     ABSENT,
     rdma::{DEVICE_NAME, Device, Number, Pair},
@@ -27,7 +26,7 @@ use super::{
     enumeration::{Answer, Fabric, Listing, PairOwner},
     nldev::{self, Client, NldevError, QueuePair},
 };
-use crate::kernel::symbols;
+use crate::{kernel::symbols, signals::entries};
 
 /// Network namespaces that are looked into for devices, at most.
 const MAX_NAMESPACES: usize = 512;
@@ -100,17 +99,12 @@ impl Owners {
             return Ok(Vec::new());
         };
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut all = Vec::new();
-        for entry in devices.iter() {
-            if let Some((address, device)) = present(entry).context("read the map DEVICES")? {
-                all.push(DeviceTotals {
-                    address,
-                    name: name_of(&device, *named, &names),
-                    totals: [device.created, device.destroyed],
-                });
-            }
-        }
-        Ok(all)
+        let totals = |(address, device): (u64, Device)| DeviceTotals {
+            address,
+            name: name_of(&device, *named, &names),
+            totals: [device.created, device.destroyed],
+        };
+        Ok(entries(devices)?.into_iter().map(totals).collect())
     }
 
     /// Removes a device that has gone and whose counts have been read.
@@ -204,7 +198,8 @@ impl Owners {
 
 /// Finds a device's name in what the kernel half copied.
 ///
-/// Without types the offset is not known, but the names are: the first at a word's boundary is it. A device whose name is not known yet is booked later.
+/// Without types the offset is not known, but the names are: the first at a word's boundary is it. A device whose name is
+/// not known yet is booked later.
 fn name_of(device: &Device, named: bool, known: &BTreeSet<String>) -> Option<String> {
     let text = |bytes: &[u8]| {
         let name = bytes.split(|byte| *byte == 0).next()?;
@@ -477,13 +472,4 @@ impl Fabric for Host {
 pub fn monotonic() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
-}
-
-/// Passes over an entry of a map that went away while the map was gone through.
-pub fn present<T>(entry: Result<T, MapError>) -> Result<Option<T>, MapError> {
-    match entry {
-        Ok(entry) => Ok(Some(entry)),
-        Err(MapError::KeyNotFound) => Ok(None),
-        Err(error) => Err(error),
-    }
 }
