@@ -1,0 +1,39 @@
+// What an operator may change. Thresholds stand with their reason in signals/<s>.libsonnet, under the alert's name.
+{
+  _config+:: {
+    // Which series are read. Cilium's and Hubble's metrics are known by their names alone, so those selectors are empty.
+    selector: 'job="chandra"',
+    hubbleSelector: '',
+    ciliumSelector: '',
+    nodeExporterSelector: '',
+
+    // The labels that a node and a cluster have on every target: Cilium's own ServiceMonitors call the node so, and
+    // series without a cluster label are one cluster.
+    nodeLabel: 'node',
+    clusterLabel: 'cluster',
+
+    // Namespaces where a dropped packet is an incident, a regular expression that has to match the whole name.
+    inferenceNamespaces: '(.*-)?(ai|inference|llm|ml|models?|serving|training|vllm)(-.*)?',
+
+    // Over what a rate is taken: at least four scrapes. The names of the recording rules end in it.
+    window: '5m',
+
+    // Who acts, and when: the on-call now; the owning team on the next working day; nobody, it explains other alerts.
+    severities: { page: 'critical', ticket: 'warning', note: 'info' },
+
+    // `%s` is `<signal>.md#<alert>`.
+    runbookURL: 'https://github.com/chandra-exporter/chandra/blob/main/docs/runbooks/%s',
+
+    // The labels by which a Prometheus Operator finds rules and monitors, and in which namespace they go.
+    operator: { labels: { release: 'kube-prometheus-stack' }, namespace: 'monitoring' },
+
+    // The exporter's image and port, for a sidecar of the Cilium agent and for the plain Prometheus chart.
+    image: 'ghcr.io/chandra-exporter/chandra:0.1.0',
+    port: 9970,
+    // Signals that cannot work in a sidecar, which has no hostPID.
+    sidecarDisable: [],
+
+    // Dashboards: the datasource variable's first choice, tags, how old the view is and how often it is renewed.
+    grafana: { datasource: 'default', tags: ['chandra', 'chandra-mixin'], from: 'now-1h', refresh: '30s' },
+  },
+}

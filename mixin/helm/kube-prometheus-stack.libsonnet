@@ -1,0 +1,32 @@
+// Values for the kube-prometheus-stack chart: rules and dashboards.
+function(c, signals, dashboards) {
+  comment: |||
+    Values for the kube-prometheus-stack chart: Chandra's rules and dashboards. Maps only, so it adds to your values
+    whatever their order:
+      helm upgrade kube-prometheus-stack prometheus-community/kube-prometheus-stack -n monitoring --reuse-values -f kube-prometheus-stack.yaml
+    The deprecated list additionalPrometheusRules is ignored by the chart as soon as this map is set.
+  |||,
+  values: {
+    additionalPrometheusRulesMap: { ['chandra-' + s]: { '$ref': 'alerts/%s.yaml' % s } for s in signals },
+    grafana: {
+      dashboardProviders: {
+        // A file of its own, beside the user's dashboardproviders.yaml.
+        'chandra.yaml': {
+          apiVersion: 1,
+          providers: [{
+            name: 'chandra',
+            orgId: 1,
+            folder: 'Chandra',
+            type: 'file',
+            disableDeletion: false,
+            editable: true,
+            options: { path: '/var/lib/grafana/dashboards/chandra' },
+          }],
+        },
+      },
+      dashboards: {
+        chandra: { [std.strReplace(name, '.json', '')]: { json: { '$text': 'dashboards/' + name } } for name in dashboards },
+      },
+    },
+  },
+}

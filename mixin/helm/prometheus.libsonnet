@@ -1,0 +1,28 @@
+// Values for the plain prometheus chart, which has no operator: rules, and how the exporter is scraped.
+function(c, rules, alerts) {
+  comment: |||
+    Values for the plain prometheus chart: Chandra's rules, and the job that scrapes it.
+      helm upgrade prometheus prometheus-community/prometheus -n monitoring --reuse-values -f prometheus.yaml
+    Helm replaces lists: groups of your own under these two keys are lost if this file comes after them. Then put them
+    into this file. The chart loads no other rule files, ruleFiles included.
+  |||,
+  values: {
+    serverFiles: {
+      'recording_rules.yml': { groups: rules },
+      'alerting_rules.yml': { groups: alerts },
+    },
+    // A map by job name: it adds to yours.
+    scrapeConfigs: {
+      chandra: {
+        job_name: 'chandra',
+        honor_labels: true,
+        kubernetes_sd_configs: [{ role: 'pod' }],
+        relabel_configs: [
+          { source_labels: ['__meta_kubernetes_pod_container_name'], regex: 'chandra', action: 'keep' },
+          { source_labels: ['__meta_kubernetes_pod_container_port_number'], regex: '%d' % c.port, action: 'keep' },
+          { source_labels: ['__meta_kubernetes_pod_node_name'], target_label: c.nodeLabel },
+        ],
+      },
+    },
+  },
+}

@@ -1,0 +1,23 @@
+// The words of alerts: Prometheus templates for who it is about and for lists that a query gives when the alert fires.
+{
+  local key(c, label) = { cluster: c.clusterLabel, node: c.nodeLabel }[label],
+  local name(c, label) = if label == 'cluster' || label == 'node' then key(c, label) else label,
+
+  node(c):: '{{ with $labels.%s }}node {{ . }}{{ else }}an unnamed node{{ end }}' % c.nodeLabel,
+
+  // The pod, or what the pod labels mean where they name none; see docs/design.md, "Special labels".
+  pod(c)::
+    '{{ if $labels.namespace }}Pod {{ $labels.namespace }}/{{ $labels.pod }}' +
+    '{{ else if $labels.pod }}Pod {{ $labels.pod }}{{ else }}The host itself{{ end }} on ' + $.node(c),
+
+  // The rows of `expr`, worst first, each as `item` (a template of `$row`). `%s` in `expr` stands for the matchers that
+  // select what the alert is about, by `labels`.
+  list(c, expr, labels, item)::
+    local matchers = std.join(',', [name(c, label) + '=%q' for label in labels]);
+    local values = std.join(' ', ['$labels.' + name(c, label) for label in labels]);
+    '{{ with printf `sort_desc(%s)` %s | query }}' % [expr % matchers, values] +
+    '{{ range $i, $row := . }}{{ if $i }}, {{ end }}%s{{ end }}{{ else }}no data{{ end }}' % item,
+
+  // A row's pod, and its value in a unit.
+  podItem(value):: '{{ with $row.Labels.namespace }}{{ . }}/{{ end }}{{ or $row.Labels.pod "the host" }} ' + value,
+}

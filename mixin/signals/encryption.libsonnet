@@ -1,0 +1,171 @@
+// Encryption: what WireGuard and IPsec cost, whose traffic it is, and sessions that are derived too often.
+local panels = import '../lib/panels.libsonnet';
+local text = import '../lib/text.libsonnet';
+
+{
+  _config+:: {
+    encryption: {
+      // Sessions a second with one peer. WireGuard derives one every 120 s while there is traffic, an IPsec key rotation
+      // a few per remote node; one every 30 s is a rebuild that nobody asked for, and each costs a handshake during
+      // which packets queue.
+      EncryptionRekeyStorm: { threshold: 0.0333, 'for': '1m', severity: 'page' },
+      // CPU seconds a second that the encryption of one pod's traffic takes: one whole core.
+      EncryptionCpuHigh: { threshold: 1, 'for': '10m', severity: 'ticket' },
+    },
+  },
+
+  signals+:: {
+    encryption: {
+      local c = $._config,
+      local e = c.encryption,
+      local f = { w: c.window, cluster: c.clusterLabel, node: c.nodeLabel, sel: c.selector, nodeExporter: c.nodeExporterSelector },
+
+      title: 'Encryption',
+      question: 'What do WireGuard and IPsec cost, whose traffic is it, and are sessions derived too often?',
+
+      rules: [
+        {
+          record: 'pod_direction:chandra_encryption_cpu_seconds:rate%(w)s' % f,
+          expr: 'sum by (%(cluster)s, %(node)s, namespace, pod, direction) (rate(chandra_encryption_cpu_seconds_total{%(sel)s}[%(w)s]))' % f,
+        },
+        {
+          record: 'pod:chandra_encryption_cpu_seconds:rate%(w)s' % f,
+          expr: 'sum without (direction) (pod_direction:chandra_encryption_cpu_seconds:rate%(w)s)' % f,
+        },
+        {
+          record: 'node:chandra_encryption_cpu_seconds:rate%(w)s' % f,
+          expr: 'sum by (%(cluster)s, %(node)s) (pod:chandra_encryption_cpu_seconds:rate%(w)s)' % f,
+        },
+        {
+          record: 'pod:chandra_encryption_bytes:rate%(w)s' % f,
+          expr: 'sum by (%(cluster)s, %(node)s, namespace, pod) (rate(chandra_encryption_bytes_total{%(sel)s}[%(w)s]))' % f,
+        },
+        {
+          record: 'pod:chandra_encryption_packets:rate%(w)s' % f,
+          expr: 'sum by (%(cluster)s, %(node)s, namespace, pod) (rate(chandra_encryption_packets_total{%(sel)s}[%(w)s]))' % f,
+        },
+        {
+          record: 'interface:chandra_encryption_sessions:rate%(w)s' % f,
+          expr: 'sum by (%(cluster)s, %(node)s, interface, protocol) (rate(chandra_encryption_sessions_total{%(sel)s}[%(w)s]))' % f,
+        },
+        {
+          // Per peer: a hundred healthy peers do not hide one that rebuilds, and an agent's restart, one session more
+          // for each of them, is no storm.
+          record: 'interface:chandra_encryption_peer_sessions:max_rate%(w)s' % f,
+          expr: 'max by (%(cluster)s, %(node)s, interface, protocol) (rate(chandra_encryption_peer_sessions_total{%(sel)s}[%(w)s]))' % f,
+        },
+        {
+          record: 'interface:chandra_encryption_session_interval_seconds:p50_rate%(w)s' % f,
+          expr: 'histogram_quantile(0.5, sum by (%(cluster)s, %(node)s, interface, protocol, le) (rate(chandra_encryption_session_interval_seconds_bucket{%(sel)s}[%(w)s])))' % f,
+        },
+        {
+          record: 'interface_event:chandra_encryption_handshakes:rate%(w)s' % f,
+          expr: 'sum by (%(cluster)s, %(node)s, interface, protocol, event) (rate(chandra_encryption_handshakes_total{%(sel)s}[%(w)s]))' % f,
+        },
+        {
+          // node_exporter does not know the node's name in Kubernetes, but its host name is the same.
+          record: 'node_mode:node_cpu_seconds:rate%(w)s' % f,
+          expr: |||
+            sum by (%(cluster)s, %(node)s, mode) (
+              label_replace(
+                sum by (%(cluster)s, instance, mode) (rate(node_cpu_seconds_total{mode=~"softirq|system", %(nodeExporter)s}[%(w)s]))
+                * on (%(cluster)s, instance) group_left (nodename)
+                max by (%(cluster)s, instance, nodename) (node_uname_info{%(nodeExporter)s}),
+                "%(node)s", "$1", "nodename", "(.*)"
+              )
+            )
+          ||| % f,
+        },
+      ],
+
+      local most = text.list(c, 'topk(5, pod:chandra_encryption_bytes:rate%(w)s{%%s} > 0)' % f, ['cluster', 'node'], text.podItem('{{ $row.Value | humanize1024 }}B/s')),
+
+      alerts: [
+        {
+          alert: 'EncryptionRekeyStorm',
+          expr: 'interface:chandra_encryption_peer_sessions:max_rate%(w)s > %(threshold)g' % (f + e.EncryptionRekeyStorm),
+          summary: 'Encryption sessions on {{ $labels.%(node)s }} {{ $labels.interface }} are rebuilt all the time.' % f,
+          description: '{{ $labels.protocol }} on ' + text.node(c) + ' interface {{ $labels.interface }} derives {{ $value | humanize }} sessions a second with one peer, where one in 120 s is normal. Every rebuild holds packets up. Pods with most encrypted traffic there: ' + most + '.',
+        },
+        {
+          alert: 'EncryptionCpuHigh',
+          expr: 'pod:chandra_encryption_cpu_seconds:rate%(w)s > %(threshold)g' % (f + e.EncryptionCpuHigh),
+          summary: 'Encrypting the traffic of ' + text.pod(c) + ' takes a CPU core.',
+          description: text.pod(c) + ' has {{ $value | humanize }} CPU seconds a second spent on the encryption of its traffic. Pods with most encrypted traffic there: ' + most + '.',
+        },
+      ],
+
+      local whereNode = panels.where(c, ['cluster', 'node']),
+      local where = panels.where(c, ['cluster', 'node', 'namespace', 'pod']),
+      local p = f { where: where, whereNode: whereNode },
+      local legend = '{{namespace}}/{{pod}} {{%(node)s}}' % f,
+      local sessions = { expr: 'topk(5, interface:chandra_encryption_peer_sessions:max_rate%(w)s{%(whereNode)s} * 60)' % p, legend: 'sessions/min {{%(node)s}} {{interface}}' % f },
+
+      first:: panels.timeseries(
+        'Encryption CPU time',
+        'CPU seconds a second by node (left), and sessions derived a minute with the worst peer of an interface (dashed, right). Half a session a minute is normal; above the red line the encryption context is rebuilt all the time. Runbook: EncryptionRekeyStorm.',
+        [
+          { expr: 'topk(10, node:chandra_encryption_cpu_seconds:rate%(w)s{%(whereNode)s})' % p, legend: 'CPU {{%(node)s}}' % f },
+          sessions,
+        ],
+        's',
+      ) + panels.onTheRight(['B'], 'short', 'sessions a minute with one peer', [panels.above(e.EncryptionRekeyStorm.threshold * 60)]),
+
+      panels: [
+        $.signals.encryption.first { w: 24, h: 10 },
+        panels.timeseries(
+          'Encryption CPU by pod',
+          'Whose packets cost it: the inner source of what is encrypted, the inner destination of what is decrypted. Above the line EncryptionCpuHigh fires.',
+          [{ expr: 'topk(10, pod:chandra_encryption_cpu_seconds:rate%(w)s{%(where)s})' % p, legend: legend }],
+          's',
+          [panels.above(e.EncryptionCpuHigh.threshold)],
+        ),
+        panels.timeseries(
+          "The node's softirq and system CPU beside it",
+          'Encryption runs in these. If it is most of them, it is what the node is busy with. Needs node_exporter.',
+          [
+            { expr: 'topk(10, node:chandra_encryption_cpu_seconds:rate%(w)s{%(whereNode)s})' % p, legend: '{{%(node)s}} encryption' % f },
+            { expr: 'topk(10, node_mode:node_cpu_seconds:rate%(w)s{%(whereNode)s})' % p, legend: '{{%(node)s}} {{mode}}' % f },
+          ],
+          's',
+        ),
+        panels.timeseries(
+          'Encrypted traffic by pod',
+          'Bytes a second, before encryption.',
+          [{ expr: 'topk(10, pod:chandra_encryption_bytes:rate%(w)s{%(where)s})' % p, legend: legend }],
+          'Bps',
+        ),
+        panels.timeseries(
+          'CPU time per byte',
+          'High with small packets. A rise without a change of traffic is a CPU without AES or a core that is shared.',
+          [{ expr: 'topk(10, pod:chandra_encryption_cpu_seconds:rate%(w)s{%(where)s} / (pod:chandra_encryption_bytes:rate%(w)s{%(where)s} > 0))' % p, legend: legend }],
+          's',
+        ),
+        panels.timeseries(
+          'Sessions derived',
+          'All peers of an interface together. WireGuard: one every 120 s for each peer with traffic.',
+          [{ expr: 'topk(10, interface:chandra_encryption_sessions:rate%(w)s{%(whereNode)s} * 60)' % p, legend: '{{%(node)s}} {{interface}} per minute' % f }],
+          'short',
+        ),
+        panels.timeseries(
+          'Time between sessions with a peer, median',
+          'WireGuard keeps a session for 120 s. Seconds here are the rebuild.',
+          [{ expr: 'bottomk(10, interface:chandra_encryption_session_interval_seconds:p50_rate%(w)s{%(whereNode)s})' % p, legend: '{{%(node)s}} {{interface}}' % f }],
+          's',
+        ),
+        panels.timeseries(
+          'Handshakes',
+          'Initiated without completed: the peer does not answer. Expired: sessions that nobody renewed.',
+          [{ expr: 'topk(10, interface_event:chandra_encryption_handshakes:rate%(w)s{%(whereNode)s})' % p, legend: '{{%(node)s}} {{interface}} {{event}}' % f }],
+          'ops',
+        ),
+        panels.timeseries(
+          'Packets by pod',
+          'Encrypted and decrypted.',
+          [{ expr: 'topk(10, pod:chandra_encryption_packets:rate%(w)s{%(where)s})' % p, legend: legend }],
+          'pps',
+        ),
+      ],
+    },
+  },
+}

@@ -1,0 +1,185 @@
+// The exporter itself: is it there, does it see everything, does it know whose it is?
+local panels = import '../lib/panels.libsonnet';
+local text = import '../lib/text.libsonnet';
+
+{
+  _config+:: {
+    exporter: {
+      ChandraDown: { 'for': '5m', severity: 'ticket' },
+      // A signal that should work on this host and does not; one that the host does not have is `absent`, no alert.
+      ChandraSignalDown: { 'for': '5m', severity: 'ticket' },
+      // Share of events that a signal saw and could not count.
+      ChandraEventsLost: { threshold: 0.01, 'for': '10m', severity: 'ticket' },
+      // Share of units that a signal counted for nobody. Some are: the first seconds of a pod, a socket of a pod that
+      // has gone.
+      ChandraAttributionPoor: { threshold: 0.1, 'for': '30m', severity: 'ticket' },
+      // Seconds since the source of pod names last answered: pods that came since have no name.
+      ChandraPodsStale: { threshold: 600, 'for': '5m', severity: 'ticket' },
+      // Series of one node. The design's limit for a node with 8 GPU pods.
+      ChandraSeriesBudgetReached: { threshold: 2500, 'for': '15m', severity: 'note' },
+    },
+  },
+
+  signals+:: {
+    exporter: {
+      local c = $._config,
+      local x = c.exporter,
+      local f = { w: c.window, cluster: c.clusterLabel, node: c.nodeLabel, sel: c.selector },
+
+      title: 'Exporter',
+      question: 'Does Chandra itself work?',
+
+      rules: [
+        {
+          record: 'signal:chandra_lost_events:ratio_rate%(w)s' % f,
+          expr: |||
+            sum by (%(cluster)s, %(node)s, signal) (rate(chandra_lost_events_total{%(sel)s}[%(w)s]))
+            /
+            (
+              sum by (%(cluster)s, %(node)s, signal) (rate(chandra_lost_events_total{%(sel)s}[%(w)s]))
+              + sum by (%(cluster)s, %(node)s, signal) (rate(chandra_attribution_total{%(sel)s}[%(w)s]))
+            )
+          ||| % f,
+        },
+        {
+          record: 'signal:chandra_attribution_unknown:ratio_rate%(w)s' % f,
+          expr: |||
+            sum by (%(cluster)s, %(node)s, signal) (rate(chandra_attribution_total{result="unknown", %(sel)s}[%(w)s]))
+            /
+            sum by (%(cluster)s, %(node)s, signal) (rate(chandra_attribution_total{%(sel)s}[%(w)s]))
+          ||| % f,
+        },
+        {
+          record: 'node:chandra_series:sum',
+          expr: 'sum by (%(cluster)s, %(node)s) (chandra_series{%(sel)s})' % f,
+        },
+        {
+          record: 'program:chandra_program_run_seconds:rate%(w)s' % f,
+          expr: 'sum by (%(cluster)s, %(node)s, signal, program) (rate(chandra_program_run_seconds_total{%(sel)s}[%(w)s]))' % f,
+        },
+        {
+          record: 'program:chandra_program_runs:rate%(w)s' % f,
+          expr: 'sum by (%(cluster)s, %(node)s, signal, program) (rate(chandra_program_runs_total{%(sel)s}[%(w)s]))' % f,
+        },
+      ],
+
+      alerts: [
+        {
+          alert: 'ChandraDown',
+          expr: 'up{%(sel)s} == 0 or absent(up{%(sel)s})' % f,
+          summary: 'Chandra is down.',
+          description: 'Prometheus cannot scrape Chandra on ' + text.node(c) + '{{ with $labels.instance }} ({{ . }}){{ end }}: nothing that it would show is seen there.',
+        },
+        {
+          alert: 'ChandraSignalDown',
+          expr: 'max by (%(cluster)s, %(node)s, signal) (chandra_signal_state{state="failed", %(sel)s}) == 1' % f,
+          summary: 'Signal {{ $labels.signal }} of Chandra does not work on {{ $labels.%(node)s }}.' % f,
+          description: 'Signal {{ $labels.signal }} should work on ' + text.node(c) + ' and does not. Hooks that are missing: ' +
+                       text.list(c, 'chandra_hook_info{%%s,reason!="attached",%(sel)s}' % f, ['cluster', 'node', 'signal'], '{{ $row.Labels.hook }} ({{ $row.Labels.reason }})') + '. The page / of the exporter says what to do.',
+        },
+        {
+          alert: 'ChandraEventsLost',
+          expr: 'signal:chandra_lost_events:ratio_rate%(w)s > %(threshold)g' % (f + x.ChandraEventsLost),
+          summary: 'Signal {{ $labels.signal }} of Chandra loses events on {{ $labels.%(node)s }}.' % f,
+          description: 'Signal {{ $labels.signal }} on ' + text.node(c) + ' loses {{ $value | humanizePercentage }} of its events, so its figures are too low; by reason: ' +
+                       text.list(c, 'sum by (reason) (rate(chandra_lost_events_total{%%s,%(sel)s}[%(w)s])) > 0' % f, ['cluster', 'node', 'signal'], '{{ $row.Labels.reason }} {{ $row.Value | humanize }}/s') + '.',
+        },
+        {
+          alert: 'ChandraAttributionPoor',
+          expr: 'signal:chandra_attribution_unknown:ratio_rate%(w)s > %(threshold)g' % (f + x.ChandraAttributionPoor),
+          summary: 'Signal {{ $labels.signal }} of Chandra does not know whose events it counts on {{ $labels.%(node)s }}.' % f,
+          description: 'Signal {{ $labels.signal }} on ' + text.node(c) + ' counts {{ $value | humanizePercentage }} of its events for pod="unknown": no pod is told about them.',
+        },
+        {
+          alert: 'ChandraPodsStale',
+          expr: 'max by (%(cluster)s, %(node)s) (chandra_pods_age_seconds{%(sel)s}) > %(threshold)g' % (f + x.ChandraPodsStale),
+          summary: 'Chandra does not hear of new pods on {{ $labels.%(node)s }}.' % f,
+          description: 'The source of pod names on ' + text.node(c) + ' has not answered for {{ $value | humanizeDuration }}: pods that came since have no name in any metric.',
+        },
+        {
+          alert: 'ChandraSeriesBudgetReached',
+          expr: 'node:chandra_series:sum > %(threshold)g' % (f + x.ChandraSeriesBudgetReached),
+          summary: 'Chandra on {{ $labels.%(node)s }} exports more series than planned.' % f,
+          description: 'Chandra on ' + text.node(c) + ' exports {{ $value }} series; by signal: ' +
+                       text.list(c, 'chandra_series{%%s,%(sel)s}' % f, ['cluster', 'node'], '{{ $row.Labels.signal }} {{ $row.Value }}') + '.',
+        },
+      ],
+
+      local where = panels.where(c, ['cluster', 'node']),
+      local p = f { where: where },
+
+      panels: [
+        panels.stat(
+          'Exporters',
+          'Exporters that answer, and those that do not.',
+          [
+            { expr: 'sum(up{%(sel)s, %(where)s})' % p, legend: 'up' },
+            { expr: 'count(up{%(sel)s, %(where)s} == 0) or vector(0)' % p, legend: 'down' },
+          ],
+          'short',
+        ) + panels.thresholdsOf('B', 'short', [panels.above(1)]),
+        panels.stat(
+          'Signals that do not work',
+          'Nodes on which a signal should work and does not. The page / of the exporter says why, and what to do.',
+          [{ expr: 'sum by (signal) (chandra_signal_state{state="failed", %(sel)s, %(where)s})' % p, legend: '{{signal}}' }],
+          'short',
+          [panels.above(1)],
+        ),
+        panels.table(
+          'Hooks that are missing',
+          'What could not be attached, and why. Absent modules and kernels without a function are no fault.',
+          'count by (signal, hook, reason) (chandra_hook_info{reason!="attached", %(sel)s, %(where)s})' % p,
+          'short',
+          ['signal', 'hook', 'reason'],
+          'nodes',
+        ),
+        panels.timeseries(
+          'Events lost',
+          'Share of events that a signal saw and could not count. Above the line ChandraEventsLost fires.',
+          [{ expr: 'topk(20, signal:chandra_lost_events:ratio_rate%(w)s{%(where)s})' % p, legend: '{{%(node)s}} {{signal}}' % f }],
+          'percentunit',
+          [panels.above(x.ChandraEventsLost.threshold)],
+        ),
+        panels.timeseries(
+          'Events of nobody',
+          'Share of events counted for pod="unknown". Above the line ChandraAttributionPoor fires.',
+          [{ expr: 'topk(20, signal:chandra_attribution_unknown:ratio_rate%(w)s{%(where)s})' % p, legend: '{{%(node)s}} {{signal}}' % f }],
+          'percentunit',
+          [panels.above(x.ChandraAttributionPoor.threshold)],
+        ),
+        panels.timeseries(
+          'Series per node',
+          'What a node costs Prometheus. Above the line ChandraSeriesBudgetReached fires; --max-owners bounds it.',
+          [{ expr: 'topk(20, node:chandra_series:sum{%(where)s})' % p, legend: '{{%(node)s}}' % f }],
+          'short',
+          [panels.above(x.ChandraSeriesBudgetReached.threshold, 'orange')],
+        ),
+        panels.timeseries(
+          'Time of a scrape',
+          'Reading the maps and rendering, by signal.',
+          [{ expr: 'max by (signal) (chandra_scrape_seconds{%(sel)s, %(where)s})' % p, legend: '{{signal}}' }],
+          's',
+        ),
+        panels.timeseries(
+          'CPU of the programs',
+          'CPU seconds a second, where the host keeps bpf statistics (kernel.bpf_stats_enabled=1).',
+          [{ expr: 'topk(20, program:chandra_program_run_seconds:rate%(w)s{%(where)s})' % p, legend: '{{%(node)s}} {{program}}' % f }],
+          's',
+        ),
+        panels.timeseries(
+          'Cost of one event',
+          'Seconds for one run of a program, where the host keeps bpf statistics.',
+          [{ expr: 'topk(20, program:chandra_program_run_seconds:rate%(w)s{%(where)s} / (program:chandra_program_runs:rate%(w)s{%(where)s} > 0))' % p, legend: '{{%(node)s}} {{program}}' % f }],
+          's',
+        ),
+        panels.timeseries(
+          'Age of pod names',
+          'Seconds since the source of pod names last answered. Above the line ChandraPodsStale fires.',
+          [{ expr: 'topk(20, chandra_pods_age_seconds{%(sel)s, %(where)s})' % p, legend: '{{%(node)s}}' % f }],
+          's',
+          [panels.above(x.ChandraPodsStale.threshold)],
+        ),
+      ],
+    },
+  },
+}

@@ -1,0 +1,321 @@
+// Hubble and the Cilium agent: what Cilium drops, and whether Hubble itself sees it. No exporter half: these are
+// Cilium's own metrics, with the labels that helm-values/cilium.yaml asks for.
+local panels = import '../lib/panels.libsonnet';
+local text = import '../lib/text.libsonnet';
+local vocabulary = (import '../lib/drop_reasons.json').reasons;
+
+// hubble_drop_total has the name of the protobuf enum, cilium_drop_count_total a sentence. Reasons are written here in
+// Hubble's vocabulary and translated by Cilium's own table.
+local agentReason(reason) =
+  local found = [row.agent_reason for row in vocabulary if row.hubble_reason == reason];
+  if std.length(found) == 1 then found[0] else error 'hubble: Cilium has no drop reason ' + reason;
+local anyOf(list) = std.join('|', list);
+local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
+
+{
+  _config+:: {
+    hubble: {
+      // Reasons with an alert of their own.
+      conntrackReasons: ['CT_MAP_INSERTION_FAILED'],
+      unencryptedReasons: ['UNENCRYPTED_TRAFFIC'],
+      // What a healthy cluster drops all the time: protocols that Cilium does not carry, packets to pods just gone.
+      harmlessReasons: [
+        'FORBIDDEN_ICMPV6_MESSAGE',
+        'IGMP_HANDLED',
+        'IGMP_SUBSCRIBED',
+        'MULTICAST_HANDLED',
+        'NAT_NOT_NEEDED',
+        'STALE_OR_UNROUTABLE_IP',
+        'UNSUPPORTED_L2_PROTOCOL',
+        'UNSUPPORTED_L3_PROTOCOL',
+      ],
+
+      // Dropped packets a second in an inference namespace. One client that is refused sends its SYN six times in two
+      // minutes, 0.05 a second: this is two of them, all the time.
+      HubbleDropsHigh: { threshold: 0.1, 'for': '5m', severity: 'ticket' },
+      // Packets a second whose connection found no room in conntrack. There is no healthy rate: new connections fail.
+      HubbleConntrackFull: { threshold: 0.1, 'for': '2m', severity: 'page' },
+      // Share of a conntrack map in use. Cilium's garbage collector keeps a healthy one well below; from here a burst of
+      // connections fills it.
+      HubbleConntrackPressure: { threshold: 0.8, 'for': '10m', severity: 'ticket' },
+      // Packets a second that the agent forwards while Hubble counts no flow. Every node forwards health checks, so an
+      // idle one is above it too.
+      HubbleFlowsMissing: { threshold: 1, 'for': '10m', severity: 'ticket' },
+      // Share of events that Hubble lost before it counted them: from here its counters are too low to compare.
+      HubbleEventsLost: { threshold: 0.01, 'for': '10m', severity: 'ticket' },
+      // Share of DNS responses that say the server failed or refused. A missing name is not one of them: search
+      // domains ask for several that do not exist before the one that does.
+      HubbleDnsErrorsHigh: { threshold: 0.05, 'for': '10m', severity: 'ticket' },
+      // Share of DNS queries without a response. A resolver waits 5 s for each, so one in twenty is felt.
+      HubbleDnsUnanswered: { threshold: 0.05, 'for': '10m', severity: 'ticket' },
+      // Packets a second that encryption strict mode stopped, since they would have left the node in clear text.
+      HubbleUnencryptedDropped: { threshold: 0.1, 'for': '5m', severity: 'ticket' },
+      // Packets a second that XFRM stopped for want of a matching policy.
+      HubbleIpsecPolicyBlocked: { threshold: 0.1, 'for': '5m', severity: 'ticket' },
+    },
+  },
+
+  signals+:: {
+    hubble: {
+      local c = $._config,
+      local h = c.hubble,
+      local f = {
+        w: c.window,
+        cluster: c.clusterLabel,
+        node: c.nodeLabel,
+        hubble: c.hubbleSelector,
+        cilium: c.ciliumSelector,
+        inference: c.inferenceNamespaces,
+        quiet: anyOf(h.harmlessReasons + h.conntrackReasons + h.unencryptedReasons),
+      },
+      // Which namespace a packet is counted for: the sender's on its way out, the receiver's on its way in.
+      local drops = |||
+        sum by (%(cluster)s, namespace, reason) (
+          label_replace(
+            sum by (%(cluster)s, traffic_direction, source_namespace, reason) (
+              rate(hubble_drop_total{traffic_direction="egress", %(hubble)s}[%(w)s])
+            ),
+            "namespace", "$1", "source_namespace", "(.*)"
+          )
+          or
+          label_replace(
+            sum by (%(cluster)s, traffic_direction, destination_namespace, reason) (
+              rate(hubble_drop_total{traffic_direction!="egress", %(hubble)s}[%(w)s])
+            ),
+            "namespace", "$1", "destination_namespace", "(.*)"
+          )
+        )
+      ||| % f,
+      // The agent and Hubble count the same packet; where both are scraped, the one that saw more.
+      local byNode(reasons) = |||
+        max by (%(cluster)s, %(node)s) (
+          label_replace(
+            sum by (%(cluster)s, %(node)s) (rate(cilium_drop_count_total{reason=~"%(agent)s", %(cilium)s}[%(w)s])),
+            "source", "agent", "", ""
+          )
+          or
+          label_replace(
+            sum by (%(cluster)s, %(node)s) (rate(hubble_drop_total{reason=~"%(reasons)s", %(hubble)s}[%(w)s])),
+            "source", "hubble", "", ""
+          )
+        )
+      ||| % (f { agent: anyOfAgents(reasons), reasons: anyOf(reasons) }),
+
+      title: 'Hubble',
+      question: 'What does Cilium drop, in which namespace and why, and does Hubble see it?',
+
+      rules: [
+        { record: 'namespace_reason:hubble_drop:rate%(w)s' % f, expr: drops },
+        { record: 'node:cilium_conntrack_drop:rate%(w)s' % f, expr: byNode(h.conntrackReasons) },
+        { record: 'node:cilium_unencrypted_drop:rate%(w)s' % f, expr: byNode(h.unencryptedReasons) },
+        {
+          record: 'node_map:cilium_bpf_map_pressure:max',
+          expr: 'max by (%(cluster)s, %(node)s, map_name) (cilium_bpf_map_pressure{map_name=~"(cilium_)?ct.*", %(cilium)s})' % f,
+        },
+        {
+          record: 'node:hubble_flows_processed:rate%(w)s' % f,
+          expr: 'sum by (%(cluster)s, %(node)s) (rate(hubble_flows_processed_total{%(hubble)s}[%(w)s]))' % f,
+        },
+        {
+          record: 'node:cilium_forward_count:rate%(w)s' % f,
+          expr: 'sum by (%(cluster)s, %(node)s) (rate(cilium_forward_count_total{%(cilium)s}[%(w)s]))' % f,
+        },
+        {
+          // What a slow reader of Hubble's API loses (hubble_ring_buffer) was counted before.
+          record: 'node:hubble_lost_events:ratio_rate%(w)s' % f,
+          expr: |||
+            sum by (%(cluster)s, %(node)s) (rate(hubble_lost_events_total{source!="hubble_ring_buffer", %(hubble)s}[%(w)s]))
+            /
+            (
+              sum by (%(cluster)s, %(node)s) (rate(hubble_lost_events_total{source!="hubble_ring_buffer", %(hubble)s}[%(w)s]))
+              + node:hubble_flows_processed:rate%(w)s
+            )
+          ||| % f,
+        },
+        {
+          record: 'namespace:hubble_dns_queries:rate%(w)s' % f,
+          expr: |||
+            sum by (%(cluster)s, namespace) (
+              label_replace(
+                rate(hubble_dns_queries_total{rcode="", source_namespace!="", %(hubble)s}[%(w)s]),
+                "namespace", "$1", "source_namespace", "(.*)"
+              )
+            )
+          ||| % f,
+        },
+        {
+          // A response goes to whoever asked.
+          record: 'namespace_rcode:hubble_dns_responses:rate%(w)s' % f,
+          expr: |||
+            sum by (%(cluster)s, namespace, rcode) (
+              label_replace(
+                rate(hubble_dns_responses_total{destination_namespace!="", %(hubble)s}[%(w)s]),
+                "namespace", "$1", "destination_namespace", "(.*)"
+              )
+            )
+          ||| % f,
+        },
+        {
+          record: 'namespace:hubble_dns_errors:ratio_rate%(w)s' % f,
+          expr: |||
+            sum by (%(cluster)s, namespace) (
+              namespace_rcode:hubble_dns_responses:rate%(w)s{rcode!~"No Error|Non-Existent Domain"}
+            )
+            /
+            sum by (%(cluster)s, namespace) (namespace_rcode:hubble_dns_responses:rate%(w)s)
+          ||| % f,
+        },
+        {
+          // No response at all has no series, and is the worst case.
+          record: 'namespace:hubble_dns_unanswered:ratio_rate%(w)s' % f,
+          expr: |||
+            clamp_min(
+              1 - (
+                sum by (%(cluster)s, namespace) (namespace_rcode:hubble_dns_responses:rate%(w)s)
+                or
+                namespace:hubble_dns_queries:rate%(w)s * 0
+              ) / namespace:hubble_dns_queries:rate%(w)s,
+              0
+            )
+          ||| % f,
+        },
+        {
+          // A gauge that mirrors a kernel counter: rate takes its resets for what they are.
+          record: 'node:cilium_ipsec_policy_blocked:rate%(w)s' % f,
+          expr: |||
+            sum by (%(cluster)s, %(node)s) (
+              rate(cilium_ipsec_xfrm_error{type="outbound", error="policy_blocked", %(cilium)s}[%(w)s])
+            )
+          ||| % f,
+        },
+      ],
+
+      alerts: [
+        {
+          alert: 'HubbleDropsHigh',
+          expr: |||
+            sum by (%(cluster)s, namespace) (
+              namespace_reason:hubble_drop:rate%(w)s{namespace=~"%(inference)s", reason!~"%(quiet)s"}
+            ) > %(threshold)g
+          ||| % (f + h.HubbleDropsHigh),
+          summary: 'Cilium drops packets of namespace {{ $labels.namespace }}.',
+          description: 'Cilium drops {{ $value | humanize }} packets a second of namespace {{ $labels.namespace }}; by reason: ' +
+                       text.list(c, 'namespace_reason:hubble_drop:rate%(w)s{%%s} > 0' % f, ['cluster', 'namespace'], '{{ $row.Labels.reason }} {{ $row.Value | humanize }}/s') + '.',
+        },
+        {
+          alert: 'HubbleConntrackFull',
+          expr: 'node:cilium_conntrack_drop:rate%(w)s > %(threshold)g' % (f + h.HubbleConntrackFull),
+          summary: 'The connection tracking table of {{ $labels.%(node)s }} is full.' % f,
+          description: 'On ' + text.node(c) + ' {{ $value | humanize }} packets a second are dropped because their connection finds no room in conntrack: new connections fail. Maps in use: ' +
+                       text.list(c, 'node_map:cilium_bpf_map_pressure:max{%s}', ['cluster', 'node'], '{{ $row.Labels.map_name }} {{ $row.Value | humanizePercentage }}') + '.',
+        },
+        {
+          alert: 'HubbleConntrackPressure',
+          expr: 'max by (%(cluster)s, %(node)s) (node_map:cilium_bpf_map_pressure:max) > %(threshold)g' % (f + h.HubbleConntrackPressure),
+          summary: 'The connection tracking table of {{ $labels.%(node)s }} is nearly full.' % f,
+          description: 'A connection tracking map on ' + text.node(c) + ' is {{ $value | humanizePercentage }} full; when it is, new connections fail. Maps in use: ' +
+                       text.list(c, 'node_map:cilium_bpf_map_pressure:max{%s}', ['cluster', 'node'], '{{ $row.Labels.map_name }} {{ $row.Value | humanizePercentage }}') + '.',
+        },
+        {
+          alert: 'HubbleFlowsMissing',
+          expr: |||
+            node:cilium_forward_count:rate%(w)s > %(threshold)g
+            unless on (%(cluster)s, %(node)s)
+            node:hubble_flows_processed:rate%(w)s > 0
+          ||| % (f + h.HubbleFlowsMissing),
+          summary: 'Hubble exports no flows of {{ $labels.%(node)s }}.' % f,
+          description: 'The agent on ' + text.node(c) + ' forwards {{ $value | humanize }} packets a second, and Hubble counts no flow there: drops, DNS and policy verdicts of this node are invisible.',
+        },
+        {
+          alert: 'HubbleEventsLost',
+          expr: 'node:hubble_lost_events:ratio_rate%(w)s > %(threshold)g' % (f + h.HubbleEventsLost),
+          summary: 'Hubble loses events on {{ $labels.%(node)s }}.' % f,
+          description: 'Hubble on ' + text.node(c) + ' loses {{ $value | humanizePercentage }} of its events before they are counted: its metrics are too low.',
+        },
+        {
+          alert: 'HubbleDnsErrorsHigh',
+          expr: 'namespace:hubble_dns_errors:ratio_rate%(w)s > %(threshold)g' % (f + h.HubbleDnsErrorsHigh),
+          summary: 'DNS fails for namespace {{ $labels.namespace }}.',
+          description: '{{ $value | humanizePercentage }} of the DNS responses to namespace {{ $labels.namespace }} are errors; by code: ' +
+                       text.list(c, 'namespace_rcode:hubble_dns_responses:rate%(w)s{%%s,rcode!~"No Error|Non-Existent Domain"} > 0' % f, ['cluster', 'namespace'], '{{ $row.Labels.rcode }} {{ $row.Value | humanize }}/s') + '.',
+        },
+        {
+          alert: 'HubbleDnsUnanswered',
+          expr: 'namespace:hubble_dns_unanswered:ratio_rate%(w)s > %(threshold)g' % (f + h.HubbleDnsUnanswered),
+          summary: 'DNS queries of namespace {{ $labels.namespace }} stay unanswered.',
+          description: '{{ $value | humanizePercentage }} of the DNS queries of namespace {{ $labels.namespace }} get no response; a resolver waits 5 s for each before it asks again.',
+        },
+        {
+          alert: 'HubbleUnencryptedDropped',
+          expr: 'node:cilium_unencrypted_drop:rate%(w)s > %(threshold)g' % (f + h.HubbleUnencryptedDropped),
+          summary: 'Encryption strict mode drops traffic on {{ $labels.%(node)s }}.' % f,
+          description: 'On ' + text.node(c) + ' {{ $value | humanize }} packets a second are dropped because they would have left it unencrypted.',
+        },
+        {
+          alert: 'HubbleIpsecPolicyBlocked',
+          expr: 'node:cilium_ipsec_policy_blocked:rate%(w)s > %(threshold)g' % (f + h.HubbleIpsecPolicyBlocked),
+          summary: 'IPsec stops packets on {{ $labels.%(node)s }}.' % f,
+          description: 'On ' + text.node(c) + ' {{ $value | humanize }} packets a second match no IPsec policy and are stopped: traffic to at least one node fails.',
+        },
+      ],
+
+      local where = panels.where(c, ['cluster', 'namespace']),
+      local whereNode = panels.where(c, ['cluster', 'node']),
+
+      first:: panels.barchart(
+        'Hubble drop reasons by namespace',
+        'Packets a second that Cilium drops now, by namespace and reason. An inference namespace should show none: POLICY_DENIED is a policy that is too tight, CT_MAP_INSERTION_FAILED a full connection tracking table. Runbook: HubbleDropsHigh.',
+        'topk(50, sum by (namespace, reason) (namespace_reason:hubble_drop:rate%(w)s{%(where)s} > 0))' % (f { where: where }),
+        'pps',
+        'namespace',
+        'reason',
+        [panels.above(h.HubbleDropsHigh.threshold)],
+      ),
+
+      panels: [
+        $.signals.hubble.first { w: 24 },
+      ] + [
+        panels.timeseries(
+          'Drops by namespace and reason',
+          'The same over time. When did it begin, and what was rolled out then? `hubble observe --verdict DROPPED` names the peers.',
+          [{ expr: 'topk(20, sum by (namespace, reason) (namespace_reason:hubble_drop:rate%(w)s{%(where)s} > 0))' % (f { where: where }), legend: '{{namespace}} {{reason}}' }],
+          'pps',
+        ),
+        panels.timeseries(
+          'Connection tracking map in use',
+          'Above the line a burst of connections fills the map, and then new connections fail. Raise bpf.ctTcpMax and bpf.ctAnyMax, or find who opens so many.',
+          [{ expr: 'topk(10, node_map:cilium_bpf_map_pressure:max{%s})' % whereNode, legend: '{{%(node)s}} {{map_name}}' % f }],
+          'percentunit',
+          [panels.above(h.HubbleConntrackPressure.threshold)],
+        ),
+        panels.timeseries(
+          'DNS queries without a response',
+          'Share of queries that nobody answers. Each costs the application a resolver timeout of 5 s.',
+          [{ expr: 'topk(10, namespace:hubble_dns_unanswered:ratio_rate%(w)s{%(where)s})' % (f { where: where }), legend: '{{namespace}}' }],
+          'percentunit',
+          [panels.above(h.HubbleDnsUnanswered.threshold)],
+        ),
+        panels.timeseries(
+          'DNS errors',
+          'Share of responses that are errors, names that do not exist aside. Hubble measures no DNS latency.',
+          [{ expr: 'topk(10, namespace:hubble_dns_errors:ratio_rate%(w)s{%(where)s})' % (f { where: where }), legend: '{{namespace}}' }],
+          'percentunit',
+          [panels.above(h.HubbleDnsErrorsHigh.threshold)],
+        ),
+        panels.timeseries(
+          'Flows that Hubble counts',
+          'A node at zero that forwards packets is invisible to every panel above.',
+          [{ expr: 'node:hubble_flows_processed:rate%(w)s{%(where)s}' % (f { where: whereNode }), legend: '{{%(node)s}}' % f }],
+          'ops',
+        ),
+        panels.timeseries(
+          'Events that Hubble lost',
+          'Share of events lost before they were counted. Above the line the counters are too low to compare.',
+          [{ expr: 'topk(10, node:hubble_lost_events:ratio_rate%(w)s{%(where)s})' % (f { where: whereNode }), legend: '{{%(node)s}}' % f }],
+          'percentunit',
+          [panels.above(h.HubbleEventsLost.threshold)],
+        ),
+      ],
+    },
+  },
+}

@@ -1,0 +1,168 @@
+// NCCL: is the job slow because of the network, or because one rank comes late, and which?
+local panels = import '../lib/panels.libsonnet';
+local text = import '../lib/text.libsonnet';
+
+{
+  _config+:: {
+    nccl: {
+      // Seconds that the ranks wait for the last one in each collective, on average: below a millisecond even a
+      // straggler costs little. Said of a rank only if it is the last in more than `lastArrivals` of the collectives,
+      // three in four: chance makes each of N ranks the last in 1/N.
+      NcclStraggler: { threshold: 0.001, lastArrivals: 0.75, 'for': '5m', severity: 'ticket' },
+      // Seconds that a collective is under way. A step takes seconds, a checkpoint in between a minute; PyTorch's
+      // watchdog ends the job after ten.
+      NcclCollectiveStuck: { threshold: 120, 'for': '1m', severity: 'page' },
+      // Seconds until a communicator is there, in nine of ten cases of the last `window`. Thousands of ranks take half
+      // a minute.
+      NcclInitSlow: { threshold: 60, window: '15m', 'for': '1m', severity: 'ticket' },
+    },
+  },
+
+  signals+:: {
+    nccl: {
+      local c = $._config,
+      local n = c.nccl,
+      local f = { w: c.window, cluster: c.clusterLabel, node: c.nodeLabel, sel: c.selector, init: n.NcclInitSlow.window },
+      local quantile(q, metric, labels) = |||
+        histogram_quantile(%(q)g, sum by (%(cluster)s, %(node)s, namespace, pod, %(labels)sle) (rate(%(metric)s_bucket{%(sel)s}[%(w)s])))
+      ||| % (f { q: q, metric: metric, labels: std.join('', [label + ', ' for label in labels]) }),
+      // Both tiers, host and kernel (the profiler plugin), may tell the same rank: the one that is seen worse.
+      local rank(metric) = |||
+        max without (source) (
+          sum by (%(cluster)s, %(node)s, namespace, pod, communicator, rank, source) (rate(%(metric)s{communicator!="other", %(sel)s}[%(w)s]))
+        )
+      ||| % (f { metric: metric }),
+
+      title: 'NCCL',
+      question: 'Is the job slow because of the network, or because one rank comes late, and which?',
+
+      rules: [
+        { record: 'rank:chandra_nccl_collectives:rate%(w)s' % f, expr: rank('chandra_nccl_rank_collectives_total') },
+        { record: 'rank:chandra_nccl_wait_seconds:rate%(w)s' % f, expr: rank('chandra_nccl_rank_wait_seconds_total') },
+        { record: 'rank:chandra_nccl_last_arrivals:rate%(w)s' % f, expr: rank('chandra_nccl_rank_last_arrivals_total') },
+        {
+          record: 'rank:chandra_nccl_last_arrivals:ratio_rate%(w)s' % f,
+          expr: 'rank:chandra_nccl_last_arrivals:rate%(w)s / rank:chandra_nccl_collectives:rate%(w)s' % f,
+        },
+        {
+          // What the ranks of a node wait in one collective, on average over collectives and ranks.
+          record: 'communicator:chandra_nccl_wait_seconds:mean%(w)s' % f,
+          expr: |||
+            sum by (%(cluster)s, %(node)s, namespace, communicator) (rank:chandra_nccl_wait_seconds:rate%(w)s)
+            /
+            sum by (%(cluster)s, %(node)s, namespace, communicator) (rank:chandra_nccl_collectives:rate%(w)s)
+          ||| % f,
+        },
+        {
+          record: 'pod:chandra_nccl_oldest_pending_seconds:max',
+          expr: 'max by (%(cluster)s, %(node)s, namespace, pod) (chandra_nccl_oldest_pending_seconds{%(sel)s})' % f,
+        },
+        {
+          // A rank initialises once: its series may appear with the value of its first initialisation, which increase
+          // cannot see.
+          record: 'pod_phase:chandra_nccl_init_seconds:p90_increase%(init)s' % f,
+          expr: |||
+            histogram_quantile(0.9, sum by (%(cluster)s, %(node)s, namespace, pod, phase, le) (
+              (chandra_nccl_init_seconds_bucket{%(sel)s} unless chandra_nccl_init_seconds_bucket{%(sel)s} offset %(init)s)
+              or
+              increase(chandra_nccl_init_seconds_bucket{%(sel)s}[%(init)s])
+            ))
+          ||| % f,
+        },
+        { record: 'pod_operation_source:chandra_nccl_arrival_wait_seconds:p99_rate%(w)s' % f, expr: quantile(0.99, 'chandra_nccl_arrival_wait_seconds', ['operation', 'source']) },
+        { record: 'pod_operation:chandra_nccl_collective_seconds:p99_rate%(w)s' % f, expr: quantile(0.99, 'chandra_nccl_collective_seconds', ['operation']) },
+        { record: 'pod_operation:chandra_nccl_enqueue_seconds:p99_rate%(w)s' % f, expr: quantile(0.99, 'chandra_nccl_enqueue_seconds', ['operation']) },
+      ],
+
+      alerts: [
+        {
+          alert: 'NcclStraggler',
+          // The rank's labels and its share, for the communicators that wait.
+          expr: |||
+            rank:chandra_nccl_last_arrivals:ratio_rate%(w)s > %(lastArrivals)g
+            and on (%(cluster)s, %(node)s, namespace, communicator)
+            communicator:chandra_nccl_wait_seconds:mean%(w)s > %(threshold)g
+          ||| % (f + n.NcclStraggler),
+          summary: 'Rank {{ $labels.rank }} in ' + text.pod(c) + ' holds up its NCCL job.',
+          description: 'Rank {{ $labels.rank }} in ' + text.pod(c) + ' is the last in {{ $value | humanizePercentage }} of the collectives of communicator {{ $labels.communicator }}; the ranks beside it wait per collective, in seconds: ' +
+                       text.list(c, 'communicator:chandra_nccl_wait_seconds:mean%(w)s{%%s}' % f, ['cluster', 'node', 'namespace', 'communicator'], '{{ $row.Value | humanize }}') + '. Look at its GPU, its CPU and its data loader before the network.',
+        },
+        {
+          alert: 'NcclCollectiveStuck',
+          expr: 'pod:chandra_nccl_oldest_pending_seconds:max > %(threshold)g' % (f + n.NcclCollectiveStuck),
+          summary: 'A NCCL collective of ' + text.pod(c) + ' hangs.',
+          description: 'A collective of ' + text.pod(c) + ' has been waiting for {{ $value | humanizeDuration }}: a rank has not arrived, or its packets do not. Ranks by time waited per second on this node: ' +
+                       text.list(c, 'topk(8, rank:chandra_nccl_wait_seconds:rate%(w)s{%%s})' % f, ['cluster', 'node', 'namespace'], '{{ $row.Labels.pod }} rank {{ $row.Labels.rank }} {{ $row.Value | humanize }}') + '.',
+        },
+        {
+          alert: 'NcclInitSlow',
+          expr: 'pod_phase:chandra_nccl_init_seconds:p90_increase%(init)s{phase="total"} > %(threshold)g' % (f + n.NcclInitSlow),
+          summary: 'NCCL takes long to initialise in ' + text.pod(c) + '.',
+          description: 'Communicators of ' + text.pod(c) + ' take up to {{ $value | humanizeDuration }} to initialise; by phase: ' +
+                       text.list(c, 'pod_phase:chandra_nccl_init_seconds:p90_increase%(init)s{%%s,phase!="total"}' % f, ['cluster', 'node', 'namespace', 'pod'], '{{ $row.Labels.phase }} {{ $row.Value | humanizeDuration }}') +
+                       '. rendezvous includes waiting for the last rank to start.',
+        },
+      ],
+
+      local where = panels.where(c, ['cluster', 'node', 'namespace', 'pod']),
+      local whereNode = panels.where(c, ['cluster', 'node', 'namespace']),
+      local p = f { where: where, whereNode: whereNode },
+      local legend = '{{namespace}}/{{pod}} {{%(node)s}}' % f,
+
+      panels: [
+        panels.timeseries(
+          'Wait for the last rank, per collective',
+          'What the ranks of a node wait in one collective, by communicator. Above the line with one rank last most of the time, NcclStraggler fires. High with no such rank: the ranks take turns, or the network is slow.',
+          [{ expr: 'topk(10, communicator:chandra_nccl_wait_seconds:mean%(w)s{%(whereNode)s})' % p, legend: '{{namespace}} {{communicator}} {{%(node)s}}' % f }],
+          's',
+          [panels.above(n.NcclStraggler.threshold)],
+        ),
+        panels.timeseries(
+          'Who arrives last',
+          'Share of the collectives in which a rank was the last. Above the line it is the straggler: look at its GPU, its CPU and its data loader, not at the network.',
+          [{ expr: 'topk(10, rank:chandra_nccl_last_arrivals:ratio_rate%(w)s{%(where)s})' % p, legend: '{{pod}} rank {{rank}} {{communicator}}' }],
+          'percentunit',
+          [panels.above(n.NcclStraggler.lastArrivals)],
+        ),
+        panels.timeseries(
+          'Oldest collective under way',
+          'Seconds. Above the line NcclCollectiveStuck fires: a rank never arrived, or its packets do not.',
+          [{ expr: 'topk(20, pod:chandra_nccl_oldest_pending_seconds:max{%(where)s})' % p, legend: legend }],
+          's',
+          [panels.above(n.NcclCollectiveStuck.threshold)],
+        ),
+        panels.timeseries(
+          'Arrival wait, p99',
+          'Last arrival minus own arrival, by operation. source=host is the host call, source=kernel the GPU (profiler plugin).',
+          [{ expr: 'topk(10, pod_operation_source:chandra_nccl_arrival_wait_seconds:p99_rate%(w)s{%(where)s})' % p, legend: legend + ' {{operation}} {{source}}' }],
+          's',
+        ),
+        panels.timeseries(
+          'Duration of collectives on the GPU, p99',
+          'First channel start to last channel stop, from the profiler plugin (opt-in). Slow here with little arrival wait is the network.',
+          [{ expr: 'topk(10, pod_operation:chandra_nccl_collective_seconds:p99_rate%(w)s{%(where)s})' % p, legend: legend + ' {{operation}}' }],
+          's',
+        ),
+        panels.timeseries(
+          'Initialisation by phase, p90',
+          'Of the last %(init)s. rendezvous: ranks that start late or DNS; allocate: memory; transports: queue pairs and sockets.' % f,
+          [{ expr: 'topk(20, pod_phase:chandra_nccl_init_seconds:p90_increase%(init)s{%(where)s})' % p, legend: legend + ' {{phase}}' }],
+          's',
+          [panels.above(n.NcclInitSlow.threshold)],
+        ),
+        panels.timeseries(
+          'Host time of NCCL calls, p99',
+          'How long the call takes on the host. It is not the duration of the collective.',
+          [{ expr: 'topk(10, pod_operation:chandra_nccl_enqueue_seconds:p99_rate%(w)s{%(where)s})' % p, legend: legend + ' {{operation}}' }],
+          's',
+        ),
+        panels.timeseries(
+          'Collectives per rank',
+          'Ranks of one communicator do the same number; one that falls behind has a collective under way.',
+          [{ expr: 'topk(20, rank:chandra_nccl_collectives:rate%(w)s{%(where)s})' % p, legend: '{{pod}} rank {{rank}} {{communicator}}' }],
+          'ops',
+        ),
+      ],
+    },
+  },
+}

@@ -1,0 +1,92 @@
+// TCP: which pods send segments again, and why.
+local panels = import '../lib/panels.libsonnet';
+local text = import '../lib/text.libsonnet';
+
+{
+  _config+:: {
+    tcp: {
+      // Retransmitted segments a second of one pod. A healthy pod in a data centre sends none for minutes; ten is one
+      // segment in a hundred at a thousand a second, where throughput of one connection is already halved.
+      TcpRetransmitsHigh: { threshold: 10, 'for': '5m', severity: 'ticket' },
+    },
+  },
+
+  signals+:: {
+    tcp: {
+      local c = $._config,
+      local f = { w: c.window, cluster: c.clusterLabel, node: c.nodeLabel, sel: c.selector },
+
+      title: 'TCP',
+      question: 'Which pods send segments again, and why?',
+
+      rules: [
+        {
+          record: 'pod_kind:chandra_tcp_retransmits:rate%(w)s' % f,
+          expr: 'sum by (%(cluster)s, %(node)s, namespace, pod, kind) (rate(chandra_tcp_retransmits_total{%(sel)s}[%(w)s]))' % f,
+        },
+        {
+          record: 'pod:chandra_tcp_retransmits:rate%(w)s' % f,
+          expr: 'sum without (kind) (pod_kind:chandra_tcp_retransmits:rate%(w)s)' % f,
+        },
+      ],
+
+      alerts: [
+        {
+          alert: 'TcpRetransmitsHigh',
+          expr: 'pod:chandra_tcp_retransmits:rate%(w)s > %(threshold)g' % (f + c.tcp.TcpRetransmitsHigh),
+          summary: text.pod(c) + ' retransmits.',
+          description: text.pod(c) + ' sends {{ $value | humanize }} TCP segments a second again; by kind: ' +
+                       text.list(c, 'pod_kind:chandra_tcp_retransmits:rate%(w)s{%%s} > 0' % f, ['cluster', 'node', 'namespace', 'pod'], '{{ $row.Labels.kind }} {{ $row.Value | humanize }}/s') +
+                       '. fast is loss on the path, rto a peer or path that went silent, syn a peer that does not answer.',
+        },
+      ],
+
+      local where = panels.where(c, ['cluster', 'node', 'namespace', 'pod']),
+      // The worst pods of the time that is shown, as rows that do not come and go with each step.
+      local worst(n) = |||
+        pod:chandra_tcp_retransmits:rate%(w)s{%(where)s}
+        and on (%(cluster)s, %(node)s, namespace, pod)
+        topk(%(n)d, avg_over_time(pod:chandra_tcp_retransmits:rate%(w)s{%(where)s}[$__range] @ end()) > 0)
+      ||| % (f { where: where, n: n }),
+
+      first:: panels.heatmap(
+        'TCP retransmits per pod',
+        'Segments sent again a second, one row per pod: the 20 pods with most in the time shown. These are the pods whose p99 suffers first. Runbook: TcpRetransmitsHigh.',
+        { expr: worst(20), legend: '{{namespace}}/{{pod}} {{%(node)s}}' % f },
+        'pps',
+      ),
+
+      panels: [
+        $.signals.tcp.first { w: 24, h: 11 },
+        panels.timeseries(
+          'Retransmits per pod',
+          'The ten pods with most. Above the line the alert fires. One pod: look at its node and link; all pods of a node: at the NIC; all nodes: at the switch.',
+          [{ expr: worst(10), legend: '{{namespace}}/{{pod}} {{%(node)s}}' % f }],
+          'pps',
+          [panels.above(c.tcp.TcpRetransmitsHigh.threshold)],
+        ),
+        panels.timeseries(
+          'Retransmits by kind',
+          'fast: loss on the path. rto: nothing came back for a whole timeout. syn: the peer does not answer; synack: the client does not. probe: tail loss probes, cheap.',
+          [{ expr: 'sum by (kind) (pod_kind:chandra_tcp_retransmits:rate%(w)s{%(where)s})' % (f { where: where }), legend: '{{kind}}' }],
+          'pps',
+          stack=true,
+        ),
+        panels.timeseries(
+          'Retransmits per node',
+          'One node that stands out has a bad link, NIC or cable.',
+          [{ expr: 'topk(20, sum by (%(node)s) (pod:chandra_tcp_retransmits:rate%(w)s{%(where)s}))' % (f { where: where }), legend: '{{%(node)s}}' % f }],
+          'pps',
+        ),
+        panels.table(
+          'Worst pods now',
+          'The 20 pods that retransmit most at the end of the time shown.',
+          'topk(20, pod:chandra_tcp_retransmits:rate%(w)s{%(where)s} > 0)' % (f { where: where }),
+          'pps',
+          ['namespace', 'pod', c.nodeLabel],
+          'retransmits',
+        ),
+      ],
+    },
+  },
+}
