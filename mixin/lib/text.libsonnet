@@ -10,6 +10,9 @@
     '{{ if $labels.namespace }}Pod {{ $labels.namespace }}/{{ $labels.pod }}' +
     '{{ else if $labels.pod }}Pod {{ $labels.pod }}{{ else }}The host itself{{ end }} on ' + $.node(c),
 
+  // A number of three digits: Prometheus' own `humanize` writes 0.1 as 100m.
+  number(value):: '{{ if lt %s 1.0 }}{{ printf "%%.2g" %s }}{{ else }}{{ humanize %s }}{{ end }}' % [value, value, value],
+
   // The rows of `expr`, worst first, each as `item` (a template of `$row`). `%s` in `expr` stands for the matchers that
   // select what the alert is about, by `labels`.
   list(c, expr, labels, item)::

@@ -5,10 +5,10 @@ local text = import '../lib/text.libsonnet';
 {
   _config+:: {
     encryption: {
-      // Sessions a second with one peer. WireGuard derives one every 120 s while there is traffic, an IPsec key rotation
-      // a few per remote node; one every 30 s is a rebuild that nobody asked for, and each costs a handshake during
-      // which packets queue.
-      EncryptionRekeyStorm: { threshold: 0.0333, 'for': '1m', severity: 'page' },
+      // Sessions a minute with one peer. WireGuard derives one every two minutes while there is traffic, an IPsec key
+      // rotation a few per remote node; one every 30 s is a rebuild that nobody asked for, and each costs a handshake
+      // during which packets queue.
+      EncryptionRekeyStorm: { threshold: 2, 'for': '1m', severity: 'page' },
       // CPU seconds a second that the encryption of one pod's traffic takes: one whole core.
       EncryptionCpuHigh: { threshold: 1, 'for': '10m', severity: 'ticket' },
     },
@@ -83,15 +83,15 @@ local text = import '../lib/text.libsonnet';
       alerts: [
         {
           alert: 'EncryptionRekeyStorm',
-          expr: 'interface:chandra_encryption_peer_sessions:max_rate%(w)s > %(threshold)g' % (f + e.EncryptionRekeyStorm),
+          expr: 'interface:chandra_encryption_peer_sessions:max_rate%(w)s * 60 > %(threshold)g' % (f + e.EncryptionRekeyStorm),
           summary: 'Encryption sessions on {{ $labels.%(node)s }} {{ $labels.interface }} are rebuilt all the time.' % f,
-          description: '{{ $labels.protocol }} on ' + text.node(c) + ' interface {{ $labels.interface }} derives {{ $value | humanize }} sessions a second with one peer, where one in 120 s is normal. Every rebuild holds packets up. Pods with most encrypted traffic there: ' + most + '.',
+          description: '{{ $labels.protocol }} on ' + text.node(c) + ' interface {{ $labels.interface }} derives ' + text.number('$value') + ' sessions a minute with one peer, where one in two minutes is normal. Every rebuild holds packets up. Pods with most encrypted traffic there: ' + most + '.',
         },
         {
           alert: 'EncryptionCpuHigh',
           expr: 'pod:chandra_encryption_cpu_seconds:rate%(w)s > %(threshold)g' % (f + e.EncryptionCpuHigh),
           summary: 'Encrypting the traffic of ' + text.pod(c) + ' takes a CPU core.',
-          description: text.pod(c) + ' has {{ $value | humanize }} CPU seconds a second spent on the encryption of its traffic. Pods with most encrypted traffic there: ' + most + '.',
+          description: text.pod(c) + ' has ' + text.number('$value') + ' CPU seconds a second spent on the encryption of its traffic. Pods with most encrypted traffic there: ' + most + '.',
         },
       ],
 
@@ -109,7 +109,7 @@ local text = import '../lib/text.libsonnet';
           sessions,
         ],
         's',
-      ) + panels.onTheRight(['B'], 'short', 'sessions a minute with one peer', [panels.above(e.EncryptionRekeyStorm.threshold * 60)]),
+      ) + panels.onTheRight(['B'], 'short', 'sessions a minute with one peer', [panels.above(e.EncryptionRekeyStorm.threshold)]),
 
       panels: [
         $.signals.encryption.first { w: 24, h: 10 },

@@ -82,7 +82,7 @@ local text = import '../lib/text.libsonnet';
           expr: 'signal:chandra_lost_events:ratio_rate%(w)s > %(threshold)g' % (f + x.ChandraEventsLost),
           summary: 'Signal {{ $labels.signal }} of Chandra loses events on {{ $labels.%(node)s }}.' % f,
           description: 'Signal {{ $labels.signal }} on ' + text.node(c) + ' loses {{ $value | humanizePercentage }} of its events, so its figures are too low; by reason: ' +
-                       text.list(c, 'sum by (reason) (rate(chandra_lost_events_total{%%s,%(sel)s}[%(w)s])) > 0' % f, ['cluster', 'node', 'signal'], '{{ $row.Labels.reason }} {{ $row.Value | humanize }}/s') + '.',
+                       text.list(c, 'sum by (reason) (rate(chandra_lost_events_total{%%s,%(sel)s}[%(w)s])) > 0' % f, ['cluster', 'node', 'signal'], '{{ $row.Labels.reason }} ' + text.number('$row.Value') + '/s') + '.',
         },
         {
           alert: 'ChandraAttributionPoor',

@@ -199,14 +199,14 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
             ) > %(threshold)g
           ||| % (f + h.HubbleDropsHigh),
           summary: 'Cilium drops packets of namespace {{ $labels.namespace }}.',
-          description: 'Cilium drops {{ $value | humanize }} packets a second of namespace {{ $labels.namespace }}; by reason: ' +
-                       text.list(c, 'namespace_reason:hubble_drop:rate%(w)s{%%s} > 0' % f, ['cluster', 'namespace'], '{{ $row.Labels.reason }} {{ $row.Value | humanize }}/s') + '.',
+          description: 'Cilium drops ' + text.number('$value') + ' packets a second of namespace {{ $labels.namespace }}; by reason: ' +
+                       text.list(c, 'namespace_reason:hubble_drop:rate%(w)s{%%s} > 0' % f, ['cluster', 'namespace'], '{{ $row.Labels.reason }} ' + text.number('$row.Value') + '/s') + '.',
         },
         {
           alert: 'HubbleConntrackFull',
           expr: 'node:cilium_conntrack_drop:rate%(w)s > %(threshold)g' % (f + h.HubbleConntrackFull),
           summary: 'The connection tracking table of {{ $labels.%(node)s }} is full.' % f,
-          description: 'On ' + text.node(c) + ' {{ $value | humanize }} packets a second are dropped because their connection finds no room in conntrack: new connections fail. Maps in use: ' +
+          description: 'On ' + text.node(c) + ' ' + text.number('$value') + ' packets a second are dropped because their connection finds no room in conntrack: new connections fail. Maps in use: ' +
                        text.list(c, 'node_map:cilium_bpf_map_pressure:max{%s}', ['cluster', 'node'], '{{ $row.Labels.map_name }} {{ $row.Value | humanizePercentage }}') + '.',
         },
         {
@@ -224,7 +224,7 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
             node:hubble_flows_processed:rate%(w)s > 0
           ||| % (f + h.HubbleFlowsMissing),
           summary: 'Hubble exports no flows of {{ $labels.%(node)s }}.' % f,
-          description: 'The agent on ' + text.node(c) + ' forwards {{ $value | humanize }} packets a second, and Hubble counts no flow there: drops, DNS and policy verdicts of this node are invisible.',
+          description: 'The agent on ' + text.node(c) + ' forwards ' + text.number('$value') + ' packets a second, and Hubble counts no flow there: drops, DNS and policy verdicts of this node are invisible.',
         },
         {
           alert: 'HubbleEventsLost',
@@ -237,7 +237,7 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
           expr: 'namespace:hubble_dns_errors:ratio_rate%(w)s > %(threshold)g' % (f + h.HubbleDnsErrorsHigh),
           summary: 'DNS fails for namespace {{ $labels.namespace }}.',
           description: '{{ $value | humanizePercentage }} of the DNS responses to namespace {{ $labels.namespace }} are errors; by code: ' +
-                       text.list(c, 'namespace_rcode:hubble_dns_responses:rate%(w)s{%%s,rcode!~"No Error|Non-Existent Domain"} > 0' % f, ['cluster', 'namespace'], '{{ $row.Labels.rcode }} {{ $row.Value | humanize }}/s') + '.',
+                       text.list(c, 'namespace_rcode:hubble_dns_responses:rate%(w)s{%%s,rcode!~"No Error|Non-Existent Domain"} > 0' % f, ['cluster', 'namespace'], '{{ $row.Labels.rcode }} ' + text.number('$row.Value') + '/s') + '.',
         },
         {
           alert: 'HubbleDnsUnanswered',
@@ -249,13 +249,13 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
           alert: 'HubbleUnencryptedDropped',
           expr: 'node:cilium_unencrypted_drop:rate%(w)s > %(threshold)g' % (f + h.HubbleUnencryptedDropped),
           summary: 'Encryption strict mode drops traffic on {{ $labels.%(node)s }}.' % f,
-          description: 'On ' + text.node(c) + ' {{ $value | humanize }} packets a second are dropped because they would have left it unencrypted.',
+          description: 'On ' + text.node(c) + ' ' + text.number('$value') + ' packets a second are dropped because they would have left it unencrypted.',
         },
         {
           alert: 'HubbleIpsecPolicyBlocked',
           expr: 'node:cilium_ipsec_policy_blocked:rate%(w)s > %(threshold)g' % (f + h.HubbleIpsecPolicyBlocked),
           summary: 'IPsec stops packets on {{ $labels.%(node)s }}.' % f,
-          description: 'On ' + text.node(c) + ' {{ $value | humanize }} packets a second match no IPsec policy and are stopped: traffic to at least one node fails.',
+          description: 'On ' + text.node(c) + ' ' + text.number('$value') + ' packets a second match no IPsec policy and are stopped: traffic to at least one node fails.',
         },
       ],
 

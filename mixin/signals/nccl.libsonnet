@@ -84,15 +84,15 @@ local text = import '../lib/text.libsonnet';
             communicator:chandra_nccl_wait_seconds:mean%(w)s > %(threshold)g
           ||| % (f + n.NcclStraggler),
           summary: 'Rank {{ $labels.rank }} in ' + text.pod(c) + ' holds up its NCCL job.',
-          description: 'Rank {{ $labels.rank }} in ' + text.pod(c) + ' is the last in {{ $value | humanizePercentage }} of the collectives of communicator {{ $labels.communicator }}; the ranks beside it wait per collective, in seconds: ' +
-                       text.list(c, 'communicator:chandra_nccl_wait_seconds:mean%(w)s{%%s}' % f, ['cluster', 'node', 'namespace', 'communicator'], '{{ $row.Value | humanize }}') + '. Look at its GPU, its CPU and its data loader before the network.',
+          description: 'Rank {{ $labels.rank }} in ' + text.pod(c) + ' is the last in {{ $value | humanizePercentage }} of the collectives of communicator {{ $labels.communicator }}; the ranks beside it wait ' +
+                       text.list(c, 'communicator:chandra_nccl_wait_seconds:mean%(w)s{%%s}' % f, ['cluster', 'node', 'namespace', 'communicator'], '{{ $row.Value | humanizeDuration }}') + ' per collective. Look at its GPU, its CPU and its data loader before the network.',
         },
         {
           alert: 'NcclCollectiveStuck',
           expr: 'pod:chandra_nccl_oldest_pending_seconds:max > %(threshold)g' % (f + n.NcclCollectiveStuck),
           summary: 'A NCCL collective of ' + text.pod(c) + ' hangs.',
           description: 'A collective of ' + text.pod(c) + ' has been waiting for {{ $value | humanizeDuration }}: a rank has not arrived, or its packets do not. Ranks by time waited per second on this node: ' +
-                       text.list(c, 'topk(8, rank:chandra_nccl_wait_seconds:rate%(w)s{%%s})' % f, ['cluster', 'node', 'namespace'], '{{ $row.Labels.pod }} rank {{ $row.Labels.rank }} {{ $row.Value | humanize }}') + '.',
+                       text.list(c, 'topk(8, rank:chandra_nccl_wait_seconds:rate%(w)s{%%s})' % f, ['cluster', 'node', 'namespace'], '{{ $row.Labels.pod }} rank {{ $row.Labels.rank }} ' + text.number('$row.Value')) + '.',
         },
         {
           alert: 'NcclInitSlow',

@@ -121,20 +121,20 @@ local text = import '../lib/text.libsonnet';
         },
       ],
 
-      local culprits = text.list(c, 'topk(5, pod:chandra_rdma_queue_pairs_created:rate%(w)s{%%s} > 0)' % f, ['cluster', 'node'], text.podItem('{{ $row.Value | humanize }}/s')),
+      local culprits = text.list(c, 'topk(5, pod:chandra_rdma_queue_pairs_created:rate%(w)s{%%s} > 0)' % f, ['cluster', 'node'], text.podItem(text.number('$row.Value') + '/s')),
 
       alerts: [
         {
           alert: 'RdmaQueuePairSpike',
           expr: 'node:chandra_rdma_queue_pairs_replaced:ratio%(spike)s > %(threshold)g' % (f + r.RdmaQueuePairSpike),
           summary: 'Queue pairs on {{ $labels.%(node)s }} are torn down and rebuilt.' % f,
-          description: 'Within %(spike)s the queue pairs on ' % f + text.node(c) + ' were replaced {{ $value | humanize }} times over: workers die, or NCCL starts over. Who creates most: ' + culprits + '.',
+          description: 'Within %(spike)s the queue pairs on ' % f + text.node(c) + ' were replaced ' + text.number('$value') + ' times over: workers die, or NCCL starts over. Who creates most: ' + culprits + '.',
         },
         {
           alert: 'RdmaQueuePairChurn',
           expr: 'node:chandra_rdma_queue_pairs_replaced:ratio%(churn)s > %(threshold)g' % (f + r.RdmaQueuePairChurn),
           summary: 'Queue pairs on {{ $labels.%(node)s }} keep being rebuilt.' % f,
-          description: 'Within %(churn)s the queue pairs on ' % f + text.node(c) + ' were replaced {{ $value | humanize }} times over: something restarts again and again. Who creates most: ' + culprits + '.',
+          description: 'Within %(churn)s the queue pairs on ' % f + text.node(c) + ' were replaced ' + text.number('$value') + ' times over: something restarts again and again. Who creates most: ' + culprits + '.',
         },
         {
           alert: 'RdmaQueuePairErrors',
