@@ -65,7 +65,7 @@ fn embedded(path: &Path) -> Option<&'static str> {
 }
 
 /// The text of a file of the user's, or else of one that is embedded.
-fn text(path: &Path) -> Option<String> {
+fn text_of(path: &Path) -> Option<String> {
     fs::read_to_string(path)
         .ok()
         .or_else(|| embedded(path).map(str::to_owned))
@@ -77,14 +77,15 @@ fn text(path: &Path) -> Option<String> {
 ///
 /// [`Failure::Io`] for a file that cannot be read, [`Failure::Jsonnet`] with the place for what does not evaluate.
 pub fn evaluate(overrides: Option<&Path>) -> Result<Value, Failure> {
-    let mut snippet = format!("(import '{ROOT}/outputs.libsonnet')(");
+    let mut snippet = format!("local outputs = (import '{ROOT}/outputs.libsonnet')(");
     if let Some(path) = overrides {
         // Read here for the system's own word about a file that is not there.
         fs::read_to_string(path).map_err(|source| Failure::io("read", path, source))?;
         let quoted = path.display().to_string().replace('\'', "''");
         snippet.push_str(&format!("import @'{quoted}'"));
     }
-    snippet.push(')');
+    // What is wrong with the overrides is said before anything stumbles over it.
+    snippet.push_str("); { problems: outputs.problems, files: if self.problems == [] then outputs.files else {} }");
     let mut vm = JsonnetVm::new();
     // Kept where it is: the callback holds a reference to it.
     vm.import_callback(|_, base, wanted| {
@@ -137,17 +138,19 @@ fn place(message: &str, overrides: Option<&Path>) -> Place {
     let own = trace
         .iter()
         .find(|(file, _)| Some(file.as_path()) == overrides.map(normal).as_deref());
-    match own.or(trace.first()) {
+    let known = trace.iter().find(|(file, _)| text_of(file).is_some());
+    match own.or(known) {
         Some((file, position)) => located(text.to_owned(), file.clone(), *position),
         None => Place {
             message: text.to_owned(),
+            file: overrides.unwrap_or(Path::new("")).to_owned(),
             ..Place::default()
         },
     }
 }
 
 fn located(message: String, file: PathBuf, position: (usize, usize)) -> Place {
-    let line = text(&file)
+    let line = text_of(&file)
         .and_then(|text| text.lines().nth(position.0 - 1).map(str::to_owned))
         .unwrap_or_default();
     Place {

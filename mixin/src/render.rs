@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeMap, fs, path::Path};
 
+use promql_parser::util::parse_duration;
 use serde_json::{Map, Value};
 
 use crate::{Failure, Place, jsonnet};
@@ -33,14 +34,14 @@ fn from_tree(tree: &Value, overrides: Option<&Path>) -> Result<BTreeMap<String, 
         .as_object()
         .expect("outputs.libsonnet has files");
     for (path, file) in files {
-        for (name, expr) in expressions(&file["yaml"]) {
-            if let Err(why) = promql_parser::parser::parse(expr) {
-                return Err(Failure::Config(Place {
-                    message: format!("{path}: {name}: `{}` is not PromQL: {why}", expr.trim()),
+        for rule in rules(&file["yaml"]) {
+            check(rule).map_err(|why| {
+                Failure::Config(Place {
+                    message: format!("{path}: {}: {why}", rule.name),
                     file: overrides.unwrap_or(Path::new("")).to_owned(),
                     ..Place::default()
-                }));
-            }
+                })
+            })?;
         }
     }
     files
@@ -49,21 +50,38 @@ fn from_tree(tree: &Value, overrides: Option<&Path>) -> Result<BTreeMap<String, 
         .collect()
 }
 
-/// The rules anywhere in a value: what each records or alerts, and its expression.
-pub fn expressions(value: &Value) -> Vec<(&str, &str)> {
+/// A recording or alerting rule.
+#[derive(Clone, Copy, Debug)]
+pub struct Rule<'a> {
+    /// What it records or alerts.
+    pub name: &'a str,
+    /// The whole rule.
+    pub body: &'a Value,
+}
+
+/// The rules anywhere in a value.
+pub fn rules(value: &Value) -> Vec<Rule<'_>> {
     match value {
-        Value::Object(map) => {
-            let name = map
-                .get("record")
-                .or(map.get("alert"))
-                .and_then(Value::as_str);
-            if let (Some(name), Some(expr)) = (name, map.get("expr").and_then(Value::as_str)) {
-                return vec![(name, expr)];
-            }
-            map.values().flat_map(expressions).collect()
-        }
-        Value::Array(list) => list.iter().flat_map(expressions).collect(),
+        Value::Object(map) => match map.get("record").or(map.get("alert")) {
+            Some(Value::String(name)) => vec![Rule { name, body: value }],
+            _ => map.values().flat_map(rules).collect(),
+        },
+        Value::Array(list) => list.iter().flat_map(rules).collect(),
         _ => Vec::new(),
+    }
+}
+
+/// Refuses what Prometheus would refuse to load.
+fn check(rule: Rule<'_>) -> Result<(), String> {
+    let expr = rule.body["expr"].as_str().unwrap_or_default();
+    promql_parser::parser::parse(expr)
+        .map_err(|why| format!("`{}` is not PromQL: {why}", expr.trim()))?;
+    match rule.body["for"]
+        .as_str()
+        .map(|text| (text, parse_duration(text)))
+    {
+        Some((text, Err(_))) => Err(format!("`{text}` is not a duration")),
+        _ => Ok(()),
     }
 }
 

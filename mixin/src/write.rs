@@ -32,6 +32,13 @@ pub fn write(out: &Path, files: &BTreeMap<String, String>) -> Result<(), Failure
         if fs::read_to_string(&path).is_ok_and(|old| old == *text) {
             continue;
         }
+        if path.is_dir() {
+            return Err(Failure::io(
+                "write",
+                &path,
+                io::ErrorKind::IsADirectory.into(),
+            ));
+        }
         let folder = path.parent().expect("files lie in folders").to_owned();
         fs::create_dir_all(&folder).map_err(|e| Failure::io("create", &folder, e))?;
         let file = temporary(&folder, text).map_err(|e| Failure::io("write into", &folder, e))?;
