@@ -50,11 +50,17 @@ ebpf: ## Rebuild the committed BPF objects
 .PHONY: generate
 generate: ebpf ## Rewrite all generated files
 	cargo run --quiet --locked --bin chandra -- metrics >docs/metrics.md
+	cargo run --quiet --locked --package chandra-mixin -- render
 
 .PHONY: generate-check
 generate-check:
 	@cargo run --quiet --locked --bin chandra -- metrics | diff -u docs/metrics.md - || \
 		{ echo "docs/metrics.md is not what the sources make: run make generate" >&2; exit 1; }
+	@cargo run --quiet --locked --package chandra-mixin -- render --check || { echo "run make generate" >&2; exit 1; }
+
+.PHONY: mutate-rules
+mutate-rules: setup ## Change every threshold and duration of the alerts: each change has to break a test
+	cargo test --quiet --locked --package chandra-mixin --test mutate -- --nocapture
 
 .PHONY: kernel-test
 kernel-test: setup ## Kernel tests in a VM: KERNEL=5.10|6.1|6.12|6.18|7.2|7.3|newest SIGNAL=tcp

@@ -1,0 +1,414 @@
+// SPDX-License-Identifier: Apache-2.0
+//! From the kernel to the on-call: a pod's connections go unanswered, Cilium drops a namespace's packets; Prometheus
+//! scrapes the real exporter and a Hubble page, evaluates the rendered rules, and Alertmanager calls a webhook.
+//!
+//! Rates and durations are shortened, through `_config` alone. The exporter's part needs root, BTF and veth.
+
+mod common;
+#[path = "../../mixin/tests/common/mod.rs"]
+mod packages;
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    fs,
+    io::{BufRead, BufReader, Read, Write},
+    net::{TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use common::{Exporter, Pod, build, cgroup_root, run, skip, succeeds, write_pods};
+use packages::{Package, program};
+use serde_json::Value;
+
+/// How long after its cause an alert may reach the webhook.
+const LIMIT: Duration = Duration::from_secs(30);
+
+const OVERRIDES: &str = "{
+  _config+:: {
+    window: '10s',
+    tcp+: { TcpRetransmitsHigh+: { 'for': '3s' } },
+    hubble+: { HubbleDropsHigh+: { 'for': '3s' } },
+  },
+}";
+
+const ALERTMANAGER: Package = (
+    "bookworm",
+    "prometheus-alertmanager",
+    "usr/bin/prometheus-alertmanager",
+);
+
+/// A server of somebody else's, killed when dropped.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// An address that nobody listens on.
+fn free() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    listener.local_addr().expect("bound").to_string()
+}
+
+/// Answers every request by what `answer` makes of its body, until the test ends.
+fn serve(answer: impl Fn(&str) -> String + Send + 'static) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("bound").to_string();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.expect("a connection");
+            if let Some(body) = request(&mut stream) {
+                let text = answer(&body);
+                let length = text.len();
+                let head = "HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\nConnection: close";
+                let _ = write!(stream, "{head}\r\nContent-Length: {length}\r\n\r\n{text}");
+            }
+        }
+    });
+    address
+}
+
+/// The body of a request.
+fn request(stream: &mut TcpStream) -> Option<String> {
+    let mut reader = BufReader::new(stream);
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).ok().filter(|read| *read > 0)?;
+        if let Some((name, value)) = line.split_once(':')
+            && name.eq_ignore_ascii_case("content-length")
+        {
+            length = value.trim().parse().ok()?;
+        }
+        if line.trim().is_empty() {
+            break;
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).ok()?;
+    String::from_utf8(body).ok()
+}
+
+/// Hubble's page, as helm-values/cilium.yaml has it: one namespace is denied packets once the fault is on.
+fn hubble(fault: Arc<AtomicBool>) -> String {
+    let started = Instant::now();
+    let denied = Mutex::new(0);
+    serve(move |_| {
+        let flows = started.elapsed().as_millis();
+        let mut denied = denied.lock().expect("no panic");
+        if fault.load(Ordering::Relaxed) {
+            *denied += 7;
+        }
+        let mut page = String::new();
+        for (reason, namespace, value) in [
+            ("POLICY_DENIED", "inference", *denied),
+            ("POLICY_DENIED", "batch", flows / 100),
+            ("UNSUPPORTED_L3_PROTOCOL", "inference", flows / 100),
+        ] {
+            let _ = writeln!(
+                page,
+                "hubble_drop_total{{reason=\"{reason}\",protocol=\"TCP\",source_namespace=\"{namespace}\",\
+                 destination_namespace=\"\",traffic_direction=\"egress\"}} {value}"
+            );
+        }
+        let _ = writeln!(
+            page,
+            "hubble_flows_processed_total{{protocol=\"TCP\",type=\"Trace\",subtype=\"to-endpoint\",verdict=\"FORWARDED\"}} {flows}"
+        );
+        page
+    })
+}
+
+/// What the webhook was told: each alert that fires, by its name.
+type Told = Arc<Mutex<BTreeMap<String, (Instant, Value)>>>;
+
+fn webhook() -> (String, Told) {
+    let told = Told::default();
+    let kept = told.clone();
+    let address = serve(move |body| {
+        let message: Value = serde_json::from_str(body).expect("Alertmanager sends JSON");
+        for alert in message["alerts"].as_array().into_iter().flatten() {
+            if alert["status"] == "firing" {
+                let labels = &alert["labels"];
+                let name = format!("{} {}", text(&labels["alertname"]), text(&labels["pod"]));
+                let mut kept = kept.lock().expect("no panic");
+                kept.entry(name.trim().to_owned())
+                    .or_insert_with(|| (Instant::now(), alert.clone()));
+            }
+        }
+        String::new()
+    });
+    (address, told)
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or_default()
+}
+
+/// Debian's Alertmanager reads its templates from where the package would install them. It gets a /usr/share of its
+/// own for that, in a mount namespace.
+fn alertmanager(program: &Path, folder: &Path, hook: &str) -> (Server, String) {
+    let config = folder.join("alertmanager.yaml");
+    let text = format!(
+        "route: {{ receiver: hook, group_by: [alertname, cluster, node], group_wait: 0s, group_interval: 1s }}\n\
+         receivers: [{{ name: hook, webhook_configs: [{{ url: 'http://{hook}/' }}] }}]\n"
+    );
+    fs::write(&config, text).expect("written");
+    let address = free();
+    let share = program
+        .ancestors()
+        .nth(2)
+        .expect("the package's /usr")
+        .join("share/prometheus");
+    let script = "mount -t tmpfs tmpfs /usr/share && cp -r \"$1\" /usr/share/prometheus && shift && exec \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args([
+        "--user",
+        "--map-root-user",
+        "--mount",
+        "--kill-child",
+        "sh",
+        "-c",
+        script,
+        "sh",
+    ]);
+    command.arg(share).arg(program);
+    command.args([
+        "--cluster.listen-address=",
+        "--web.listen-address",
+        &address,
+    ]);
+    command
+        .arg("--config.file")
+        .arg(config)
+        .arg("--storage.path")
+        .arg(folder.join("alertmanager"));
+    (start(command, folder.join("alertmanager.log")), address)
+}
+
+fn prometheus(
+    program: &Path,
+    folder: &Path,
+    exporter: &str,
+    hubble: &str,
+    alertmanager: &str,
+) -> Server {
+    let config = folder.join("prometheus.yaml");
+    let text = format!(
+        "global: {{ scrape_interval: 1s, evaluation_interval: 1s }}
+rule_files: ['{}/alerts/*.yaml']
+alerting: {{ alertmanagers: [{{ static_configs: [{{ targets: ['{alertmanager}'] }}] }}] }}
+scrape_configs:
+- job_name: chandra
+  honor_labels: true
+  static_configs: [{{ targets: ['{exporter}'], labels: {{ node: gpu-1 }} }}]
+- job_name: hubble-metrics
+  honor_labels: true
+  static_configs: [{{ targets: ['{hubble}'], labels: {{ node: gpu-1 }} }}]
+",
+        folder.display()
+    );
+    fs::write(&config, text).expect("written");
+    let mut command = Command::new(program);
+    command
+        .arg("--config.file")
+        .arg(config)
+        .arg("--storage.tsdb.path")
+        .arg(folder.join("prometheus"));
+    command.args(["--web.listen-address", &free()]);
+    start(command, folder.join("prometheus.log"))
+}
+
+fn start(mut command: Command, log: PathBuf) -> Server {
+    let log = fs::File::create(log).expect("a file");
+    let child = command
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    Server(child)
+}
+
+/// A pod with a network in which nobody answers.
+struct Victim {
+    pod: Pod,
+    cgroup: String,
+}
+
+const NETNS: &str = "chandra-alerting";
+
+impl Victim {
+    fn new() -> Option<Self> {
+        let kernel = chandra::kernel::Kernel::read();
+        if !kernel.may_trace() || kernel.btf.is_err() {
+            skip("TcpRetransmitsHigh needs root and a kernel with BTF");
+            return None;
+        }
+        let pod = Pod::new("inference", "vllm-0", 0xa1e7);
+        let cgroup = format!("{}/{}", cgroup_root().display(), pod.cgroup(0));
+        let victim = Self { pod, cgroup };
+        victim.sweep();
+        let made = succeeds(&format!(
+            "modprobe -qa veth 2>/dev/null; ip netns add {NETNS} && ip -n {NETNS} -b - <<E
+link add c type veth peer name p
+link set c up
+link set p up
+addr add 10.79.0.1/16 dev c
+neigh add 10.79.0.9 lladdr 02:00:00:00:00:09 dev c nud permanent
+E"
+        ));
+        if !made {
+            skip("TcpRetransmitsHigh needs veth");
+            return None;
+        }
+        run(&format!("mkdir -p {}", victim.cgroup));
+        Some(victim)
+    }
+
+    /// Opens connections that nobody answers: each sends its SYN again and again.
+    fn suffer(&self) -> Server {
+        let traffic = build().join("examples/traffic");
+        let shell = format!(
+            "echo $$ >{}/cgroup.procs; exec ip netns exec {NETNS} {} knock 10.79.0.9:81 600 60",
+            self.cgroup,
+            traffic.display()
+        );
+        Server(
+            Command::new("sh")
+                .args(["-ec", &shell])
+                .spawn()
+                .expect("sh"),
+        )
+    }
+
+    fn sweep(&self) {
+        succeeds(&format!(
+            "ip netns del {NETNS}; for i in $(seq 50); do [ -d {0} ] || break; rmdir {0} || sleep 0.1; done
+             rmdir -p {0}/..",
+            self.cgroup
+        ));
+    }
+}
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        self.sweep();
+    }
+}
+
+#[test]
+fn an_incident_reaches_the_webhook_with_the_pod_in_its_labels() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let overrides = folder.path().join("short.jsonnet");
+    fs::write(&overrides, OVERRIDES).expect("written");
+    let rendered = chandra_mixin::render::files(Some(&overrides)).expect("it renders");
+    let Some(alertmanager_program) = program(ALERTMANAGER) else {
+        return;
+    };
+    for package in [
+        ("bookworm", "prometheus", "usr/bin/prometheus"),
+        ("sid", "prometheus", "usr/bin/prometheus"),
+    ] {
+        let Some(prometheus_program) = program(package) else {
+            continue;
+        };
+        let folder = folder.path().join(package.0);
+        chandra_mixin::write::write(&folder, &rendered).expect("written");
+
+        let victim = Victim::new();
+        let pods = folder.join("pods.json");
+        let listed: Vec<_> = victim.iter().map(|victim| victim.pod.clone()).collect();
+        write_pods(&pods, &listed);
+        let exporter = Exporter::start(&["--pods", &pods.display().to_string()]);
+        let fault = Arc::new(AtomicBool::new(false));
+        let hubble = hubble(fault.clone());
+        let (hook, told) = webhook();
+        let (_alertmanager, alerts_to) = alertmanager(&alertmanager_program, &folder, &hook);
+        let _prometheus = prometheus(
+            &prometheus_program,
+            &folder,
+            &exporter.address,
+            &hubble,
+            &alerts_to,
+        );
+
+        // Healthy: drops of other namespaces and harmless ones, a pod that is quiet.
+        thread::sleep(Duration::from_secs(15));
+        let log = |name: &str| fs::read_to_string(folder.join(name)).unwrap_or_default();
+        let logs = || format!("{}\n{}", log("prometheus.log"), log("alertmanager.log"));
+        let early: Vec<_> = told.lock().expect("no panic").keys().cloned().collect();
+        assert!(early.is_empty(), "{early:?} while all is well\n{}", logs());
+
+        let mut expected = vec!["HubbleDropsHigh"];
+        let cause = Instant::now();
+        fault.store(true, Ordering::Relaxed);
+        let _work = victim.as_ref().map(|victim| {
+            expected.push("TcpRetransmitsHigh vllm-0");
+            victim.suffer()
+        });
+        while cause.elapsed() < LIMIT {
+            let told = told.lock().expect("no panic");
+            if expected.iter().all(|name| told.contains_key(*name)) {
+                break;
+            }
+            drop(told);
+            thread::sleep(Duration::from_millis(100));
+        }
+        // What else would come, comes with them.
+        thread::sleep(Duration::from_secs(2));
+        let told = told.lock().expect("no panic");
+        let names: Vec<_> = told.keys().map(String::as_str).collect();
+        assert_eq!(names, expected, "{}\n{}", exporter.get("/metrics"), logs());
+        for (name, (at, alert)) in &*told {
+            let after = at.duration_since(cause);
+            println!(
+                "{}: {name} after {after:.1?}: {}",
+                package.0,
+                text(&alert["annotations"]["description"])
+            );
+            assert!(after < LIMIT);
+            let labels = &alert["labels"];
+            assert_eq!(text(&labels["namespace"]), "inference", "{alert}");
+            assert_eq!(text(&labels["severity"]), "warning", "{alert}");
+            let annotations = &alert["annotations"];
+            let runbook = text(&annotations["runbook_url"]);
+            let anchor = format!("#{}", text(&labels["alertname"]).to_lowercase());
+            assert!(
+                runbook.contains("/docs/runbooks/") && runbook.ends_with(&anchor),
+                "{alert}"
+            );
+            if name.starts_with("Tcp") {
+                assert_eq!(
+                    (text(&labels["pod"]), text(&labels["node"])),
+                    ("vllm-0", "gpu-1"),
+                    "{alert}"
+                );
+                assert!(
+                    text(&annotations["description"])
+                        .contains("Pod inference/vllm-0 on node gpu-1 "),
+                    "{alert}"
+                );
+                assert!(
+                    text(&annotations["description"]).contains(" syn "),
+                    "{alert}"
+                );
+            } else {
+                assert!(
+                    text(&annotations["description"]).contains("by reason: POLICY_DENIED "),
+                    "{alert}"
+                );
+            }
+        }
+    }
+}
