@@ -10,7 +10,8 @@ function(c) {
     entries into yours; if you have one of these metrics already, add the labelsContext to it.
     hubble.metrics.dynamic must stay off: the agent does not start with both.
     This chart cannot carry alert rules or Chandra's dashboards: see kube-prometheus-stack.yaml and prometheus.yaml.
-    Without a Prometheus Operator set both serviceMonitor.enabled to false; the pods are annotated for scraping then.
+    Without a Prometheus Operator set both serviceMonitor.enabled to false; the agent's pods and Hubble's Service are
+    annotated for scraping then.
   |||,
   values: {
     prometheus: {

@@ -4,7 +4,8 @@ function(c, rules, alerts) {
     Values for the plain prometheus chart: Chandra's rules, and the job that scrapes it.
       helm upgrade prometheus prometheus-community/prometheus -n monitoring --reuse-values -f prometheus.yaml
     Helm replaces lists: groups of your own under these two keys are lost if this file comes after them. Then put them
-    into this file. The chart loads no other rule files, ruleFiles included.
+    into this file, or under serverFiles.rules and serverFiles.alerts, which the chart still loads. It does not load
+    what stands in ruleFiles.
   |||,
   values: {
     serverFiles: {

@@ -176,7 +176,7 @@
           },
         },
       ],
-      options: { showHeader: true, cellHeight: 'sm', footer: { show: false, reducer: [], countRows: false } },
+      options: { showHeader: true, cellHeight: 'sm' },
     },
 
   local variable(c, name, label, query) = {
@@ -185,7 +185,6 @@
     type: 'query',
     datasource: datasource,
     query: { query: query, refId: 'variable-' + name },
-    definition: query,
     includeAll: true,
     multi: true,
     // A series without the label is in "All" too.

@@ -8,18 +8,19 @@
   // The pod, or what the pod labels mean where they name none; see docs/design.md, "Special labels".
   pod(c)::
     '{{ if $labels.namespace }}Pod {{ $labels.namespace }}/{{ $labels.pod }}' +
-    '{{ else if $labels.pod }}Pod {{ $labels.pod }}{{ else }}The host itself{{ end }} on ' + $.node(c),
+    '{{ else if eq $labels.pod "unknown" }}An unknown pod{{ else if eq $labels.pod "other" }}A pod beyond --max-owners' +
+    '{{ else }}The host itself{{ end }} on ' + $.node(c),
 
   // A number of three digits: Prometheus' own `humanize` writes 0.1 as 100m.
   number(value):: '{{ if lt %s 1.0 }}{{ printf "%%.2g" %s }}{{ else }}{{ humanize %s }}{{ end }}' % [value, value, value],
 
   // The rows of `expr`, worst first, each as `item` (a template of `$row`). `%s` in `expr` stands for the matchers that
-  // select what the alert is about, by `labels`.
-  list(c, expr, labels, item)::
+  // select what the alert is about, by `labels`. Without a row it says `none`.
+  list(c, expr, labels, item, none='no data')::
     local matchers = std.join(',', [name(c, label) + '=%q' for label in labels]);
     local values = std.join(' ', ['$labels.' + name(c, label) for label in labels]);
     '{{ with printf `sort_desc(%s)` %s | query }}' % [expr % matchers, values] +
-    '{{ range $i, $row := . }}{{ if $i }}, {{ end }}%s{{ end }}{{ else }}no data{{ end }}' % item,
+    '{{ range $i, $row := . }}{{ if $i }}, {{ end }}%s{{ end }}{{ else }}%s{{ end }}' % [item, none],
 
   // A row's pod, and its value in a unit.
   podItem(value):: '{{ with $row.Labels.namespace }}{{ . }}/{{ end }}{{ or $row.Labels.pod "the host" }} ' + value,

@@ -80,18 +80,21 @@ local text = import '../lib/text.libsonnet';
 
       local most = text.list(c, 'topk(5, pod:chandra_encryption_bytes:rate%(w)s{%%s} > 0)' % f, ['cluster', 'node'], text.podItem('{{ $row.Value | humanize1024 }}B/s')),
 
+      // IPsec needs no interface.
+      local tunnel = '{{ $labels.protocol }} on ' + text.node(c) + '{{ with $labels.interface }} ({{ . }}){{ end }}',
+
       alerts: [
         {
           alert: 'EncryptionRekeyStorm',
           expr: 'interface:chandra_encryption_peer_sessions:max_rate%(w)s * 60 > %(threshold)g' % (f + e.EncryptionRekeyStorm),
-          summary: 'Encryption sessions on {{ $labels.%(node)s }} {{ $labels.interface }} are rebuilt all the time.' % f,
-          description: '{{ $labels.protocol }} on ' + text.node(c) + ' interface {{ $labels.interface }} derives ' + text.number('$value') + ' sessions a minute with one peer, where one in two minutes is normal. Every rebuild holds packets up. Pods with most encrypted traffic there: ' + most + '.',
+          summary: tunnel + ' rebuilds its sessions all the time.',
+          description: tunnel + ' derives ' + text.number('$value') + ' sessions a minute with one peer. WireGuard needs one in two minutes, IPsec a few in a key rotation; packets queue during each handshake. Pods with most encrypted traffic on this node: ' + most + '.',
         },
         {
           alert: 'EncryptionCpuHigh',
           expr: 'pod:chandra_encryption_cpu_seconds:rate%(w)s > %(threshold)g' % (f + e.EncryptionCpuHigh),
-          summary: 'Encrypting the traffic of ' + text.pod(c) + ' takes a CPU core.',
-          description: text.pod(c) + ' has ' + text.number('$value') + ' CPU seconds a second spent on the encryption of its traffic. Pods with most encrypted traffic there: ' + most + '.',
+          summary: text.pod(c) + ': the encryption of its traffic takes ' + text.number('$value') + ' CPU cores.',
+          description: text.pod(c) + ': encrypting and decrypting its traffic takes ' + text.number('$value') + ' CPU cores. Pods with most encrypted traffic on this node: ' + most + '.',
         },
       ],
 

@@ -8,7 +8,8 @@ local text = import '../lib/text.libsonnet';
       ChandraDown: { 'for': '5m', severity: 'ticket' },
       // A signal that should work on this host and does not; one that the host does not have is `absent`, no alert.
       ChandraSignalDown: { 'for': '5m', severity: 'ticket' },
-      // Share of events that a signal saw and could not count.
+      // Share of events that a signal saw and could not count. A scrape that could not read the maps (read_failed) is
+      // no event: the next one finds them there, and a signal that cannot be read at all is ChandraSignalDown.
       ChandraEventsLost: { threshold: 0.01, 'for': '10m', severity: 'ticket' },
       // Share of units that a signal counted for nobody. Some are: the first seconds of a pod, a socket of a pod that
       // has gone.
@@ -33,10 +34,10 @@ local text = import '../lib/text.libsonnet';
         {
           record: 'signal:chandra_lost_events:ratio_rate%(w)s' % f,
           expr: |||
-            sum by (%(cluster)s, %(node)s, signal) (rate(chandra_lost_events_total{%(sel)s}[%(w)s]))
+            sum by (%(cluster)s, %(node)s, signal) (rate(chandra_lost_events_total{reason!="read_failed", %(sel)s}[%(w)s]))
             /
             (
-              sum by (%(cluster)s, %(node)s, signal) (rate(chandra_lost_events_total{%(sel)s}[%(w)s]))
+              sum by (%(cluster)s, %(node)s, signal) (rate(chandra_lost_events_total{reason!="read_failed", %(sel)s}[%(w)s]))
               + sum by (%(cluster)s, %(node)s, signal) (rate(chandra_attribution_total{%(sel)s}[%(w)s]))
             )
           ||| % f,
@@ -67,39 +68,42 @@ local text = import '../lib/text.libsonnet';
         {
           alert: 'ChandraDown',
           expr: 'up{%(sel)s} == 0 or absent(up{%(sel)s})' % f,
-          summary: 'Chandra is down.',
-          description: 'Prometheus cannot scrape Chandra on ' + text.node(c) + '{{ with $labels.instance }} ({{ . }}){{ end }}: nothing that it would show is seen there.',
+          // What absent() gives has no instance.
+          summary: '{{ if $labels.instance }}Chandra is down on ' + text.node(c) + '{{ else }}Chandra is nowhere to be scraped{{ end }}.',
+          description: '{{ with $labels.instance }}Prometheus cannot scrape Chandra on ' + text.node(c) + ' ({{ . }}): none of its signals is seen there.' +
+                       '{{ else }}Prometheus has no target for Chandra: none of its signals is seen on any node.{{ end }}',
         },
         {
           alert: 'ChandraSignalDown',
           expr: 'max by (%(cluster)s, %(node)s, signal) (chandra_signal_state{state="failed", %(sel)s}) == 1' % f,
-          summary: 'Signal {{ $labels.signal }} of Chandra does not work on {{ $labels.%(node)s }}.' % f,
-          description: 'Signal {{ $labels.signal }} should work on ' + text.node(c) + ' and does not. Hooks that are missing: ' +
-                       text.list(c, 'chandra_hook_info{%%s,reason!="attached",%(sel)s}' % f, ['cluster', 'node', 'signal'], '{{ $row.Labels.hook }} ({{ $row.Labels.reason }})') + '. The page / of the exporter says what to do.',
+          summary: 'Signal {{ $labels.signal }} of Chandra does not work on ' + text.node(c) + '.',
+          description: 'Signal {{ $labels.signal }} should work on ' + text.node(c) + ' and does not. Missing hooks by reason: ' +
+                       // None, where all are attached and reading the maps fails.
+                       text.list(c, 'count by (reason) (chandra_hook_info{%%s,reason!="attached",%(sel)s})' % f, ['cluster', 'node', 'signal'], '{{ $row.Labels.reason }} {{ $row.Value }}', none='none') + '. The page / of the exporter says why, and what to do.',
         },
         {
           alert: 'ChandraEventsLost',
           expr: 'signal:chandra_lost_events:ratio_rate%(w)s > %(threshold)g' % (f + x.ChandraEventsLost),
-          summary: 'Signal {{ $labels.signal }} of Chandra loses events on {{ $labels.%(node)s }}.' % f,
+          summary: 'Signal {{ $labels.signal }} of Chandra loses events on ' + text.node(c) + '.',
           description: 'Signal {{ $labels.signal }} on ' + text.node(c) + ' loses {{ $value | humanizePercentage }} of its events, so its figures are too low; by reason: ' +
-                       text.list(c, 'sum by (reason) (rate(chandra_lost_events_total{%%s,%(sel)s}[%(w)s])) > 0' % f, ['cluster', 'node', 'signal'], '{{ $row.Labels.reason }} ' + text.number('$row.Value') + '/s') + '.',
+                       text.list(c, 'sum by (reason) (rate(chandra_lost_events_total{%%s,reason!="read_failed",%(sel)s}[%(w)s])) > 0' % f, ['cluster', 'node', 'signal'], '{{ $row.Labels.reason }} ' + text.number('$row.Value') + '/s') + '.',
         },
         {
           alert: 'ChandraAttributionPoor',
           expr: 'signal:chandra_attribution_unknown:ratio_rate%(w)s > %(threshold)g' % (f + x.ChandraAttributionPoor),
-          summary: 'Signal {{ $labels.signal }} of Chandra does not know whose events it counts on {{ $labels.%(node)s }}.' % f,
-          description: 'Signal {{ $labels.signal }} on ' + text.node(c) + ' counts {{ $value | humanizePercentage }} of its events for pod="unknown": no pod is told about them.',
+          summary: 'Signal {{ $labels.signal }} of Chandra does not know whose events it counts on ' + text.node(c) + '.',
+          description: 'Signal {{ $labels.signal }} on ' + text.node(c) + ' counts {{ $value | humanizePercentage }} of its events for pod="unknown": it cannot tell whose they are.',
         },
         {
           alert: 'ChandraPodsStale',
           expr: 'max by (%(cluster)s, %(node)s) (chandra_pods_age_seconds{%(sel)s}) > %(threshold)g' % (f + x.ChandraPodsStale),
-          summary: 'Chandra does not hear of new pods on {{ $labels.%(node)s }}.' % f,
+          summary: 'Chandra does not hear of new pods on ' + text.node(c) + '.',
           description: 'The source of pod names on ' + text.node(c) + ' has not answered for {{ $value | humanizeDuration }}: pods that came since have no name in any metric.',
         },
         {
           alert: 'ChandraSeriesBudgetReached',
           expr: 'node:chandra_series:sum > %(threshold)g' % (f + x.ChandraSeriesBudgetReached),
-          summary: 'Chandra on {{ $labels.%(node)s }} exports more series than planned.' % f,
+          summary: 'Chandra on ' + text.node(c) + ' exports more series than planned.',
           description: 'Chandra on ' + text.node(c) + ' exports {{ $value }} series; by signal: ' +
                        text.list(c, 'chandra_series{%%s,%(sel)s}' % f, ['cluster', 'node'], '{{ $row.Labels.signal }} {{ $row.Value }}') + '.',
         },

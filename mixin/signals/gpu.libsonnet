@@ -42,8 +42,8 @@ local text = import '../lib/text.libsonnet';
         {
           alert: 'GpuRunqueueDelayHigh',
           expr: 'pod:chandra_gpu_runqueue_delay_seconds:p99_rate%(w)s > %(threshold)g' % (f + c.gpu.GpuRunqueueDelayHigh),
-          summary: 'The threads that drive the GPU of ' + text.pod(c) + ' wait for a CPU.',
-          description: 'One in a hundred times a thread that drives a GPU in ' + text.pod(c) + ' waits longer than {{ $value | humanizeDuration }} for a CPU, and the GPU waits with it. Seconds waited per second on this node: ' +
+          summary: text.pod(c) + ' waits for a CPU to drive its GPU.',
+          description: text.pod(c) + ': one in a hundred times a thread that drives a GPU waits longer than {{ $value | humanizeDuration }} for a CPU, and the GPU waits with it. Seconds waited per second on this node: ' +
                        text.list(c, 'topk(5, pod:chandra_gpu_runqueue_delay_seconds:rate%(w)s{%%s} > 0)' % f, ['cluster', 'node'], text.podItem(text.number('$row.Value'))) + '.',
         },
       ],

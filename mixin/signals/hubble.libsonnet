@@ -2,13 +2,12 @@
 // Cilium's own metrics, with the labels that helm-values/cilium.yaml asks for.
 local panels = import '../lib/panels.libsonnet';
 local text = import '../lib/text.libsonnet';
-local vocabulary = (import '../lib/drop_reasons.json').reasons;
+local vocabulary = import '../lib/drop_reasons.libsonnet';
 
 // hubble_drop_total has the name of the protobuf enum, cilium_drop_count_total a sentence. Reasons are written here in
 // Hubble's vocabulary and translated by Cilium's own table.
 local agentReason(reason) =
-  local found = [row.agent_reason for row in vocabulary if row.hubble_reason == reason];
-  if std.length(found) == 1 then found[0] else error 'hubble: Cilium has no drop reason ' + reason;
+  if std.objectHas(vocabulary, reason) then vocabulary[reason] else error 'hubble: Cilium has no drop reason ' + reason;
 local anyOf(list) = std.join('|', list);
 local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
 
@@ -33,7 +32,8 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
       // Dropped packets a second in an inference namespace. One client that is refused sends its SYN six times in two
       // minutes, 0.05 a second: this is two of them, all the time.
       HubbleDropsHigh: { threshold: 0.1, 'for': '5m', severity: 'ticket' },
-      // Packets a second whose connection found no room in conntrack. There is no healthy rate: new connections fail.
+      // Packets a second whose connection could not be entered into conntrack. There is no healthy rate: new connections
+      // fail. The maps are LRU: a full one throws out live connections first.
       HubbleConntrackFull: { threshold: 0.1, 'for': '2m', severity: 'page' },
       // Share of a conntrack map in use. Cilium's garbage collector keeps a healthy one well below; from here a burst of
       // connections fills it.
@@ -48,7 +48,7 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
       HubbleDnsErrorsHigh: { threshold: 0.05, 'for': '10m', severity: 'ticket' },
       // Share of DNS queries without a response. A resolver waits 5 s for each, so one in twenty is felt.
       HubbleDnsUnanswered: { threshold: 0.05, 'for': '10m', severity: 'ticket' },
-      // Packets a second that encryption strict mode stopped, since they would have left the node in clear text.
+      // Packets a second that encryption strict mode stopped, since they were in clear text.
       HubbleUnencryptedDropped: { threshold: 0.1, 'for': '5m', severity: 'ticket' },
       // Packets a second that XFRM stopped for want of a matching policy.
       HubbleIpsecPolicyBlocked: { threshold: 0.1, 'for': '5m', severity: 'ticket' },
@@ -200,20 +200,20 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
           ||| % (f + h.HubbleDropsHigh),
           summary: 'Cilium drops packets of namespace {{ $labels.namespace }}.',
           description: 'Cilium drops ' + text.number('$value') + ' packets a second of namespace {{ $labels.namespace }}; by reason: ' +
-                       text.list(c, 'namespace_reason:hubble_drop:rate%(w)s{%%s} > 0' % f, ['cluster', 'namespace'], '{{ $row.Labels.reason }} ' + text.number('$row.Value') + '/s') + '.',
+                       text.list(c, 'namespace_reason:hubble_drop:rate%(w)s{%%s,reason!~"%(quiet)s"} > 0' % f, ['cluster', 'namespace'], '{{ $row.Labels.reason }} ' + text.number('$row.Value') + '/s') + '.',
         },
         {
           alert: 'HubbleConntrackFull',
           expr: 'node:cilium_conntrack_drop:rate%(w)s > %(threshold)g' % (f + h.HubbleConntrackFull),
-          summary: 'The connection tracking table of {{ $labels.%(node)s }} is full.' % f,
-          description: 'On ' + text.node(c) + ' ' + text.number('$value') + ' packets a second are dropped because their connection finds no room in conntrack: new connections fail. Maps in use: ' +
+          summary: 'Cilium cannot track new connections on ' + text.node(c) + '.',
+          description: 'On ' + text.node(c) + ', ' + text.number('$value') + ' packets a second are dropped because their connection cannot be entered into conntrack: new connections fail. Use by map: ' +
                        text.list(c, 'node_map:cilium_bpf_map_pressure:max{%s}', ['cluster', 'node'], '{{ $row.Labels.map_name }} {{ $row.Value | humanizePercentage }}') + '.',
         },
         {
           alert: 'HubbleConntrackPressure',
           expr: 'max by (%(cluster)s, %(node)s) (node_map:cilium_bpf_map_pressure:max) > %(threshold)g' % (f + h.HubbleConntrackPressure),
-          summary: 'The connection tracking table of {{ $labels.%(node)s }} is nearly full.' % f,
-          description: 'A connection tracking map on ' + text.node(c) + ' is {{ $value | humanizePercentage }} full; when it is, new connections fail. Maps in use: ' +
+          summary: 'The connection tracking table of ' + text.node(c) + ' is nearly full.',
+          description: 'A connection tracking map on ' + text.node(c) + ' is {{ $value | humanizePercentage }} full; once it is, live connections are thrown out and new ones fail. Use by map: ' +
                        text.list(c, 'node_map:cilium_bpf_map_pressure:max{%s}', ['cluster', 'node'], '{{ $row.Labels.map_name }} {{ $row.Value | humanizePercentage }}') + '.',
         },
         {
@@ -223,13 +223,13 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
             unless on (%(cluster)s, %(node)s)
             node:hubble_flows_processed:rate%(w)s > 0
           ||| % (f + h.HubbleFlowsMissing),
-          summary: 'Hubble exports no flows of {{ $labels.%(node)s }}.' % f,
+          summary: 'Hubble exports no flows of ' + text.node(c) + '.',
           description: 'The agent on ' + text.node(c) + ' forwards ' + text.number('$value') + ' packets a second, and Hubble counts no flow there: drops, DNS and policy verdicts of this node are invisible.',
         },
         {
           alert: 'HubbleEventsLost',
           expr: 'node:hubble_lost_events:ratio_rate%(w)s > %(threshold)g' % (f + h.HubbleEventsLost),
-          summary: 'Hubble loses events on {{ $labels.%(node)s }}.' % f,
+          summary: 'Hubble loses events on ' + text.node(c) + '.',
           description: 'Hubble on ' + text.node(c) + ' loses {{ $value | humanizePercentage }} of its events before they are counted: its metrics are too low.',
         },
         {
@@ -248,14 +248,14 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
         {
           alert: 'HubbleUnencryptedDropped',
           expr: 'node:cilium_unencrypted_drop:rate%(w)s > %(threshold)g' % (f + h.HubbleUnencryptedDropped),
-          summary: 'Encryption strict mode drops traffic on {{ $labels.%(node)s }}.' % f,
-          description: 'On ' + text.node(c) + ' ' + text.number('$value') + ' packets a second are dropped because they would have left it unencrypted.',
+          summary: 'Encryption strict mode drops traffic on ' + text.node(c) + '.',
+          description: 'On ' + text.node(c) + ', ' + text.number('$value') + ' packets a second are dropped because they are not encrypted.',
         },
         {
           alert: 'HubbleIpsecPolicyBlocked',
           expr: 'node:cilium_ipsec_policy_blocked:rate%(w)s > %(threshold)g' % (f + h.HubbleIpsecPolicyBlocked),
-          summary: 'IPsec stops packets on {{ $labels.%(node)s }}.' % f,
-          description: 'On ' + text.node(c) + ' ' + text.number('$value') + ' packets a second match no IPsec policy and are stopped: traffic to at least one node fails.',
+          summary: 'IPsec stops packets on ' + text.node(c) + '.',
+          description: 'On ' + text.node(c) + ', ' + text.number('$value') + ' packets a second match no IPsec policy and are stopped: traffic to at least one node fails.',
         },
       ],
 

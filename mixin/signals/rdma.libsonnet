@@ -11,9 +11,9 @@ local text = import '../lib/text.libsonnet';
       // Below this many queue pairs on a node there is no job to protect: one client of perftest has a pair or two.
       pairsFloor: 6,
 
-      // How often the node's queue pairs were both torn down and built again within the spike window, relative to those
-      // that existed before it. A job that starts only builds, one that ends only tears down, and one job after another
-      // does each at most once: above 1 pairs are built and torn down again within the window.
+      // How often the node's queue pairs were both torn down and built again within the spike window, relative to the
+      // most that existed since ten minutes before it. A job that starts only builds, one that ends only tears down, and
+      // one job after another does each at most once: above 1 pairs are built and torn down again within the window.
       RdmaQueuePairSpike: { threshold: 1.5, 'for': '1m', severity: 'ticket' },
       // The same over the churn window: a worker in CrashLoopBackOff comes back about twelve times an hour.
       RdmaQueuePairChurn: { threshold: 4, 'for': '5m', severity: 'ticket' },
@@ -23,7 +23,7 @@ local text = import '../lib/text.libsonnet';
       // Seconds that nine in ten resolutions of an address or a route stay below. Both are one or two packets on the
       // fabric, microseconds to milliseconds; librdmacm's users give up after 1 or 2 s.
       RdmaResolutionSlow: { threshold: 0.5, 'for': '10m', severity: 'ticket' },
-      // Seconds since the kernel last told a device's queue pairs, asked every 10 s: above, the gauge is history.
+      // Seconds since the kernel last reported a device's queue pairs, asked every 10 s: above, the gauge is history.
       RdmaEnumerationStale: { threshold: 120, 'for': '5m', severity: 'ticket' },
     },
   },
@@ -48,8 +48,6 @@ local text = import '../lib/text.libsonnet';
           )
         )
       ||| % (f { window: window }),
-      // The most pairs of the ten minutes before the window: while workers crash, the count at one moment may be 0.
-      local before(window) = 'max_over_time(node:chandra_rdma_queue_pairs:sum[%(spike)s] offset %(window)s)' % (f { window: window }),
       local quantile(metric) = |||
         histogram_quantile(0.9, sum by (%(cluster)s, %(node)s, namespace, pod, le) (rate(%(metric)s_bucket{%(sel)s}[%(w)s])))
       ||| % (f { metric: metric }),
@@ -80,28 +78,33 @@ local text = import '../lib/text.libsonnet';
           record: 'pod:chandra_rdma_queue_pairs_destroyed:rate%(w)s' % f,
           expr: 'sum by (%(cluster)s, %(node)s, namespace, pod) (rate(chandra_rdma_queue_pairs_destroyed_total{%(sel)s}[%(w)s]))' % f,
         },
+        // While workers crash, the count at one moment may be 0.
+        { record: 'node:chandra_rdma_queue_pairs:max%(spike)s' % f, expr: 'max_over_time(node:chandra_rdma_queue_pairs:sum[%(spike)s])' % f },
         { record: 'node:chandra_rdma_queue_pairs_replaced:increase%(spike)s' % f, expr: replaced(r.spikeWindow) },
         { record: 'node:chandra_rdma_queue_pairs_replaced:increase%(churn)s' % f, expr: replaced(r.churnWindow) },
         {
+          // Relative to the most pairs within the window or in the ten minutes before it: a large job that starts and
+          // ends beside a few lasting pairs replaced none of them. Only where there were pairs before the window: two
+          // short tests on an idle node are no incident.
           record: 'node:chandra_rdma_queue_pairs_replaced:ratio%(spike)s' % f,
           expr: |||
             node:chandra_rdma_queue_pairs_replaced:increase%(spike)s
             /
-            (%(before)s >= %(floor)d)
-          ||| % (f { before: before(r.spikeWindow) }),
+            (
+              max_over_time(node:chandra_rdma_queue_pairs:max%(spike)s[%(spike)s])
+              and
+              node:chandra_rdma_queue_pairs:max%(spike)s offset %(spike)s >= %(floor)d
+            )
+          ||| % f,
         },
         {
-          // A job younger than the window is compared with what it had ten minutes ago.
+          // A job younger than the window is compared with its own pairs.
           record: 'node:chandra_rdma_queue_pairs_replaced:ratio%(churn)s' % f,
           expr: |||
             node:chandra_rdma_queue_pairs_replaced:increase%(churn)s
             /
-            (
-              (%(hour)s >= %(floor)d)
-              or
-              (%(minutes)s >= %(floor)d)
-            )
-          ||| % (f { hour: before(r.churnWindow), minutes: before(r.spikeWindow) }),
+            (max_over_time(node:chandra_rdma_queue_pairs:max%(spike)s[%(churn)s]) >= %(floor)d)
+          ||| % f,
         },
         {
           record: 'pod:chandra_rdma_queue_pairs_error:sum',
@@ -121,26 +124,32 @@ local text = import '../lib/text.libsonnet';
         },
       ],
 
-      local culprits = text.list(c, 'topk(5, pod:chandra_rdma_queue_pairs_created:rate%(w)s{%%s} > 0)' % f, ['cluster', 'node'], text.podItem(text.number('$row.Value') + '/s')),
+      // Of the alert's own window: in CrashLoopBackOff the last restart is longer ago than a rate looks back. Destroyed,
+      // not created: a new pod's first pairs come before its series, its last ones do not.
+      local culprits(window) =
+        'Torn down, by pod: ' +
+        text.list(c, 'topk(5, sum by (namespace, pod) (increase(chandra_rdma_queue_pairs_destroyed_total{%%s,%(sel)s}[%(window)s])) > 0)' % (f { window: window }), ['cluster', 'node'], text.podItem('{{ printf "%.0f" $row.Value }}')) +
+        '.',
+      local times = '{{ printf "%.1f" $value }} times over',
 
       alerts: [
         {
           alert: 'RdmaQueuePairSpike',
           expr: 'node:chandra_rdma_queue_pairs_replaced:ratio%(spike)s > %(threshold)g' % (f + r.RdmaQueuePairSpike),
-          summary: 'Queue pairs on {{ $labels.%(node)s }} are torn down and rebuilt.' % f,
-          description: 'Within %(spike)s the queue pairs on ' % f + text.node(c) + ' were replaced ' + text.number('$value') + ' times over: workers die, or NCCL starts over. Who creates most: ' + culprits + '.',
+          summary: 'Queue pairs on ' + text.node(c) + ' are torn down and rebuilt.',
+          description: 'Within %(spike)s the queue pairs on ' % f + text.node(c) + ' were replaced ' + times + ': workers die, or NCCL starts over. ' + culprits(r.spikeWindow),
         },
         {
           alert: 'RdmaQueuePairChurn',
           expr: 'node:chandra_rdma_queue_pairs_replaced:ratio%(churn)s > %(threshold)g' % (f + r.RdmaQueuePairChurn),
-          summary: 'Queue pairs on {{ $labels.%(node)s }} keep being rebuilt.' % f,
-          description: 'Within %(churn)s the queue pairs on ' % f + text.node(c) + ' were replaced ' + text.number('$value') + ' times over: something restarts again and again. Who creates most: ' + culprits + '.',
+          summary: 'Queue pairs on ' + text.node(c) + ' keep being rebuilt.',
+          description: 'Within %(churn)s the queue pairs on ' % f + text.node(c) + ' were replaced ' + times + ': something restarts again and again. ' + culprits(r.churnWindow),
         },
         {
           alert: 'RdmaQueuePairErrors',
           expr: 'pod:chandra_rdma_queue_pairs_error:sum > 0',
           summary: text.pod(c) + ' has queue pairs in error.',
-          description: text.pod(c) + ' has {{ $value }} queue pairs in state ERR that it does not close: they carry nothing, and a collective that needs one hangs. Retries exceeded, or the peer is gone.',
+          description: text.pod(c) + ' has queue pairs in state ERR that it does not close: {{ $value }}. They carry nothing, and a collective that needs one hangs. Retries exceeded, or the peer is gone.',
         },
         {
           alert: 'RdmaResolutionSlow',
@@ -152,13 +161,13 @@ local text = import '../lib/text.libsonnet';
             ) > %(threshold)g
           ||| % (f + r.RdmaResolutionSlow),
           summary: text.pod(c) + ' resolves RDMA addresses slowly.',
-          description: 'One in ten RDMA address or route resolutions of ' + text.pod(c) + ' takes longer than {{ $value | humanizeDuration }}: connections are slow to come up, or time out.',
+          description: text.pod(c) + ' waits longer than {{ $value | humanizeDuration }} for one in ten RDMA address or route resolutions: connections are slow to come up, or time out.',
         },
         {
           alert: 'RdmaEnumerationStale',
           expr: 'max by (%(cluster)s, %(node)s) (chandra_rdma_enumeration_age_seconds{%(sel)s}) > %(threshold)g' % (f + r.RdmaEnumerationStale),
-          summary: 'The queue pairs of {{ $labels.%(node)s }} are not told any more.' % f,
-          description: 'A device on ' + text.node(c) + ' has not told its queue pairs for {{ $value | humanizeDuration }}, so chandra_rdma_queue_pairs is that old. Devices: ' +
+          summary: 'The count of RDMA queue pairs on ' + text.node(c) + ' is out of date.',
+          description: 'A device on ' + text.node(c) + ' has not reported its queue pairs for {{ $value | humanizeDuration }}, so chandra_rdma_queue_pairs is that old. Devices: ' +
                        text.list(c, 'chandra_rdma_enumeration_age_seconds{%%s,%(sel)s}' % f, ['cluster', 'node'], '{{ $row.Labels.device }} {{ $row.Value | humanizeDuration }}') + '.',
         },
       ],

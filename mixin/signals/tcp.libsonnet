@@ -34,8 +34,8 @@ local text = import '../lib/text.libsonnet';
         {
           alert: 'TcpRetransmitsHigh',
           expr: 'pod:chandra_tcp_retransmits:rate%(w)s > %(threshold)g' % (f + c.tcp.TcpRetransmitsHigh),
-          summary: text.pod(c) + ' retransmits.',
-          description: text.pod(c) + ' sends ' + text.number('$value') + ' TCP segments a second again; by kind: ' +
+          summary: text.pod(c) + ' retransmits TCP segments.',
+          description: text.pod(c) + ' retransmits ' + text.number('$value') + ' TCP segments a second; by kind: ' +
                        text.list(c, 'pod_kind:chandra_tcp_retransmits:rate%(w)s{%%s} > 0' % f, ['cluster', 'node', 'namespace', 'pod'], '{{ $row.Labels.kind }} ' + text.number('$row.Value') + '/s') +
                        '. fast is loss on the path, rto a peer or path that went silent, syn a peer that does not answer.',
         },
