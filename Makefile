@@ -25,7 +25,7 @@ run: ## Build, and run the exporter on this host
 
 .PHONY: test
 # The churn test measures time, which a loaded emulator does not keep: here it runs natively only.
-test: setup lint generate-check ## Everything that a development machine can check
+test: setup lint generate-check rendered-check ## Everything that a development machine can check
 	@objects=$$(tools/objects) || exit; [ -z "$$objects" ] || export CHANDRA_EBPF_OBJECTS=$$objects; \
 	cargo test --locked --workspace || exit; \
 	if tests/vm/fetch $(KERNEL); then CHANDRA_KERNEL_TEST_ARGS="--skip churn::" tools/kernel-test "$(SIGNAL)" $(KERNEL); \
@@ -57,6 +57,11 @@ generate-check:
 	@cargo run --quiet --locked --bin chandra -- metrics | diff -u docs/metrics.md - || \
 		{ echo "docs/metrics.md is not what the sources make: run make generate" >&2; exit 1; }
 	@cargo run --quiet --locked --package chandra-mixin -- render --check || { echo "run make generate" >&2; exit 1; }
+
+.PHONY: rendered-check
+rendered-check: ## Dashboards, manifests and Helm values against Grafana's types, the operator's models, the charts
+	tests/schema/check
+	tests/helm/check
 
 .PHONY: mutate-rules
 mutate-rules: setup ## Change every threshold and duration of the alerts: each change has to break a test

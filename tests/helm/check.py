@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks that the keys of helm-values/*.yaml are the charts' own (no schema forbids others), that the charts' schemas
+hold, and that what Helm renders has what each file is for. Then makes mistakes and requires that each is refused.
+usage: check.py CHART..."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+from helm_python import Chart, HelmError, values_from_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(text):
+    return yaml.load(text, yaml.CSafeLoader)
+
+
+RULES = {path.stem: load(path.read_text()) for path in sorted((ROOT / "alerts").glob("*.yaml"))}
+DASHBOARDS = {path.name: json.loads(path.read_text()) for path in sorted((ROOT / "dashboards").glob("*.json"))}
+# Maps that have defaults and are for the user's own keys all the same.
+OPEN = {"scrapeConfigs"}
+
+
+def unknown_keys(values, *defaults, path=""):
+    """Keys that the chart has no default for. A map that is empty there, or null, is for the user's own keys."""
+    for key, value in values.items():
+        known = [default[key] for default in defaults if key in default]
+        if not known:
+            yield path + key
+        elif isinstance(value, dict) and path + key not in OPEN:
+            maps = [default for default in known if isinstance(default, dict) and default]
+            if maps:
+                yield from unknown_keys(value, *maps, path=f"{path}{key}.")
+
+
+def refusals(chart, values):
+    # A chart's own values keep nulls; the merged ones have the values of the charts within it.
+    found = [f"unknown key {key}" for key in unknown_keys(values, chart.values, chart.merge_values({}))]
+    try:
+        chart.validate_schema(values)
+    except HelmError as error:
+        found.append(str(error))
+    return found
+
+
+def render(chart, values):
+    """The rendered objects by kind and name; an empty one for what is not there."""
+    texts = chart.render(values, name=chart.name, namespace="kube-system")
+    objects = [o for path, text in texts.items() if path.endswith(".yaml") for o in yaml.load_all(text, yaml.CSafeLoader) if o]
+    by_name = {(o["kind"], o["metadata"]["name"]): o for o in objects}
+    return lambda kind, name: by_name.get((kind, name), {})
+
+
+def at(tree, *path):
+    for key in path:
+        tree = (tree or {}).get(key)
+    return tree
+
+
+def cilium(objects, values):
+    metrics = at(objects("ConfigMap", "cilium-config"), "data", "hubble-metrics") or ""
+    yield "Hubble's metrics", metrics.split() == values["hubble"]["metrics"]["enabled"]
+    for monitor in "cilium-agent", "hubble":
+        labels = at(objects("ServiceMonitor", monitor), "metadata", "labels") or {}
+        yield f"ServiceMonitor {monitor}", values["prometheus"]["serviceMonitor"]["labels"].items() <= labels.items()
+
+    pod = at(objects("DaemonSet", "cilium"), "spec", "template")
+    containers = at(pod, "spec", "containers") or []
+    [sidecar] = [c for c in containers if c["name"] == "chandra"] or [{}]
+    yield "the sidecar", [sidecar] == values["extraContainers"]
+    mounted = {mount["name"] for mount in sidecar.get("volumeMounts", [])}
+    yield "the sidecar's volumes", mounted and mounted <= {volume["name"] for volume in at(pod, "spec", "volumes")}
+    [port] = values["extraContainers"][0]["ports"]
+    taken = [p["containerPort"] for c in containers for p in c.get("ports", [])]
+    yield "the sidecar's own port", taken.count(port["containerPort"]) == 1
+    monitor = load((ROOT / "manifests/podmonitor-cilium-sidecar.yaml").read_text())["spec"]
+    selected = monitor["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    yield "what the PodMonitor selects", selected and monitor["podMetricsEndpoints"][0]["port"] in [p["name"] for p in sidecar.get("ports", [])]
+
+
+def kube_prometheus_stack(objects, values):
+    stack = "kube-prometheus-stack"
+    selector = objects("Prometheus", f"{stack}-prometheus")["spec"]["ruleSelector"]["matchLabels"]
+    for signal, rules in RULES.items():
+        rule = objects("PrometheusRule", f"{stack}-chandra-{signal}")
+        yield f"rules of {signal}, templates untouched", rule and rule["spec"] == rules
+        yield f"Prometheus selects the rules of {signal}", rule and selector.items() <= rule["metadata"]["labels"].items()
+
+    [folder] = [p["options"]["path"] for p in values["grafana"]["dashboardProviders"]["chandra.yaml"]["providers"]]
+    provider = at(objects("ConfigMap", f"{stack}-grafana"), "data", "chandra.yaml") or "{}"
+    yield "the provider of dashboards", load(provider) == values["grafana"]["dashboardProviders"]["chandra.yaml"]
+    dashboards = at(objects("ConfigMap", f"{stack}-grafana-dashboards-chandra"), "data") or {}
+    containers = objects("Deployment", f"{stack}-grafana")["spec"]["template"]["spec"]["containers"]
+    mounted = [mount["mountPath"] for c in containers for mount in c["volumeMounts"]]
+    yield "the provider's file in Grafana", "/etc/grafana/provisioning/dashboards/chandra.yaml" in mounted
+    for name, dashboard in DASHBOARDS.items():
+        yield name, json.loads(dashboards.get(name, "null")) == dashboard
+        yield f"{name} in Grafana", f"{folder}/{name}" in mounted
+
+
+def prometheus(objects, values):
+    files = objects("ConfigMap", "prometheus-server")["data"]
+    rendered = {name: load(files[name]).get("groups", []) for name in ("recording_rules.yml", "alerting_rules.yml")}
+    groups = [group for file in RULES.values() for group in file["groups"]]
+    for name, of in rendered.items():
+        kind = "record" if name == "recording_rules.yml" else "alert"
+        yield f"{name}, templates untouched", of == [group for group in groups if kind in group["rules"][0]]
+        yield f"promtool on {name}", of and promtool("rules", files[name])
+    jobs = [job for job in load(files["prometheus.yml"])["scrape_configs"] if job["job_name"] == "chandra"]
+    yield "the scrape job", jobs == [values["scrapeConfigs"]["chandra"]]
+    # Debian builds Prometheus without this one.
+    rest = [{key: value for key, value in job.items() if key != "kubernetes_sd_configs"} for job in jobs]
+    yield "promtool on the scrape job", rest and promtool("config", json.dumps({"scrape_configs": rest}))
+
+
+def promtool(what, text):
+    if not shutil.which("promtool"):
+        print(f"SKIPPED: promtool check {what}: promtool is missing: make setup", file=sys.stderr)
+        return not os.environ.get("CI")
+    with tempfile.NamedTemporaryFile("w", suffix=".yml") as file:
+        file.write(text)
+        file.flush()
+        done = subprocess.run(["promtool", "check", what, file.name], capture_output=True, text=True)
+    print(done.stderr, end="", file=sys.stderr)
+    return done.returncode == 0
+
+
+# Per chart: our files, what they have to bring about, and mistakes that keys or the schema have to refuse.
+CHARTS = {
+    "cilium": (
+        ["cilium.yaml", "cilium-sidecar.yaml"],
+        cilium,
+        [
+            {"hubble": {"metrics": {"enable": ["drop"]}}},
+            {"hubble": {"metrics": {"enabled": "drop"}}},
+            {"prometheus": {"enabled": "yes"}},
+            {"prometheusRules": {"groups": []}},
+        ],
+    ),
+    "kube-prometheus-stack": (
+        ["kube-prometheus-stack.yaml"],
+        kube_prometheus_stack,
+        [{"additionalPrometheusRuleMap": {}}, {"grafana": {"dashboard": {}}}],
+    ),
+    "prometheus": (
+        ["prometheus.yaml"],
+        prometheus,
+        [{"serverFiles": {"alerting_rules.yaml": {}}}, {"scrapeConfig": {}}, {"serverFiles": []}],
+    ),
+}
+
+
+def check(chart):
+    """Its problems."""
+    files, expected, mistakes = CHARTS[chart.name]
+    ours = {file: values_from_yaml((ROOT / "helm-values" / file).read_text()) for file in files}
+    refused = [f"helm-values/{file}: {refusal}" for file, values in ours.items() for refusal in refusals(chart, values)]
+    refused += [f"accepted, and should not be: {mistake}" for mistake in mistakes if not refusals(chart, mistake)]
+    if refused:
+        return refused
+    if not chart.templates:
+        print(f"SKIPPED: rendering of {chart.name} {chart.version}: only its values are there", file=sys.stderr)
+        return []
+
+    values = {key: value for file in ours.values() for key, value in file.items()}
+    try:
+        objects = render(chart, values)
+    except HelmError as error:
+        return [str(error)]
+    # What is there without our values proves nothing.
+    without = expected(render(chart, {}), values)
+    return [f"not rendered as meant: {what}" for what, right in expected(objects, values) if not right] + [
+        f"rendered without our values too: {what}" for what, right in without if right
+    ]
+
+
+failed = False
+missing = set(CHARTS)
+for path in sys.argv[1:]:
+    with Chart.load(path) as chart:
+        if chart.name not in CHARTS:
+            continue
+        missing.discard(chart.name)
+        problems = check(chart)
+        print(f"helm: {chart.name} {chart.version}: {len(problems)} problems")
+        for problem in problems:
+            failed = True
+            print(f"  {problem}", file=sys.stderr)
+for name in sorted(missing):
+    print(f"SKIPPED: {', '.join(CHARTS[name][0])}: no chart {name} there (helm pull)", file=sys.stderr)
+sys.exit(failed)
