@@ -299,8 +299,8 @@ fn catalogue() -> Catalogue {
     }
     for (name, kind, labels) in OTHERS {
         let values = match *name {
-            "hubble_drop_total" => drop_reasons("hubble_reason"),
-            "cilium_drop_count_total" => drop_reasons("agent_reason"),
+            "hubble_drop_total" => drop_reasons(true),
+            "cilium_drop_count_total" => drop_reasons(false),
             _ => Vec::new(),
         };
         let values = if values.is_empty() {
@@ -313,14 +313,16 @@ fn catalogue() -> Catalogue {
     all
 }
 
-/// Cilium's own table of both vocabularies.
-fn drop_reasons(vocabulary: &str) -> Vec<String> {
-    let text = fs::read_to_string(root().join("mixin/lib/drop_reasons.json")).expect("readable");
-    let table: Value = serde_json::from_str(&text).expect("JSON");
-    let rows = table["reasons"].as_array().expect("rows");
-    rows.iter()
-        .map(|row| row[vocabulary].as_str().expect("text").to_owned())
-        .collect()
+/// Both vocabularies of Cilium: jsonnet that is JSON, below a comment.
+fn drop_reasons(hubble: bool) -> Vec<String> {
+    let text =
+        fs::read_to_string(root().join("mixin/lib/drop_reasons.libsonnet")).expect("readable");
+    let json = &text[text.find('{').expect("an object")..];
+    let table: BTreeMap<String, String> = serde_json::from_str(json).expect("JSON");
+    let words = table
+        .into_iter()
+        .map(|(name, sentence)| if hubble { name } else { sentence });
+    words.collect()
 }
 
 /// What an expression reads and gives.
