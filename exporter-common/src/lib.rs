@@ -4,6 +4,7 @@
 //! Everything here is `repr(C)` with fixed-width fields and no padding, asserted beside each type.
 #![no_std]
 
+pub mod encryption;
 pub mod histogram;
 pub mod rdma;
 pub mod tcp;
@@ -29,13 +30,17 @@ pub enum Loss {
     Unreadable = 1,
     /// A function was entered again by a thread whose last return from it had not been seen.
     MissedReturn = 2,
+    /// A packet that was to be timed, whose crypto went on in another thread or was preempted for long: it is counted, its
+    /// CPU time is taken from others.
+    Untimed = 3,
 }
 
 impl Loss {
     /// All reasons, in the order of their indexes, with the label that each has in `chandra_lost_events_total`.
-    pub const LABELS: [(Self, &str); 3] = [
+    pub const LABELS: [(Self, &str); 4] = [
         (Self::MapFull, "map_full"),
         (Self::Unreadable, "unreadable"),
         (Self::MissedReturn, "missed_return"),
+        (Self::Untimed, "untimed"),
     ];
 }

@@ -104,6 +104,27 @@ impl Registers {
         }
     }
 
+    /// Returns what names the call among all that are in progress, on any CPU and in any task: the address of its
+    /// stack frame, at the entry of the function.
+    #[inline(always)]
+    pub fn frame(self) -> u64 {
+        if ARM64.load() == 1 {
+            register!(self.0, "248")
+        } else {
+            register!(self.0, "152")
+        }
+    }
+
+    /// Returns the same at the return of the function. On x86-64 the return has taken the return address off the stack.
+    #[inline(always)]
+    pub fn returned_frame(self) -> u64 {
+        if ARM64.load() == 1 {
+            register!(self.0, "248")
+        } else {
+            register!(self.0, "152") - 8
+        }
+    }
+
     /// Returns the return value.
     #[inline(always)]
     pub fn returned(self) -> u64 {
@@ -170,6 +191,30 @@ pub unsafe fn socket_cgroup(sock: *const u8) -> Result<u64, Loss> {
     // SAFETY: the word is a `struct cgroup *` that the socket holds a reference to, so both objects live.
     unsafe {
         let node: *const u8 = read(word as *const u8, &OFF_CGROUP_KN)?;
+        read(node, &OFF_KERNFS_ID)
+    }
+}
+
+/// Returns the same of a socket that the verifier does not know.
+///
+/// # Safety
+/// `sock` is the address of a `struct sock` that is more than the head of one (not in TIME_WAIT or NEW_SYN_RECV).
+#[inline(always)]
+pub unsafe fn probed_socket_cgroup(sock: *const u8) -> Result<u64, Loss> {
+    if OFF_SOCK_CGROUP.load() == ABSENT {
+        return Ok(NO_CGROUP);
+    }
+    // SAFETY: the offsets are those of the fields; the helper checks the addresses.
+    unsafe {
+        let cgroup: u64 = read(sock, &OFF_SOCK_CGROUP)?;
+        // The two low bits are flags where the field is a word (see above).
+        if cgroup == 0 || SOCK_CGROUP_TYPED.load() != 1 && cgroup & 3 != 0 {
+            return Ok(NO_CGROUP);
+        }
+        let node: *const u8 = read(cgroup as *const u8, &OFF_CGROUP_KN)?;
+        if node.is_null() {
+            return Ok(NO_CGROUP);
+        }
         read(node, &OFF_KERNFS_ID)
     }
 }

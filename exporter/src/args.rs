@@ -77,6 +77,31 @@ pub struct Serve {
         default_value_t = 1200
     )]
     pub max_owners: usize,
+    /// Of how many encrypted packets one is timed.
+    #[arg(
+        long = "encryption.timed-every",
+        value_name = "N",
+        env = "CHANDRA_ENCRYPTION_TIMED_EVERY",
+        default_value_t = 32,
+        value_parser = clap::value_parser!(u32).range(1..=1_000_000)
+    )]
+    pub timed_every: u32,
+    /// UDP port of VXLAN inside the encryption, which is looked through to the pods' addresses.
+    #[arg(
+        long = "encryption.vxlan-port",
+        value_name = "PORT",
+        env = "CHANDRA_ENCRYPTION_VXLAN_PORT",
+        default_value_t = 8472
+    )]
+    pub vxlan_port: u16,
+    /// UDP port of Geneve inside the encryption, likewise.
+    #[arg(
+        long = "encryption.geneve-port",
+        value_name = "PORT",
+        env = "CHANDRA_ENCRYPTION_GENEVE_PORT",
+        default_value_t = 6081
+    )]
+    pub geneve_port: u16,
     /// What to log: error, warn, info, debug or trace, also by module.
     #[arg(
         long = "log.level",

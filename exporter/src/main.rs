@@ -21,7 +21,7 @@ use chandra::{
     reference, scrape,
     scrape::Exporter,
     server,
-    signals::{Options, State},
+    signals::{Options, State, encryption},
 };
 use clap::Parser;
 use rustix::process::{Resource, Rlimit, setrlimit};
@@ -221,6 +221,11 @@ fn prepare(args: &Serve, pods: Arc<Pods>) -> Arc<Exporter> {
             cgroups: match &hierarchy {
                 Hierarchy::V2 { root, .. } => Some(root.clone()),
                 _ => None,
+            },
+            encryption: encryption::Settings {
+                timed_every: args.timed_every,
+                vxlan_port: args.vxlan_port,
+                geneve_port: args.geneve_port,
             },
         },
     );

@@ -12,9 +12,10 @@ pub mod kube;
 use std::{
     collections::{HashMap, HashSet},
     fmt,
+    net::IpAddr,
     path::PathBuf,
     str::FromStr,
-    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak},
     time::{Duration, Instant},
 };
 
@@ -115,6 +116,8 @@ pub struct Record {
     pub created: i64,
     /// Container ids (without the runtime's prefix) and their names, earlier instances of a container included.
     pub containers: HashMap<Arc<str>, Arc<str>>,
+    /// The addresses that are the pod's own while it runs: none for one that has ended, or is in the host's network.
+    pub addresses: Vec<IpAddr>,
 }
 
 impl Record {
@@ -151,8 +154,28 @@ impl Record {
                 .as_ref()
                 .map_or(0, |t| t.0.as_second()),
             containers,
+            addresses: addresses(pod),
         })
     }
+}
+
+/// The addresses of a pod that runs in a network of its own, of both families.
+fn addresses(pod: &Pod) -> Vec<IpAddr> {
+    let in_host = pod.spec.as_ref().and_then(|spec| spec.host_network);
+    let Some(status) = pod.status.as_ref() else {
+        return Vec::new();
+    };
+    if in_host == Some(true) || status.phase.as_deref() != Some("Running") {
+        return Vec::new();
+    }
+    let listed = status.pod_ips.iter().flatten();
+    let all = listed
+        .map(|ip| ip.ip.as_str())
+        .chain(status.pod_ip.as_deref());
+    let mut addresses: Vec<_> = all.filter_map(|ip| ip.parse().ok()).collect();
+    addresses.sort();
+    addresses.dedup();
+    addresses
 }
 
 /// The ids of a container's instances, `containerd://` and the like removed.
@@ -205,10 +228,16 @@ impl Place {
     }
 }
 
+/// What has to read the kernel's counts by address before addresses change hands.
+pub trait Drain: Send + Sync {
+    /// Reads them, for the owners that the addresses have until now.
+    fn drain(&self, pods: &View<'_>);
+}
+
 /// Both sources, joined. Reading never waits for a source.
-#[derive(Debug)]
 pub struct Pods {
     state: RwLock<State>,
+    drains: Mutex<Vec<Weak<dyn Drain>>>,
     /// Without names, a cgroup is shown by its own.
     named: bool,
     /// How long an owner that is gone is remembered.
@@ -239,11 +268,20 @@ struct Known {
     gone: Option<Instant>,
 }
 
+impl fmt::Debug for Pods {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pods")
+            .field("state", &self.state)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Pods {
     /// Makes an empty directory. `retention` is how long the totals of a gone owner stay.
     pub fn new(source: &Source, retention: Duration) -> Self {
         Self {
             state: RwLock::default(),
+            drains: Mutex::default(),
             named: *source != Source::None,
             retention,
         }
@@ -285,8 +323,35 @@ impl Pods {
         }
     }
 
+    /// Has counts by address read before each change of who holds an address, for as long as the reader lives.
+    pub fn drain_by(&self, drain: &Arc<dyn Drain>) {
+        let drain = Arc::downgrade(drain);
+        self.drains
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(drain);
+    }
+
+    /// Reads what was counted by address so far, if `changes` says that addresses change hands. One thread follows the
+    /// pods' source, so nobody changes the state in between.
+    fn before(&self, changes: impl Fn(&State) -> bool) {
+        let view = self.view();
+        if !changes(&view.state) {
+            return;
+        }
+        let drains = self
+            .drains
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        for drain in drains.iter().filter_map(Weak::upgrade) {
+            drain.drain(&view);
+        }
+    }
+
     /// Adds a pod or what is new of it.
     pub fn pod_found(&self, record: Record, now: Instant) {
+        self.before(|state| state.readdresses(&record));
         let mut state = self.write();
         state.upsert(record);
         state.answered(now);
@@ -294,6 +359,12 @@ impl Pods {
 
     /// Marks a pod as deleted. Its name and containers are remembered while its cgroups are.
     pub fn pod_gone(&self, uid: &str, now: Instant) {
+        self.before(|state| {
+            state
+                .pods
+                .get(uid)
+                .is_some_and(|pod| !pod.addresses().is_empty())
+        });
         let mut state = self.write();
         if let Some(pod) = state.pods.get_mut(uid) {
             pod.gone.get_or_insert(now);
@@ -303,11 +374,17 @@ impl Pods {
 
     /// Replaces the list of pods: those that are not in it are deleted.
     pub fn pods_listed(&self, records: Vec<Record>, now: Instant) {
-        let mut state = self.write();
         let listed: HashSet<_> = records
             .iter()
             .map(|record| Arc::clone(&record.uid))
             .collect();
+        self.before(|state| {
+            let gone = |(uid, pod): (&Arc<str>, &Known)| {
+                !listed.contains(uid) && !pod.addresses().is_empty()
+            };
+            state.pods.iter().any(gone) || records.iter().any(|record| state.readdresses(record))
+        });
+        let mut state = self.write();
         for (uid, pod) in &mut state.pods {
             if !listed.contains(uid) {
                 pod.gone.get_or_insert(now);
@@ -356,7 +433,23 @@ impl Pods {
     }
 }
 
+impl Known {
+    /// The addresses that the pod holds now.
+    fn addresses(&self) -> &[IpAddr] {
+        match self.gone {
+            None => &self.record.addresses,
+            Some(_) => &[],
+        }
+    }
+}
+
 impl State {
+    /// Says if what is new of a pod changes who holds an address.
+    fn readdresses(&self, record: &Record) -> bool {
+        let known = self.pods.get(&record.uid);
+        known.map_or(&[][..], Known::addresses) != record.addresses
+    }
+
     fn answered(&mut self, now: Instant) {
         self.fresh = Some(now);
         self.trouble = None;
@@ -473,6 +566,34 @@ impl View<'_> {
             Some(cgroup) => self.state.resolve(&cgroup.place, self.named),
             None => Resolution::Pending(None),
         }
+    }
+
+    /// Returns the pods that hold an address now, by address. One that several pods claim has no owner.
+    pub fn addresses(&self) -> HashMap<IpAddr, Option<Owner>> {
+        let mut addresses = HashMap::new();
+        for (uid, pod) in &self.state.pods {
+            let name = (
+                Arc::clone(&pod.record.namespace),
+                Arc::clone(&pod.record.name),
+            );
+            let holds_name = self.state.holders.get(&name) == Some(uid);
+            let labels = Labels {
+                namespace: name.0,
+                pod: name.1,
+                container: "".into(),
+            };
+            let owner = Owner {
+                labels,
+                uid: Arc::clone(uid),
+            };
+            for address in pod.addresses() {
+                addresses
+                    .entry(*address)
+                    .and_modify(|owner| *owner = None)
+                    .or_insert_with(|| holds_name.then(|| owner.clone()));
+            }
+        }
+        addresses
     }
 
     /// Says if a cgroup is known, gone or not.

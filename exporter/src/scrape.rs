@@ -2,7 +2,7 @@
 //! One scrape: pods frozen, signals read and rendered, and the exporter's account of itself.
 
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -67,6 +67,7 @@ static LOST_EVENTS: Desc = Desc {
             "map_full",
             "unreadable",
             "missed_return",
+            "untimed",
             "recursion",
             "read_failed",
         ],
@@ -153,6 +154,8 @@ pub struct Running {
     /// Why the last read failed, if it did.
     pub trouble: Option<String>,
     failed_reads: u64,
+    /// What the signal last told of losses.
+    last_lost: RefCell<Vec<(&'static str, u64)>>,
 }
 
 impl Running {
@@ -165,17 +168,14 @@ impl Running {
         }
     }
 
-    /// Events lost so far, by reason; every reason is present.
+    /// Events lost so far, by reason; every reason is present. While the signal cannot tell, what it last told.
     pub fn lost(&self) -> Vec<(&'static str, u64)> {
         let signal = self.attempt.signal.as_ref();
-        let mut lost = signal
-            .and_then(|signal| signal.lost().ok())
-            .unwrap_or_else(|| {
-                exporter_common::Loss::LABELS
-                    .iter()
-                    .map(|(_, label)| (*label, 0))
-                    .collect()
-            });
+        let mut last = self.last_lost.borrow_mut();
+        if let Some(Ok(now)) = signal.map(|signal| signal.lost()) {
+            *last = now;
+        }
+        let mut lost = last.clone();
         let missed = signal.map_or(0, |signal| {
             signal.runs().iter().map(|(_, runs)| runs.missed).sum()
         });
@@ -238,6 +238,12 @@ pub fn attach(kernel: &Kernel, disabled: &[String], options: Options) -> Vec<Run
             attempt,
             trouble: None,
             failed_reads: 0,
+            last_lost: RefCell::new(
+                exporter_common::Loss::LABELS
+                    .iter()
+                    .map(|(_, label)| (*label, 0))
+                    .collect(),
+            ),
         }
     };
     SIGNALS.iter().map(attach).collect()
@@ -253,6 +259,12 @@ impl Exporter {
         hierarchy: &Hierarchy,
         args: &Serve,
     ) -> Self {
+        let by_address = signals
+            .iter()
+            .filter_map(|running| running.attempt.signal.as_ref()?.drain());
+        for drain in by_address {
+            pods.drain_by(&drain);
+        }
         Self {
             signals: Mutex::new(signals),
             pods,

@@ -19,7 +19,7 @@ use chandra::{
     reference,
     scrape::{self, Exporter},
     server::Site,
-    signals::{Options, SIGNALS, State, rdma, tcp},
+    signals::{Options, SIGNALS, State, encryption, rdma, tcp},
 };
 use clap::Parser;
 use exporter_common::{Loss, tcp::Kind as Retransmit};
@@ -138,9 +138,16 @@ fn the_declared_label_values_are_those_that_the_code_produces() {
     });
     assert_eq!(declared("chandra_hook_info", "reason"), produced);
 
-    let losses = [Loss::MapFull, Loss::Unreadable, Loss::MissedReturn];
+    let losses = [
+        Loss::MapFull,
+        Loss::Unreadable,
+        Loss::MissedReturn,
+        Loss::Untimed,
+    ];
     let in_kernel = losses.map(|loss| match loss {
-        Loss::MapFull | Loss::Unreadable | Loss::MissedReturn => Loss::LABELS[loss as usize].1,
+        Loss::MapFull | Loss::Unreadable | Loss::MissedReturn | Loss::Untimed => {
+            Loss::LABELS[loss as usize].1
+        }
     });
     assert_eq!(in_kernel, Loss::LABELS.map(|(_, label)| label));
     let reasons = declared("chandra_lost_events_total", "reason");
@@ -385,6 +392,7 @@ fn a_node_with_eight_gpu_pods_stays_within_the_series_budget() {
             name: format!("llama-worker-{pod}").into(),
             created: 0,
             containers: containers.into(),
+            addresses: Vec::new(),
         };
         pods.pod_found(record, now);
         let first = 10 + 3 * pod;
@@ -431,6 +439,23 @@ fn a_node_with_eight_gpu_pods_stays_within_the_series_budget() {
                     .iter()
                     .map(|device| (&accounts[0], &**device, "GSI", "RTS", 1));
                 rdma::render_gauge(pairs.chain(kernel), &ages, &mut families);
+            }
+            // Every pod sends and receives through one kind of encryption, as the host does; all peers are shown.
+            "encryption" => {
+                let sum = |slots: &[u64; encryption::SLOTS]| slots.iter().sum();
+                let mut ledger = Ledger::new(1200, sum).opening(Opening::Events);
+                let mut slots = [0; encryption::SLOTS];
+                slots[..encryption::SLOTS / 2].fill(1);
+                let pods = cgroups.iter().filter(|cgroup| **cgroup % 3 == 1);
+                let totals = pods.map(|cgroup| (*cgroup, slots));
+                ledger.book(&view.owners(), totals, |cgroup| view.resolve(cgroup), now);
+                encryption::render(ledger.accounts(), &mut families);
+                let interface = ("wireguard", "cilium_wg0".to_owned());
+                let peers = (0..encryption::SHOWN_PEERS)
+                    .map(|i| ((interface.0, interface.1.clone(), format!("{i:08}")), 1));
+                let peers: Vec<_> = peers.collect();
+                let slots = [1; exporter_common::encryption::slot::ALL];
+                encryption::render_sessions(&[(interface, slots)].into(), &peers, &mut families);
             }
             other => panic!("what do the pods' series of {other} come to?"),
         }

@@ -20,7 +20,7 @@ use chandra::{
     pods::{Labels, Pods},
     scrape::{self, Exporter, VERSION},
     server::Site,
-    signals::{Options, SIGNALS, rdma, tcp},
+    signals::{Options, SIGNALS, encryption, rdma, tcp},
 };
 use clap::Parser;
 
@@ -29,7 +29,8 @@ use common::skip;
 type Make = fn() -> String;
 
 /// The committed pages, by name, and what makes each.
-const PAGES: [(&str, Make); 3] = [
+const PAGES: [(&str, Make); 4] = [
+    ("encryption", encryption_page),
     ("exporter", exporter_page),
     ("rdma", rdma_page),
     ("tcp", tcp_page),
@@ -103,6 +104,39 @@ fn rdma_page() -> String {
     ];
     let ages = [("mlx5_0".to_owned(), 0.25), ("mlx5_1".to_owned(), 17.0)];
     rdma::render_gauge(rows, &ages, &mut families);
+    encode(families)
+}
+
+fn encryption_page() -> String {
+    let pod = Labels {
+        namespace: "inference".into(),
+        pod: "vllm-0".into(),
+        container: "".into(),
+    };
+    // Every slot its own number; packets, bytes and nanoseconds of each protocol and direction.
+    let all = std::array::from_fn(|slot| (slot as u64 + 1) * 1_000_000_000);
+    let mut some = [0; encryption::SLOTS];
+    some[3..6].copy_from_slice(&[7, 9800, 12_345]);
+    let accounts = [
+        (Labels::default(), some),
+        (Labels::only_pod("unknown"), [0; encryption::SLOTS]),
+        (pod, all),
+    ];
+    let mut families = Families::default();
+    let borrowed = accounts.iter().map(|(labels, n)| (labels.clone(), n));
+    encryption::render(borrowed, &mut families);
+    let slots = std::array::from_fn(|slot| slot as u64 + 1);
+    let interfaces = [
+        (("wireguard", "cilium_wg0".to_owned()), slots),
+        (("ipsec", String::new()), slots.map(|n| n + 100)),
+    ];
+    let peer =
+        |protocol, interface: &str, peer: &str| (protocol, interface.to_owned(), peer.to_owned());
+    let peers = [
+        (peer("ipsec", "", "fd90::2"), 4),
+        (peer("wireguard", "cilium_wg0", "QXQXysKN"), 120),
+    ];
+    encryption::render_sessions(&interfaces.into(), &peers, &mut families);
     encode(families)
 }
 

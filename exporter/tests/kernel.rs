@@ -8,6 +8,8 @@ mod common;
 
 #[path = "kernel/churn.rs"]
 mod churn;
+#[path = "kernel/encryption.rs"]
+mod encryption;
 #[path = "kernel/process.rs"]
 mod process;
 #[path = "kernel/rdma.rs"]

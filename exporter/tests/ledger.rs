@@ -162,6 +162,7 @@ fn record(uid: &str, name: &str, created: i64, containers: &[(&str, &str)]) -> R
         namespace: "ml".into(),
         name: name.into(),
         created,
+        addresses: Vec::new(),
         containers: containers
             .iter()
             .map(|(id, name)| ((*id).into(), (*name).into()))

@@ -104,48 +104,6 @@ const PENDING: &[(&str, Kind, bool, &[&str])] = &[
         true,
         &[],
     ),
-    (
-        "chandra_encryption_cpu_seconds_total",
-        Kind::Counter,
-        true,
-        &["protocol", "direction"],
-    ),
-    (
-        "chandra_encryption_packets_total",
-        Kind::Counter,
-        true,
-        &["protocol", "direction"],
-    ),
-    (
-        "chandra_encryption_bytes_total",
-        Kind::Counter,
-        true,
-        &["protocol", "direction"],
-    ),
-    (
-        "chandra_encryption_session_interval_seconds",
-        Kind::Histogram,
-        false,
-        &["protocol", "interface"],
-    ),
-    (
-        "chandra_encryption_sessions_total",
-        Kind::Counter,
-        false,
-        &["protocol", "interface"],
-    ),
-    (
-        "chandra_encryption_peer_sessions_total",
-        Kind::Counter,
-        false,
-        &["protocol", "interface", "peer"],
-    ),
-    (
-        "chandra_encryption_handshakes_total",
-        Kind::Counter,
-        false,
-        &["protocol", "interface", "event"],
-    ),
 ];
 
 /// Metrics of others, with the labels that they have when helm-values/cilium.yaml is applied.
@@ -336,8 +294,8 @@ impl Inference<'_> {
     fn labels(&mut self, expr: &Expr) -> Result<Labels, String> {
         match expr {
             Expr::NumberLiteral(_) | Expr::StringLiteral(_) => Ok(Labels::new()),
-            Expr::VectorSelector(selector) => self.selector(selector, false),
-            Expr::MatrixSelector(matrix) => self.selector(&matrix.vs, true),
+            Expr::VectorSelector(selector) => self.selector(selector),
+            Expr::MatrixSelector(matrix) => self.selector(&matrix.vs),
             Expr::Paren(inner) => self.labels(&inner.expr),
             Expr::Unary(inner) => self.labels(&inner.expr),
             Expr::Subquery(inner) => self.labels(&inner.expr),
@@ -409,7 +367,7 @@ impl Inference<'_> {
                     other => panic!("not a string: {other}"),
                 };
                 if let ("absent", Expr::VectorSelector(selector)) = (call.func.name, args[0]) {
-                    self.selector(selector, false)?;
+                    self.selector(selector)?;
                     let equal = selector
                         .matchers
                         .matchers
@@ -438,10 +396,8 @@ impl Inference<'_> {
                         }
                         labels.insert(text(1));
                     }
-                    "histogram_quantile" => {
-                        if !labels.remove("le") {
-                            return Err(format!("no le is left for {expr}"));
-                        }
+                    "histogram_quantile" if !labels.remove("le") => {
+                        return Err(format!("no le is left for {expr}"));
                     }
                     _ => {}
                 }
@@ -451,7 +407,7 @@ impl Inference<'_> {
         }
     }
 
-    fn selector(&mut self, selector: &VectorSelector, range: bool) -> Result<Labels, String> {
+    fn selector(&mut self, selector: &VectorSelector) -> Result<Labels, String> {
         let name = selector
             .name
             .as_deref()
@@ -461,9 +417,6 @@ impl Inference<'_> {
             .get(name)
             .ok_or(format!("nobody exports {name}"))?;
         self.read.insert(name.to_owned());
-        if range && metric.kind.is_none() && selector.offset.is_none() && selector.at.is_none() {
-            return Err(format!("a range of the recording rule {name}"));
-        }
         for matcher in &selector.matchers.matchers {
             let label = &matcher.name;
             if !metric.labels.contains(label) {
@@ -545,7 +498,7 @@ fn check(tree: &Value) -> Checked {
     let rules = |path: &str, file: &Value| match path.starts_with("alerts/") {
         true => render::rules(&file["yaml"])
             .iter()
-            .map(|rule| (*rule).body.clone())
+            .map(|rule| rule.body.clone())
             .collect(),
         false => Vec::new(),
     };

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The signals: each is attached, read (maps → ledger) and rendered (ledger → families) by a file of its name.
 
+pub mod encryption;
 pub mod rdma;
 pub mod tcp;
 
 use std::{
     cell::Cell,
     path::PathBuf,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -20,12 +22,12 @@ use crate::{
     families::{Desc, Families},
     kernel::Kernel,
     ledger::{Attribution, Ledger},
-    pods::{Resolution, View},
+    pods::{Drain, Resolution, View},
     probe::{Attached, Hook, Outcome, Runs},
 };
 
 /// Every signal, in the order of the page.
-pub const SIGNALS: &[Entry] = &[tcp::ENTRY, rdma::ENTRY];
+pub const SIGNALS: &[Entry] = &[tcp::ENTRY, rdma::ENTRY, encryption::ENTRY];
 
 /// What the exporter knows of a signal before it is attached.
 #[derive(Clone, Copy, Debug)]
@@ -49,6 +51,8 @@ pub struct Options {
     pub max_owners: usize,
     /// Where the cgroup v2 hierarchy is, if there is one.
     pub cgroups: Option<PathBuf>,
+    /// What `encryption` looks at, and how closely.
+    pub encryption: encryption::Settings,
 }
 
 /// What has become of a signal.
@@ -236,6 +240,11 @@ pub trait Signal: Send {
 
     /// The kernel's own account of each loaded program.
     fn runs(&self) -> Vec<(String, Runs)>;
+
+    /// What has to be done before addresses of pods change hands, for a signal that counts by address.
+    fn drain(&self) -> Option<Arc<dyn Drain>> {
+        None
+    }
 
     /// What has become of it, for a signal that comes and goes with modules of the kernel.
     fn status(&self) -> Option<Status> {

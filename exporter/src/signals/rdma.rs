@@ -17,8 +17,6 @@ pub mod nldev;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
-    io,
-    os::fd::AsFd,
     sync::{
         Arc, Mutex, PoisonError, TryLockError,
         atomic::{AtomicBool, Ordering},
@@ -40,8 +38,6 @@ use exporter_common::{
         ResolvingKey, STATES, Usage, slot,
     },
 };
-use netlink_sys::{Socket, SocketAddr};
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 use self::{
     enumeration::{Enumeration, Limits, PairOwner, Report},
@@ -54,6 +50,7 @@ use crate::{
         Kernel,
         btf::Btf,
         symbols::{self, Symbols},
+        uevents::Uevents,
     },
     ledger::{Attribution, Ledger, OTHER, Opening, UNKNOWN},
     pods::{Labels, Resolution},
@@ -740,22 +737,9 @@ fn absent() -> Status {
 
 /// Hears of modules from the kernel (kobject uevents), and looks by itself every few seconds.
 fn follow_modules(core: &Mutex<Core>, stopped: &AtomicBool) {
-    const PATIENCE: Duration = Duration::from_secs(2);
-    let socket = uevents(PATIENCE);
-    if let Err(error) = &socket {
-        tracing::info!(
-            "signal rdma: modules are looked for every 2 s, since uevents are not to be had: {error}"
-        );
-    }
-    let mut event = Vec::with_capacity(8 << 10);
+    let mut events = Uevents::listen("rdma");
     while !stopped.load(Ordering::Relaxed) {
-        match &socket {
-            Ok(socket) => {
-                event.clear();
-                let _ = socket.recv_from(&mut event, 0);
-            }
-            Err(_) => thread::sleep(PATIENCE),
-        }
+        events.wait();
         let mut core = core.lock().unwrap_or_else(PoisonError::into_inner);
         let before = core.status.state;
         core.follow(Kernel::read);
@@ -769,15 +753,6 @@ fn follow_modules(core: &Mutex<Core>, stopped: &AtomicBool) {
             }
         }
     }
-}
-
-fn uevents(patience: Duration) -> io::Result<Socket> {
-    /// `NETLINK_KOBJECT_UEVENT`, whose group 1 is the kernel's.
-    const KOBJECT_UEVENT: isize = 15;
-    let mut socket = Socket::new(KOBJECT_UEVENT)?;
-    socket.bind(&SocketAddr::new(0, 1))?;
-    set_socket_timeout(socket.as_fd(), Timeout::Recv, Some(patience))?;
-    Ok(socket)
 }
 
 /// A row of the gauge: labels, device, type and state.

@@ -245,6 +245,7 @@ pub struct Pod {
     pub uid: String,
     pub created: u64,
     pub containers: Vec<(String, String)>,
+    pub addresses: Vec<String>,
 }
 
 impl Pod {
@@ -257,7 +258,17 @@ impl Pod {
             uid,
             created: seed,
             containers: vec![("main".to_owned(), format!("{seed:064x}"))],
+            addresses: Vec::new(),
         }
+    }
+
+    /// The same with addresses.
+    pub fn at(mut self, addresses: &[&str]) -> Self {
+        self.addresses = addresses
+            .iter()
+            .map(|address| (*address).to_owned())
+            .collect();
+        self
     }
 
     /// The path of a container's cgroup below the root, as the systemd driver with containerd makes it.
@@ -281,13 +292,18 @@ impl Pod {
                 })
             })
             .collect();
+        let addresses: Vec<_> = self
+            .addresses
+            .iter()
+            .map(|address| serde_json::json!({ "ip": address }))
+            .collect();
         serde_json::json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {
                 "namespace": self.namespace, "name": self.name, "uid": self.uid,
                 "creationTimestamp": timestamp(created),
             },
-            "status": { "phase": "Running", "containerStatuses": statuses },
+            "status": { "phase": "Running", "containerStatuses": statuses, "podIPs": addresses },
         })
     }
 }

@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Encryption: packets, bytes and CPU time by owner, and sessions by interface and peer.
+
+use crate::histogram::Shape;
+
+/// Flows at once: two directions for each address and each cgroup that sends. 250 pods with two addresses have a thousand; a
+/// flow more counts as lost. Each takes 32 bytes on every CPU.
+pub const FLOWS: u32 = 1024;
+
+/// Calls in progress: at most one for each CPU and task that is in the crypto of a packet.
+pub const CALLS: u32 = 4096;
+
+/// Peers that derived a session, on all interfaces.
+pub const PEERS: u32 = 8192;
+
+/// Interfaces and protocols that derived a session.
+pub const INTERFACES: u32 = 64;
+
+/// Bytes of an interface's name (`IFNAMSIZ`).
+pub const INTERFACE_NAME: usize = 16;
+
+/// Protocols, in the order of [`Protocol`].
+pub const PROTOCOLS: [&str; 2] = ["wireguard", "ipsec"];
+
+/// Directions, in the order of [`Direction`].
+pub const DIRECTIONS: [&str; 2] = ["encrypt", "decrypt"];
+
+/// Events of WireGuard handshakes, in the order of their slots.
+pub const HANDSHAKES: [&str; 3] = ["initiated", "completed", "expired"];
+
+/// Events of IPsec security associations, in the order of their slots.
+pub const ASSOCIATIONS: [&str; 4] = ["added", "updated", "deleted", "expired"];
+
+/// Time between two sessions with a peer: 0.25 s to 68 min, with bounds on both sides of WireGuard's 120 s.
+pub const INTERVAL: Shape = Shape {
+    first: 250_000_000,
+    bounds: 8,
+};
+
+/// How packets are encrypted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Protocol {
+    /// WireGuard.
+    WireGuard = 0,
+    /// ESP.
+    Ipsec = 1,
+}
+
+/// Which way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Direction {
+    /// The owner sends.
+    Encrypt = 0,
+    /// The owner receives.
+    Decrypt = 1,
+}
+
+/// Whose packets, and what is done with them: the key of the per-CPU map `FLOWS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct Flow {
+    /// The inner address, an IPv4 one as `::ffff:a.b.c.d`; all 0 where the owner is a cgroup or could not be read.
+    pub address: [u8; 16],
+    /// The cgroup of the socket that sent the packet; [`crate::NO_CGROUP`] where there is none.
+    pub cgroup: u64,
+    /// A [`Protocol`].
+    pub protocol: u32,
+    /// A [`Direction`].
+    pub direction: u32,
+}
+
+/// What a CPU did for a [`Flow`]; only ever added to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Work {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes of the packets as they were before encryption, by their IP header.
+    pub bytes: u64,
+    /// Bytes of those packets that were timed.
+    pub timed_bytes: u64,
+    /// Nanoseconds that the crypto of those took.
+    pub timed_nanoseconds: u64,
+}
+
+/// A call between entry and return: the value of the map `CALLS`, whose key is the address of the call's stack frame
+/// (`u64`). That names the call among all CPUs and tasks, and a softirq that interrupts it has another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Call {
+    /// The packet, the handshake, the security association.
+    pub object: u64,
+    /// CLOCK_MONOTONIC in nanoseconds at the entry; 0 for a packet that is not timed.
+    pub entered: u64,
+    /// Bytes of a packet that is timed.
+    pub bytes: u64,
+    /// Whose packet it is, for an encryption that is timed.
+    pub flow: Flow,
+}
+
+/// An interface: the key of the map `INTERFACES`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct InterfaceKey {
+    /// Its name, the rest 0; all 0 for IPsec, which has none.
+    pub name: [u8; INTERFACE_NAME],
+    /// A [`Protocol`].
+    pub protocol: u64,
+}
+
+/// Where each counter lies in [`Interface::slots`].
+pub mod slot {
+    use super::{ASSOCIATIONS, HANDSHAKES, INTERVAL};
+
+    /// Sessions derived, or security associations installed.
+    pub const SESSIONS: usize = 0;
+    /// Handshakes by event.
+    pub const HANDSHAKE: usize = SESSIONS + 1;
+    /// Security associations by event.
+    pub const ASSOCIATION: usize = HANDSHAKE + HANDSHAKES.len();
+    /// A histogram of [`INTERVAL`].
+    pub const INTERVALS: usize = ASSOCIATION + ASSOCIATIONS.len();
+    /// How many there are.
+    pub const ALL: usize = INTERVALS + INTERVAL.slots();
+}
+
+/// The value of the map `INTERFACES`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Interface {
+    /// Counters by [`slot`]; only ever added to.
+    pub slots: [u64; slot::ALL],
+}
+
+/// A peer: the key of the map `PEERS`. A peer that is removed and added again is the same one; its address in the kernel
+/// and WireGuard's internal id are not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct PeerKey {
+    /// Its interface.
+    pub interface: InterfaceKey,
+    /// WireGuard: the public key. IPsec: the address of the remote end in the first 16 bytes, and in the 17th 1 for an
+    /// association of the way in.
+    pub identity: [u8; 32],
+    /// The network namespace, by the address of its object.
+    pub namespace: u64,
+}
+
+/// The value of the map `PEERS`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Peer {
+    /// Sessions derived with it, or security associations installed.
+    pub sessions: u64,
+    /// CLOCK_MONOTONIC in nanoseconds of the last.
+    pub last: u64,
+}
+
+const _: () = {
+    assert!(size_of::<Flow>() == 32, "no padding");
+    assert!(size_of::<Work>() == 32, "no padding");
+    assert!(size_of::<Call>() == 24 + 32, "no padding");
+    assert!(size_of::<InterfaceKey>() == 24, "no padding");
+    assert!(size_of::<Interface>() == 8 * slot::ALL, "no padding");
+    assert!(size_of::<PeerKey>() == 24 + 32 + 8, "no padding");
+    assert!(size_of::<Peer>() == 16, "no padding");
+};
+
+#[cfg(feature = "user")]
+mod user {
+    // SAFETY: each is `repr(C)` of integers or bytes without padding (asserted above), so every bit pattern is valid.
+    unsafe impl aya::Pod for super::Flow {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Work {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Call {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::InterfaceKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Interface {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::PeerKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Peer {}
+}

@@ -1,0 +1,605 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `encryption` between two nodes: what one side encrypts by source is what the other decrypts by destination, to the
+//! packet and the byte, for WireGuard and ESP, in IPv4 and IPv6, native and through VXLAN and Geneve.
+
+use std::{
+    process::{Child, Command},
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::{alone, can_trace, common::*, skip};
+
+const PACKETS: &str = "chandra_encryption_packets_total";
+const BYTES: &str = "chandra_encryption_bytes_total";
+const CPU: &str = "chandra_encryption_cpu_seconds_total";
+
+/// Two nodes joined by a wire, with two pods on each. Network namespaces stand for both; a pod's packets are forwarded by
+/// its node, as a CNI does it.
+struct Nodes {
+    pods: Vec<Pod>,
+    root: String,
+}
+
+/// Each pod's node, and the last byte of its addresses.
+const PODS: [(&str, u32); 4] = [("a", 1), ("a", 2), ("b", 1), ("b", 2)];
+
+fn subnet(node: &str) -> u32 {
+    if node == "a" { 81 } else { 82 }
+}
+
+impl Nodes {
+    fn new() -> Self {
+        Self::sweep();
+        let root = cgroup_root().display().to_string();
+        run("for n in a b; do ip netns add chandra-$n; ip -n chandra-$n link set lo up
+               ip netns exec chandra-$n sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
+             done
+             ip link add u netns chandra-a type veth peer name u netns chandra-b
+             i=1; for n in a b; do
+               ip -n chandra-$n addr add 192.168.90.$i/24 dev u; ip -n chandra-$n addr add fd90::$i/64 dev u nodad
+               ip -n chandra-$n link set u up; i=$((i+1))
+             done");
+        let mut pods = Vec::new();
+        for (i, (node, last)) in PODS.iter().enumerate() {
+            let net = subnet(node);
+            run(&format!(
+                "ip netns add chandra-p{i}; ip -n chandra-p{i} link set lo up
+                 ip link add e netns chandra-p{i} type veth peer name p{last} netns chandra-{node}
+                 ip -n chandra-{node} link set p{last} up; ip -n chandra-p{i} link set e up
+                 ip -n chandra-{node} addr add 10.{net}.0.25{last}/32 dev p{last}
+                 ip -n chandra-{node} addr add fd{net}::f{last}/128 dev p{last} nodad
+                 ip -n chandra-{node} route add 10.{net}.0.{last}/32 dev p{last}
+                 ip -n chandra-{node} route add fd{net}::{last}/128 dev p{last}
+                 ip -n chandra-p{i} addr add 10.{net}.0.{last}/32 dev e
+                 ip -n chandra-p{i} addr add fd{net}::{last}/128 dev e nodad
+                 ip -n chandra-p{i} route add 10.{net}.0.25{last} dev e
+                 ip -n chandra-p{i} route add fd{net}::f{last} dev e
+                 ip -n chandra-p{i} route add default via 10.{net}.0.25{last}
+                 ip -n chandra-p{i} route add default via fd{net}::f{last}"
+            ));
+            let addresses = [format!("10.{net}.0.{last}"), format!("fd{net}::{last}")];
+            let addresses = addresses.each_ref().map(String::as_str);
+            let pod = Pod::new("inference", &format!("{node}-{last}"), 0xe0 + i as u64);
+            pods.push(pod.at(&addresses));
+        }
+        for pod in &pods {
+            run(&format!("mkdir -p {root}/{}", pod.cgroup(0)));
+        }
+        Self { pods, root }
+    }
+
+    fn sweep() {
+        succeeds(
+            "for n in $(ip netns list | grep -o '^chandra-[abp][0-9]*'); do ip netns del $n; done",
+        );
+    }
+
+    /// What keeps the tests' networks apart goes; the next kind of encryption is laid on the same wire.
+    fn strip(&self) {
+        succeeds(
+            "for n in a b; do
+               for d in vx0 wg0; do ip -n chandra-$n link del $d; done
+               ip -n chandra-$n xfrm state flush; ip -n chandra-$n xfrm policy flush
+               for r in $(ip -n chandra-$n route show | grep -o '^10.8[12].0.0/24'); do ip -n chandra-$n route del $r; done
+               for r in $(ip -n chandra-$n -6 route show | grep -o '^fd8[12]::/64'); do ip -n chandra-$n -6 route del $r; done
+             done 2>/dev/null",
+        );
+    }
+
+    /// A WireGuard tunnel over the wire, by which the pods' networks are reached.
+    fn wireguard(&self, six: bool) {
+        let end = |i: u32| match six {
+            true => format!("[fd90::{i}]:51871"),
+            false => format!("192.168.90.{i}:51871"),
+        };
+        run(&format!(
+            "for n in a b; do wg genkey >/tmp/chandra-$n.key; wg pubkey </tmp/chandra-$n.key >/tmp/chandra-$n.pub
+               ip -n chandra-$n link add wg0 type wireguard; done
+             ip netns exec chandra-a wg set wg0 listen-port 51871 private-key /tmp/chandra-a.key \
+               peer $(cat /tmp/chandra-b.pub) allowed-ips 10.82.0.0/24,fd82::/64,10.77.0.2/32 endpoint {}
+             ip netns exec chandra-b wg set wg0 listen-port 51871 private-key /tmp/chandra-b.key \
+               peer $(cat /tmp/chandra-a.pub) allowed-ips 10.81.0.0/24,fd81::/64,10.77.0.1/32 endpoint {}
+             ip -n chandra-a addr add 10.77.0.1/24 dev wg0; ip -n chandra-b addr add 10.77.0.2/24 dev wg0
+             for n in a b; do ip -n chandra-$n link set wg0 up; done",
+            end(2),
+            end(1)
+        ));
+    }
+
+    fn routes(&self, device: &str) {
+        run(&format!(
+            "ip -n chandra-a route add 10.82.0.0/24 dev {device}; ip -n chandra-a route add fd82::/64 dev {device}
+             ip -n chandra-b route add 10.81.0.0/24 dev {device}; ip -n chandra-b route add fd81::/64 dev {device}"
+        ));
+    }
+
+    /// VXLAN or Geneve from node to node, through what is between two addresses.
+    fn overlay(&self, kind: &str, a: &str, b: &str) {
+        let port = if kind == "vxlan" { 8472 } else { 6081 };
+        for (node, own, other, last) in [("a", a, b, 1), ("b", b, a, 2)] {
+            let local = if kind == "vxlan" {
+                format!("local {own}")
+            } else {
+                String::new()
+            };
+            run(&format!(
+                "ip -n chandra-{node} link add vx0 mtu 1300 type {kind} id 42 {local} remote {other} dstport {port}
+                 ip -n chandra-{node} addr add 10.78.0.{last}/24 dev vx0; ip -n chandra-{node} addr add fd78::{last}/64 dev vx0 nodad
+                 ip -n chandra-{node} link set vx0 up"
+            ));
+        }
+        run("ip -n chandra-a route add 10.82.0.0/24 via 10.78.0.2; ip -n chandra-a route add fd82::/64 via fd78::2
+             ip -n chandra-b route add 10.81.0.0/24 via 10.78.0.1; ip -n chandra-b route add fd81::/64 via fd78::1");
+    }
+
+    /// ESP between the nodes' addresses, for packets between two networks.
+    fn esp(&self, mode: &str, nodes: [&str; 2], networks: &[[&str; 2]]) {
+        let key = "0x000102030405060708090a0b0c0d0e0f10111213";
+        // Packets of one family through a tunnel of the other.
+        let flag = if mode == "tunnel" {
+            "flag af-unspec"
+        } else {
+            ""
+        };
+        for node in ["a", "b"] {
+            for (from, to, spi) in [(0, 1, "0x1001"), (1, 0, "0x1002")] {
+                let (source, target) = (nodes[from], nodes[to]);
+                run(&format!(
+                    "ip -n chandra-{node} xfrm state add src {source} dst {target} proto esp spi {spi} reqid 1 mode {mode} {flag} \
+                     aead 'rfc4106(gcm(aes))' {key} 128"
+                ));
+                for network in networks {
+                    let here = (node == "a") == (from == 0);
+                    for dir in if here {
+                        &["out"][..]
+                    } else {
+                        &["in", "fwd"][..]
+                    } {
+                        run(&format!(
+                            "ip -n chandra-{node} xfrm policy add src {} dst {} dir {dir} \
+                             tmpl src {source} dst {target} proto esp reqid 1 mode {mode}",
+                            network[from], network[to]
+                        ));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Starts work in a pod: in its cgroup, and its network namespace.
+    fn spawn(&self, pod: usize, work: &str) -> Child {
+        let traffic = build().join("examples/traffic");
+        let shell = format!(
+            "echo $$ >{}/{}/cgroup.procs; exec ip netns exec chandra-p{pod} {work}",
+            self.root,
+            self.pods[pod].cgroup(0)
+        );
+        let shell = shell.replace("TRAFFIC", &traffic.display().to_string());
+        Command::new("sh")
+            .args(["-ec", &shell])
+            .spawn()
+            .expect("sh")
+    }
+
+    fn run(&self, pod: usize, work: &str) {
+        let ended = self.spawn(pod, work).wait().expect("it ends");
+        assert!(ended.success(), "{work} in pod {pod}");
+    }
+}
+
+impl Drop for Nodes {
+    fn drop(&mut self) {
+        Self::sweep();
+        for pod in &self.pods {
+            let path = format!("{}/{}", self.root, pod.cgroup(0));
+            succeeds(&format!(
+                "for i in $(seq 50); do rmdir {path} && break; sleep 0.1; done; rmdir $(dirname {path})"
+            ));
+        }
+    }
+}
+
+/// What a pod encrypted or decrypted.
+fn of(scrape: &Scrape, metric: &str, pod: &str, protocol: &str, direction: &str) -> f64 {
+    scrape.sum(
+        metric,
+        &[
+            ("pod", pod),
+            ("protocol", protocol),
+            ("direction", direction),
+        ],
+    )
+}
+
+/// The difference of two scrapes.
+struct Between<'a>(&'a Scrape, &'a Scrape);
+
+impl Between<'_> {
+    fn of(&self, metric: &str, pod: &str, protocol: &str, direction: &str) -> f64 {
+        of(self.1, metric, pod, protocol, direction) - of(self.0, metric, pod, protocol, direction)
+    }
+
+    fn all(&self, metric: &str, protocol: &str, direction: &str) -> f64 {
+        let sum = |scrape: &Scrape| {
+            scrape.sum(metric, &[("protocol", protocol), ("direction", direction)])
+        };
+        sum(self.1) - sum(self.0)
+    }
+}
+
+/// Sends between the pods of both nodes, from several at once, and holds what was encrypted against what was decrypted.
+fn conserves(nodes: &Nodes, exporter: &Exporter, protocol: &str, families: &[u32], what: &str) {
+    // Once there and back: neighbours, routes, sessions.
+    for (pod, target) in [
+        (0, "10.82.0.1"),
+        (1, "10.82.0.2"),
+        (0, "fd82::1"),
+        (1, "fd82::2"),
+    ] {
+        let family = if target.contains(':') { 6 } else { 4 };
+        if families.contains(&family) {
+            let reached = (0..20).any(|_| {
+                let child = nodes
+                    .spawn(pod, &format!("ping -q -c 1 -W 1 {target} >/dev/null"))
+                    .wait();
+                child.expect("it ends").success()
+            });
+            assert!(reached, "{what}: {target} is not reached");
+        }
+    }
+    let settled = |before: &Scrape| {
+        exporter.scrape_until(
+            &format!("{what}: all that is encrypted is decrypted"),
+            |now| {
+                let between = Between(before, now);
+                [PACKETS, BYTES].iter().all(|metric| {
+                    between.all(metric, protocol, "encrypt")
+                        == between.all(metric, protocol, "decrypt")
+                })
+            },
+        )
+    };
+    let empty = Scrape::parse("");
+    let before = settled(&empty);
+    for family in families {
+        let target = |net: u32, last: u32| {
+            if *family == 4 {
+                format!("10.{net}.0.{last}")
+            } else {
+                format!("fd{net}::{last}")
+            }
+        };
+        nodes.run(
+            0,
+            &format!("ping -q -i 0.02 -c 50 {} >/dev/null", target(82, 1)),
+        );
+        nodes.run(
+            1,
+            &format!("ping -q -i 0.02 -c 20 -s 1000 {} >/dev/null", target(82, 2)),
+        );
+    }
+    let pinged = settled(&before);
+    let between = Between(&before, &pinged);
+    let times = families.len() as f64;
+    for (pod, packets) in [("a-1", 50.0), ("a-2", 20.0), ("b-1", 50.0), ("b-2", 20.0)] {
+        for direction in ["encrypt", "decrypt"] {
+            let seen = between.of(PACKETS, pod, protocol, direction);
+            // IPv6 asks for its neighbours now and then, but not through the tunnel.
+            assert_eq!(
+                seen,
+                times * packets,
+                "{what}: {pod} {direction}\n{}",
+                pinged.text
+            );
+        }
+    }
+    for direction in ["encrypt", "decrypt"] {
+        assert_eq!(
+            between.of(PACKETS, "unknown", protocol, direction),
+            0.0,
+            "{what}: {direction}"
+        );
+    }
+
+    // Bulk, in both directions at once, from both pods of each node.
+    let family = families[0];
+    let address = |pod: usize| {
+        let (node, last) = PODS[pod];
+        let net = subnet(node);
+        if family == 4 {
+            format!("10.{net}.0.{last}:5201")
+        } else {
+            format!("[fd{net}::{last}]:5201")
+        }
+    };
+    let any = if family == 4 {
+        "0.0.0.0:5201"
+    } else {
+        "[::]:5201"
+    };
+    let mut servers: Vec<_> = (0..4)
+        .map(|pod| nodes.spawn(pod, &format!("TRAFFIC serve {any}")))
+        .collect();
+    thread::sleep(Duration::from_secs(1));
+    let pairs = [(0, 2, 1), (1, 3, 1), (2, 0, 1), (3, 1, 1)];
+    let work: Vec<_> = pairs
+        .iter()
+        .map(|(from, to, mib)| nodes.spawn(*from, &format!("TRAFFIC send {} {mib}", address(*to))))
+        .collect();
+    for mut child in work {
+        assert!(
+            child.wait().expect("it ends").success(),
+            "{what}: the work failed"
+        );
+    }
+    for server in &mut servers {
+        server.kill().expect("it runs");
+        server.wait().expect("it ends");
+    }
+    let end = settled(&pinged);
+    let between = Between(&pinged, &end);
+    // Each pod talks to one other only.
+    for (one, other) in [("a-1", "b-1"), ("a-2", "b-2")] {
+        for (from, to) in [(one, other), (other, one)] {
+            for metric in [PACKETS, BYTES] {
+                let sent = between.of(metric, from, protocol, "encrypt");
+                let received = between.of(metric, to, protocol, "decrypt");
+                assert_eq!(
+                    sent, received,
+                    "{what}: {metric} {from} → {to}\n{}",
+                    end.text
+                );
+            }
+        }
+    }
+    assert!(
+        between.of(BYTES, "a-1", protocol, "encrypt") > 1024.0 * 1024.0,
+        "{what}"
+    );
+    let cpu = |pod: &str, direction: &str| between.of(CPU, pod, protocol, direction);
+    for pod in ["a-1", "a-2", "b-1", "b-2"] {
+        for direction in ["encrypt", "decrypt"] {
+            assert!(
+                cpu(pod, direction) > 0.0,
+                "{what}: {pod} {direction} took no time\n{}",
+                end.text
+            );
+        }
+    }
+    for reason in [
+        "map_full",
+        "unreadable",
+        "missed_return",
+        "recursion",
+        "read_failed",
+    ] {
+        let lost = end.sum(
+            "chandra_lost_events_total",
+            &[("signal", "encryption"), ("reason", reason)],
+        );
+        assert_eq!(lost, 0.0, "{what}: {reason}");
+    }
+    println!(
+        "{what}: {} packets, {} bytes, each way",
+        between.all(PACKETS, protocol, "encrypt"),
+        between.all(BYTES, protocol, "encrypt")
+    );
+}
+
+fn can_encrypt() -> bool {
+    if !can_trace() {
+        return false;
+    }
+    let works = succeeds(
+        "modprobe -qa wireguard veth esp4 esp6 vxlan geneve xfrm_user gcm; ip netns add chandra-a && ip -n chandra-a link add wg0 type wireguard; r=$?; ip netns del chandra-a; exit $r",
+    );
+    if !works {
+        skip("needs root, veth and WireGuard; make kernel-test has them");
+    }
+    works
+}
+
+#[test]
+fn what_one_node_encrypts_the_other_decrypts() {
+    let _alone = alone();
+    if !can_encrypt() {
+        return;
+    }
+    let nodes = Nodes::new();
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("pods.json");
+    write_pods(&file, &nodes.pods);
+    let exporter = Exporter::start(&[
+        "--pods",
+        &file.display().to_string(),
+        "--encryption.timed-every",
+        "4",
+    ]);
+    exporter.scrape_until("the signal is up", |scrape| {
+        scrape.sum(
+            "chandra_signal_state",
+            &[("signal", "encryption"), ("state", "up")],
+        ) == 1.0
+    });
+
+    for six in [false, true] {
+        nodes.wireguard(six);
+        nodes.routes("wg0");
+        conserves(
+            &nodes,
+            &exporter,
+            "wireguard",
+            &[4, 6],
+            &format!("WireGuard over {}", if six { "IPv6" } else { "IPv4" }),
+        );
+        nodes.strip();
+    }
+    for kind in ["vxlan", "geneve"] {
+        nodes.wireguard(false);
+        nodes.overlay(kind, "10.77.0.1", "10.77.0.2");
+        conserves(
+            &nodes,
+            &exporter,
+            "wireguard",
+            &[4, 6],
+            &format!("{kind} in WireGuard"),
+        );
+        nodes.strip();
+    }
+    let pods = [["10.81.0.0/24", "10.82.0.0/24"], ["fd81::/64", "fd82::/64"]];
+    for offload in [false, true] {
+        let with = if offload { "with" } else { "without" };
+        if offload
+            && !succeeds(
+                "modprobe esp4_offload esp6_offload 2>/dev/null || modprobe -a esp4_offload esp6_offload",
+            )
+        {
+            println!("no esp4_offload here");
+            continue;
+        }
+        for (underlay, nodes_at) in [
+            ("IPv4", ["192.168.90.1", "192.168.90.2"]),
+            ("IPv6", ["fd90::1", "fd90::2"]),
+        ] {
+            nodes.esp("tunnel", nodes_at, &pods);
+            let via = |to: usize| nodes_at[to];
+            let family = if underlay == "IPv4" { "inet" } else { "inet6" };
+            run(&format!(
+                "ip -n chandra-a route add 10.82.0.0/24 via {family} {1} dev u; ip -n chandra-a route add fd82::/64 via fd90::2 dev u
+                 ip -n chandra-b route add 10.81.0.0/24 via {family} {0} dev u; ip -n chandra-b route add fd81::/64 via fd90::1 dev u",
+                via(0),
+                via(1)
+            ));
+            conserves(
+                &nodes,
+                &exporter,
+                "ipsec",
+                &[4, 6],
+                &format!("ESP tunnel over {underlay} {with} offload"),
+            );
+            nodes.strip();
+        }
+        nodes.esp(
+            "tunnel",
+            ["192.168.90.1", "192.168.90.2"],
+            &[["192.168.90.1/32", "192.168.90.2/32"]],
+        );
+        nodes.overlay("vxlan", "192.168.90.1", "192.168.90.2");
+        conserves(
+            &nodes,
+            &exporter,
+            "ipsec",
+            &[4, 6],
+            &format!("VXLAN in ESP {with} offload"),
+        );
+        nodes.strip();
+    }
+}
+
+#[test]
+fn sessions_are_counted_and_peers_survive_being_added_again() {
+    let _alone = alone();
+    if !can_encrypt() {
+        return;
+    }
+    let nodes = Nodes::new();
+    let exporter = Exporter::start(&["--pods", "none"]);
+    exporter.scrape_until("the signal is up", |scrape| {
+        scrape.sum(
+            "chandra_signal_state",
+            &[("signal", "encryption"), ("state", "up")],
+        ) == 1.0
+    });
+    nodes.wireguard(false);
+    nodes.routes("wg0");
+    const SESSIONS: &str = "chandra_encryption_sessions_total";
+    const PEER: &str = "chandra_encryption_peer_sessions_total";
+    let reach = || {
+        let end = Instant::now() + Duration::from_secs(30);
+        while !nodes
+            .spawn(0, "ping -q -c 1 -W 1 10.82.0.1 >/dev/null")
+            .wait()
+            .expect("it ends")
+            .success()
+        {
+            assert!(Instant::now() < end, "not reached");
+        }
+    };
+    reach();
+    let first = exporter.scrape_until("a session on each side", |scrape| {
+        scrape.sum(SESSIONS, &[("interface", "wg0")]) == 2.0
+    });
+    for _ in 0..6 {
+        run("ip netns exec chandra-a wg set wg0 peer $(cat /tmp/chandra-b.pub) remove
+             ip netns exec chandra-b wg set wg0 peer $(cat /tmp/chandra-a.pub) remove
+             ip netns exec chandra-b wg set wg0 peer $(cat /tmp/chandra-a.pub) allowed-ips 10.81.0.0/24,fd81::/64,10.77.0.1/32 endpoint 192.168.90.1:51871
+             ip netns exec chandra-a wg set wg0 peer $(cat /tmp/chandra-b.pub) allowed-ips 10.82.0.0/24,fd82::/64,10.77.0.2/32 endpoint 192.168.90.2:51871");
+        reach();
+    }
+    let scrape = exporter.scrape_until("six more on each side", |scrape| {
+        scrape.sum(SESSIONS, &[("interface", "wg0")]) >= 14.0
+    });
+    assert_eq!(
+        scrape.sum(SESSIONS, &[("interface", "wg0")]),
+        14.0,
+        "{}",
+        scrape.text
+    );
+    for node in ["a", "b"] {
+        let key = run(&format!("cut -c1-8 /tmp/chandra-{node}.pub"));
+        assert_eq!(
+            scrape.sum(PEER, &[("peer", key.trim()), ("protocol", "wireguard")]),
+            7.0,
+            "{}",
+            scrape.text
+        );
+    }
+    let intervals = "chandra_encryption_session_interval_seconds_count";
+    assert_eq!(scrape.sum(intervals, &[]) - first.sum(intervals, &[]), 12.0);
+    let events =
+        |event: &str| scrape.sum("chandra_encryption_handshakes_total", &[("event", event)]);
+    assert_eq!(events("completed"), 14.0, "{}", scrape.text);
+    assert!(events("initiated") >= 7.0, "{}", scrape.text);
+    nodes.strip();
+
+    // The module goes while the exporter runs, and comes back.
+    run("modprobe -r wireguard");
+    exporter.scrape_until("wireguard is gone", |scrape| {
+        !scrape.has("chandra_hook_info", "hook=\"encrypt_packet\"")
+    });
+    run("modprobe wireguard");
+    nodes.wireguard(false);
+    nodes.routes("wg0");
+    exporter.scrape_until("wireguard is back", |scrape| {
+        scrape.sum(
+            "chandra_hook_info",
+            &[("hook", "encrypt_packet"), ("reason", "attached")],
+        ) == 2.0
+    });
+    let before = exporter.scrape().sum(SESSIONS, &[("interface", "wg0")]);
+    reach();
+    exporter.scrape_until("sessions are counted again", |scrape| {
+        scrape.sum(SESSIONS, &[("interface", "wg0")]) >= before + 2.0
+    });
+    nodes.strip();
+
+    // Security associations.
+    nodes.esp(
+        "tunnel",
+        ["192.168.90.1", "192.168.90.2"],
+        &[["10.81.0.0/24", "10.82.0.0/24"]],
+    );
+    let added = exporter.scrape_until("four associations", |scrape| {
+        scrape.sum(SESSIONS, &[("protocol", "ipsec")]) == 4.0
+    });
+    let event = |scrape: &Scrape, event: &str| {
+        scrape.sum(
+            "chandra_encryption_security_associations_total",
+            &[("event", event)],
+        )
+    };
+    assert_eq!(event(&added, "added"), 4.0, "{}", added.text);
+    run("ip -n chandra-a xfrm state delete src 192.168.90.1 dst 192.168.90.2 proto esp spi 0x1001");
+    exporter.scrape_until("one deleted", |scrape| event(scrape, "deleted") == 1.0);
+}
