@@ -74,10 +74,6 @@ fn every_alert_has_a_firing_and_a_silent_case_and_every_record_a_value() {
                 };
             }
             for case in list(test, "promql_expr_test") {
-                assert!(
-                    list(case, "exp_samples").next().is_some() || case["exp_samples"].is_array(),
-                    "{name}"
-                );
                 valued.push_str(case["expr"].as_str().unwrap_or_default());
                 valued.push('\n');
             }
