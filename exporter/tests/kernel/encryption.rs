@@ -3,6 +3,7 @@
 //! packet and the byte, for WireGuard and ESP, in IPv4 and IPv6, native and through VXLAN and Geneve.
 
 use std::{
+    fs,
     process::{Child, Command},
     thread,
     time::{Duration, Instant},
@@ -602,4 +603,137 @@ fn sessions_are_counted_and_peers_survive_being_added_again() {
     assert_eq!(event(&added, "added"), 4.0, "{}", added.text);
     run("ip -n chandra-a xfrm state delete src 192.168.90.1 dst 192.168.90.2 proto esp spi 0x1001");
     exporter.scrape_until("one deleted", |scrape| event(scrape, "deleted") == 1.0);
+}
+
+/// Measures the same functions by itself, every packet: prints READY, and at its end the nanoseconds of both.
+const BPFTRACE: &str = r#"
+kprobe:encrypt_packet, kprobe:decrypt_packet { @at[tid] = nsecs; }
+kretprobe:encrypt_packet /@at[tid]/ { @encrypt += nsecs - @at[tid]; delete(@at[tid]); }
+kretprobe:decrypt_packet /@at[tid]/ { @decrypt += nsecs - @at[tid]; delete(@at[tid]); }
+BEGIN { printf("READY\n"); }
+interval:s:1 { printf("%llu %llu\n", (uint64)@encrypt, (uint64)@decrypt); }
+"#;
+
+#[test]
+fn the_time_of_pods_is_that_of_an_independent_measurement_and_goes_by_bytes() {
+    let _alone = alone();
+    if !can_encrypt() {
+        return;
+    }
+    if !succeeds("bpftrace --version") {
+        return skip("needs bpftrace");
+    }
+    let nodes = Nodes::new();
+    nodes.wireguard(false);
+    nodes.routes("wg0");
+    let folder = tempfile::tempdir().expect("a folder");
+    let (script, output) = (
+        folder.path().join("oracle.bt"),
+        folder.path().join("oracle.out"),
+    );
+    fs::write(&script, BPFTRACE).expect("written");
+    let mut oracle = Command::new("bpftrace")
+        .args(["-q", "-B", "line", "-o"])
+        .args([&output, &script])
+        .spawn()
+        .expect("bpftrace");
+    let said = || fs::read_to_string(&output).unwrap_or_default();
+    let begin = Instant::now();
+    while !said().contains("READY") {
+        assert!(
+            begin.elapsed() < Duration::from_secs(180),
+            "bpftrace is not ready"
+        );
+        thread::sleep(Duration::from_millis(500));
+    }
+    let file = folder.path().join("pods.json");
+    write_pods(&file, &nodes.pods);
+    let exporter = Exporter::start(&[
+        "--pods",
+        &file.display().to_string(),
+        "--encryption.timed-every",
+        "4",
+    ]);
+    exporter.scrape_until("the signal is up", |scrape| {
+        scrape.sum(
+            "chandra_signal_state",
+            &[("signal", "encryption"), ("state", "up")],
+        ) == 1.0
+    });
+    // What was measured until nothing moves any more.
+    let measured = || {
+        let mut last = (String::new(), 0);
+        loop {
+            thread::sleep(Duration::from_secs(1));
+            let text = said();
+            let line = text.lines().next_back().unwrap_or_default().to_owned();
+            last = if line == last.0 {
+                (line, last.1 + 1)
+            } else {
+                (line, 0)
+            };
+            if last.1 >= 3 && last.0.contains(' ') {
+                let both: Vec<f64> = last
+                    .0
+                    .split(' ')
+                    .map(|n| n.parse().expect("a number"))
+                    .collect();
+                return (both[0] / 1e9, both[1] / 1e9);
+            }
+        }
+    };
+    let reached = (0..20).any(|_| {
+        nodes
+            .spawn(0, "ping -q -c 1 -W 1 10.82.0.1 >/dev/null")
+            .wait()
+            .expect("it ends")
+            .success()
+    });
+    assert!(reached, "10.82.0.1 is not reached");
+    let (oracle_before, before) = (measured(), exporter.scrape());
+
+    let mut servers: Vec<_> = [2, 3]
+        .map(|pod| nodes.spawn(pod, "TRAFFIC serve 0.0.0.0:5201"))
+        .into();
+    thread::sleep(Duration::from_secs(1));
+    let work = [
+        nodes.spawn(0, "TRAFFIC send 10.82.0.1:5201 12"),
+        nodes.spawn(1, "TRAFFIC send 10.82.0.2:5201 4"),
+    ];
+    for mut child in work {
+        assert!(child.wait().expect("it ends").success(), "the work failed");
+    }
+    for server in &mut servers {
+        server.kill().expect("it runs");
+        server.wait().expect("it ends");
+    }
+    let (oracle_after, after) = (measured(), exporter.scrape());
+    run(&format!("kill -INT {}", oracle.id()));
+    oracle.wait().expect("it ends");
+
+    let all = |direction: &str, seconds: f64| {
+        let ours = Between(&before, &after).all(CPU, "wireguard", direction);
+        let ratio = ours / seconds;
+        println!("{direction}: {ours:.3} s by chandra, {seconds:.3} s by bpftrace: {ratio:.3}");
+        assert!(
+            (0.95..=1.05).contains(&ratio),
+            "{direction}: {ratio}\n{}",
+            after.text
+        );
+    };
+    all("encrypt", oracle_after.0 - oracle_before.0);
+    all("decrypt", oracle_after.1 - oracle_before.1);
+    for (direction, pods) in [("encrypt", ["a-1", "a-2"]), ("decrypt", ["b-1", "b-2"])] {
+        let ratio = |metric: &str| {
+            let [one, other] =
+                pods.map(|pod| Between(&before, &after).of(metric, pod, "wireguard", direction));
+            one / other
+        };
+        let (bytes, cpu) = (ratio(BYTES), ratio(CPU));
+        println!("{direction}: {bytes:.2} times the bytes, {cpu:.2} times the time");
+        assert!(
+            (2.7..=3.3).contains(&bytes) && (cpu / bytes - 1.0).abs() < 0.1,
+            "{direction}: {bytes} {cpu}"
+        );
+    }
 }

@@ -46,7 +46,8 @@ fn nothing_of_ours_remains_in_the_kernel_however_it_ends() {
             (signal != "KILL").then_some(0),
             "after SIG{signal}"
         );
-        assert!(took < Duration::from_secs(2), "SIG{signal} took {took:?}");
+        // The kernel waits for a grace period for each probe that it takes out.
+        assert!(took < Duration::from_secs(10), "SIG{signal} took {took:?}");
         // Programs and maps are freed after a grace period.
         let freed = (0..100).any(|_| {
             std::thread::sleep(Duration::from_millis(100));
