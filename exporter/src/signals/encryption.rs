@@ -18,7 +18,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::Path,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, TryLockError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -951,7 +951,12 @@ fn peer_labels(key: &PeerKey, host: &HashSet<IpAddr>) -> PeerLabels {
 
 impl Signal for Encryption {
     fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<()> {
-        let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut core = match self.core.try_lock() {
+            Ok(core) => core,
+            Err(TryLockError::Poisoned(core)) => core.into_inner(),
+            // Modules are being followed, or addresses change hands: what was counted is read by the next scrape.
+            Err(TryLockError::WouldBlock) => return Ok(()),
+        };
         let core = &mut *core;
         self.status = core.status.clone();
         core.collect(scope.pods, scope.now)?;
