@@ -75,6 +75,10 @@ kernel-test: setup ## Kernel tests in a VM: KERNEL=5.10|6.1|6.12|6.18|7.2|7.3|ne
 kernel-matrix: setup ## Kernel tests on every kernel
 	tools/kernel-test "$(SIGNAL)" $(KERNELS)
 
+.PHONY: scenario
+scenario: setup ## Incidents replayed in a VM, from the cause to the webhook: NAME=loss KERNEL=6.12
+	tools/scenario -k $(KERNEL) $(NAME)
+
 .PHONY: churn
 churn: setup ## 500 pods created and deleted on this host, with every rule of the counters checked (needs root)
 	CHANDRA_CHURN_PODS=500 cargo test --locked --test kernel -- --nocapture churn::
