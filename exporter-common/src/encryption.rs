@@ -141,8 +141,7 @@ pub struct Interface {
 pub struct PeerKey {
     /// Its interface.
     pub interface: InterfaceKey,
-    /// WireGuard: the public key. IPsec: the address of the remote end in the first 16 bytes, and in the 17th 1 for an
-    /// association of the way in.
+    /// WireGuard: the public key. IPsec: the addresses of source and target, 16 bytes each, IPv4 ones as `::ffff:a.b.c.d`.
     pub identity: [u8; 32],
     /// The network namespace, by the address of its object.
     pub namespace: u64,

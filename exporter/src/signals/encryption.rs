@@ -39,10 +39,12 @@ use exporter_common::{
     },
 };
 
-use super::{Attempt, Entry, Options, Scope, Signal, State, Status, entries};
+use super::{
+    Attempt, Entry, Follower, Options, Scope, Signal, State, Status, entries, follow_modules,
+};
 use crate::{
     families::{Desc, Families, Kind},
-    kernel::{Kernel, btf::Btf, symbols, uevents::Uevents},
+    kernel::{Kernel, btf::Btf, symbols},
     ledger::{Attribution, Ledger, Opening, PATIENCE},
     pods::{Drain, Labels, Owner, Resolution, View},
     probe::{self, Attached, Constants, Method, Need, Program, Reason, Runs},
@@ -405,21 +407,7 @@ fn resolve(constants: &mut Constants<'_>, kernel: &Kernel, settings: &Settings) 
 }
 
 fn attach(kernel: &Kernel, options: Options) -> Attempt {
-    match Encryption::new(kernel, &options) {
-        Ok(signal) => {
-            let status = signal.status_now();
-            Attempt {
-                state: status.state,
-                hooks: status.hooks,
-                notes: status.notes,
-                signal: Some(Box::new(signal)),
-            }
-        }
-        Err(error) => Attempt {
-            notes: vec![format!("{error:#}")],
-            ..Attempt::without(State::Failed)
-        },
-    }
+    Attempt::following(Encryption::new(kernel, &options))
 }
 
 /// The object at work.
@@ -499,14 +487,27 @@ pub struct Holders<'a> {
     pub pods: &'a View<'a>,
     /// The addresses of this node itself.
     pub host: &'a HashSet<IpAddr>,
+    /// The pod that holds each address; none where several claim it.
+    pub addresses: HashMap<IpAddr, Option<Owner>>,
+}
+
+impl<'a> Holders<'a> {
+    /// Looks up who holds what now.
+    pub fn new(pods: &'a View<'a>, host: &'a HashSet<IpAddr>) -> Self {
+        let addresses = pods.addresses();
+        Self {
+            pods,
+            host,
+            addresses,
+        }
+    }
 }
 
 impl Books {
     /// Books what the flows grew by to those who hold their addresses now. What may still find its owner is left for
     /// later.
     pub fn book(&mut self, work: &[(Flow, Work)], holders: &Holders<'_>, now: Instant) {
-        let addresses = holders.pods.addresses();
-        self.held.extend(addresses.keys());
+        self.held.extend(holders.addresses.keys());
         let mut known = Vec::new();
         for (flow, work) in work {
             let (protocol, direction) = (flow.protocol as usize, flow.direction as usize);
@@ -522,7 +523,7 @@ impl Books {
             if by.packets == 0 || protocol >= PROTOCOLS.len() || direction >= DIRECTIONS.len() {
                 continue;
             }
-            let whose = match self.whose(flow, &addresses, holders) {
+            let whose = match self.whose(flow, holders) {
                 Some(whose) => whose,
                 None => {
                     let since = *self.waiting.entry(*flow).or_insert(now);
@@ -557,12 +558,7 @@ impl Books {
     }
 
     /// Who a flow belongs to; `None` if that may still be told.
-    fn whose(
-        &self,
-        flow: &Flow,
-        addresses: &HashMap<IpAddr, Option<Owner>>,
-        holders: &Holders<'_>,
-    ) -> Option<Whose> {
+    fn whose(&self, flow: &Flow, holders: &Holders<'_>) -> Option<Whose> {
         if flow.cgroup != NO_CGROUP {
             return match holders.pods.resolve(flow.cgroup) {
                 Resolution::Owner(mut owner) | Resolution::Pending(Some(mut owner)) => {
@@ -581,7 +577,7 @@ impl Books {
         if address.is_unspecified() {
             return Some(Whose::Unknown);
         }
-        match addresses.get(&address) {
+        match holders.addresses.get(&address) {
             Some(Some(owner)) => Some(Whose::Owner(owner.clone())),
             Some(None) => Some(Whose::Unknown),
             None if holders.host.contains(&address) => Some(Whose::Host),
@@ -602,13 +598,12 @@ impl Books {
 
     /// Flows that have not grown for a time and whose address nobody holds: their entries may be removed.
     pub fn idle(&mut self, idle: Duration, holders: &Holders<'_>, now: Instant) -> Vec<Flow> {
-        let addresses = holders.pods.addresses();
         let gone = |flow: &Flow| {
             if flow.cgroup != NO_CGROUP {
                 return !holders.pods.knows(flow.cgroup);
             }
             let address = address(flow);
-            !addresses.contains_key(&address) && !holders.host.contains(&address)
+            !holders.addresses.contains_key(&address) && !holders.host.contains(&address)
         };
         let old = |grew: &Instant| now.saturating_duration_since(*grew) >= idle;
         let flows: Vec<_> = self
@@ -683,7 +678,7 @@ const LOOKS: u8 = 5;
 /// How old the list of the node's addresses may be.
 const HOST_EVERY: Duration = Duration::from_secs(10);
 
-impl Core {
+impl Follower for Core {
     /// Attaches to what has been loaded, and lets go of what has been unloaded. The object stays: it has counted.
     fn follow(&mut self, kernel: impl FnOnce() -> Kernel) {
         let loads = MODULES.map(|(module, _)| symbols::loaded(module));
@@ -712,6 +707,12 @@ impl Core {
         };
     }
 
+    fn status(&self) -> &Status {
+        &self.status
+    }
+}
+
+impl Core {
     fn settled(&self) -> bool {
         MODULES
             .iter()
@@ -752,43 +753,14 @@ impl Core {
         }
     }
 
-    /// Books what was counted until now to those who hold the addresses now.
-    fn collect(&mut self, pods: &View<'_>, now: Instant) -> anyhow::Result<()> {
-        let Some(live) = &self.live else {
-            return Ok(());
-        };
+    /// Reads the node's addresses anew, if the list is old.
+    fn list_host(&mut self, now: Instant) {
         let stale = self
             .listed
             .is_none_or(|at| now.saturating_duration_since(at) >= HOST_EVERY);
         if stale {
             self.host = host_addresses();
             self.listed = Some(now);
-        }
-        let holders = Holders {
-            pods,
-            host: &self.host,
-        };
-        self.books.book(&live.work()?, &holders, now);
-        Ok(())
-    }
-}
-
-/// Follows modules until it is told to stop.
-fn follow_modules(core: &Mutex<Core>, stopped: &AtomicBool) {
-    let mut events = Uevents::listen("encryption");
-    while !stopped.load(Ordering::Relaxed) {
-        events.wait();
-        let mut core = core.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = core.status.state;
-        core.follow(Kernel::read);
-        if core.status.state != before {
-            tracing::info!("signal encryption: {}", core.status.state.label());
-            if core.status.state == State::Failed {
-                let details = core.status.hooks.iter().map(|hook| &hook.detail);
-                for detail in details.filter(|detail| !detail.is_empty()) {
-                    tracing::error!("signal encryption: {detail}");
-                }
-            }
         }
     }
 }
@@ -799,10 +771,19 @@ struct Drained(Arc<Mutex<Core>>);
 impl Drain for Drained {
     fn drain(&self, pods: &View<'_>) {
         let mut core = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = core.collect(pods, Instant::now()) {
-            tracing::error!(
+        let core = &mut *core;
+        let Some(live) = &core.live else {
+            return;
+        };
+        match live.work() {
+            Ok(work) => {
+                let now = Instant::now();
+                core.list_host(now);
+                core.books.book(&work, &Holders::new(pods, &core.host), now);
+            }
+            Err(error) => tracing::error!(
                 "signal encryption: addresses change hands, and what was counted cannot be read: {error:#}"
-            );
+            ),
         }
     }
 }
@@ -832,11 +813,7 @@ impl Encryption {
     fn new(kernel: &Kernel, options: &Options) -> anyhow::Result<Self> {
         let mut core = Core {
             live: None,
-            status: Status {
-                state: State::Absent,
-                hooks: Vec::new(),
-                notes: Vec::new(),
-            },
+            status: Status::absent(),
             settings: options.encryption,
             loads: [None; MODULES.len()],
             looks: 0,
@@ -852,7 +829,7 @@ impl Encryption {
         thread::Builder::new()
             .name("encryption".to_owned())
             .stack_size(1 << 20)
-            .spawn(move || follow_modules(&of_thread, &stop))
+            .spawn(move || follow_modules("encryption", &of_thread, &stop))
             .context("start the thread that follows modules")?;
         Ok(Self {
             drain: Arc::new(Drained(Arc::clone(&core))),
@@ -865,10 +842,6 @@ impl Encryption {
             lost: Loss::LABELS.iter().map(|(_, label)| (*label, 0)).collect(),
             runs: Vec::new(),
         })
-    }
-
-    fn status_now(&self) -> Status {
-        self.status.clone()
     }
 }
 
@@ -959,7 +932,13 @@ impl Signal for Encryption {
         };
         let core = &mut *core;
         self.status = core.status.clone();
-        core.collect(scope.pods, scope.now)?;
+        if core.live.is_some() {
+            core.list_host(scope.now);
+        }
+        let holders = Holders::new(scope.pods, &core.host);
+        if let Some(live) = &core.live {
+            core.books.book(&live.work()?, &holders, scope.now);
+        }
         let readings = core.books.totals.iter().copied().enumerate();
         let resolve = |at: usize| match &core.books.whose[at] {
             Whose::Owner(owner) => Resolution::Owner(owner.clone()),
@@ -967,14 +946,10 @@ impl Signal for Encryption {
             Whose::Unknown => Resolution::Unknown,
         };
         let mut owners = scope.pods.owners();
-        owners.extend(scope.pods.addresses().into_values().flatten());
+        owners.extend(holders.addresses.values().flatten().cloned());
         self.ledger.book(&owners, readings, resolve, scope.now);
         let Some(live) = &mut core.live else {
             return Ok(());
-        };
-        let holders = Holders {
-            pods: scope.pods,
-            host: &core.host,
         };
         for flow in core.books.idle(scope.retention, &holders, scope.now) {
             match live.flows.remove(&flow) {
@@ -1021,7 +996,7 @@ impl Signal for Encryption {
     }
 
     fn status(&self) -> Option<Status> {
-        Some(self.status_now())
+        Some(self.status.clone())
     }
 }
 
@@ -1119,10 +1094,7 @@ mod tests {
                 .clone()
                 .into_iter()
                 .collect();
-            let holders = Holders {
-                pods,
-                host: &self.host,
-            };
+            let holders = Holders::new(pods, &self.host);
             self.books
                 .lock()
                 .expect("no panic")
@@ -1203,10 +1175,7 @@ mod tests {
                 .clone()
                 .into_iter()
                 .collect();
-            let holders = Holders {
-                pods: &view,
-                host: &self.host,
-            };
+            let holders = Holders::new(&view, &self.host);
             let now = self.began + Duration::from_secs(after);
             self.books
                 .lock()

@@ -8,7 +8,10 @@ pub mod tcp;
 use std::{
     cell::Cell,
     path::PathBuf,
-    sync::Arc,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -20,7 +23,7 @@ use aya::{
 
 use crate::{
     families::{Desc, Families},
-    kernel::Kernel,
+    kernel::{Kernel, uevents::Uevents},
     ledger::{Attribution, Ledger},
     pods::{Drain, Resolution, View},
     probe::{Attached, Hook, Outcome, Runs},
@@ -64,6 +67,17 @@ pub struct Status {
     pub hooks: Vec<Hook>,
     /// What works with less, for people.
     pub notes: Vec<String>,
+}
+
+impl Status {
+    /// That of a signal whose modules are not loaded.
+    fn absent() -> Self {
+        Self {
+            state: State::Absent,
+            hooks: Vec::new(),
+            notes: Vec::new(),
+        }
+    }
 }
 
 /// The label `state` of `chandra_signal_state`.
@@ -144,6 +158,57 @@ impl Attempt {
             hooks,
             notes,
             signal,
+        }
+    }
+}
+
+impl Attempt {
+    /// A signal that tells by itself what has become of it, or why it could not begin.
+    fn following<S: Signal + 'static>(begun: anyhow::Result<S>) -> Self {
+        match begun {
+            Ok(signal) => {
+                let status = signal.status().unwrap_or_else(Status::absent);
+                Self {
+                    state: status.state,
+                    hooks: status.hooks,
+                    notes: status.notes,
+                    signal: Some(Box::new(signal)),
+                }
+            }
+            Err(error) => Self {
+                notes: vec![format!("{error:#}")],
+                ..Self::without(State::Failed)
+            },
+        }
+    }
+}
+
+/// What attaches to modules of the kernel as they are loaded, and lets go of them.
+trait Follower {
+    /// Looks at what has been loaded and unloaded.
+    fn follow(&mut self, kernel: impl FnOnce() -> Kernel);
+
+    /// What has become of it.
+    fn status(&self) -> &Status;
+}
+
+/// Has a signal's modules followed until it is told to stop, and logs what becomes of it.
+fn follow_modules(signal: &str, core: &Mutex<impl Follower>, stopped: &AtomicBool) {
+    let mut events = Uevents::listen(signal);
+    while !stopped.load(Ordering::Relaxed) {
+        events.wait();
+        let mut core = core.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = core.status().state;
+        core.follow(Kernel::read);
+        let status = core.status();
+        if status.state != before {
+            tracing::info!("signal {signal}: {}", status.state.label());
+            if status.state == State::Failed {
+                let details = status.hooks.iter().map(|hook| &hook.detail);
+                for detail in details.filter(|detail| !detail.is_empty()) {
+                    tracing::error!("signal {signal}: {detail}");
+                }
+            }
         }
     }
 }

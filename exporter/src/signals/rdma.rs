@@ -18,7 +18,7 @@ pub mod nldev;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::{
-        Arc, Mutex, PoisonError, TryLockError,
+        Arc, Mutex, TryLockError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -43,14 +43,15 @@ use self::{
     enumeration::{Enumeration, Limits, PairOwner, Report},
     host::{DeviceMap, DeviceTotals, Host, Owners, PairMaps, monotonic},
 };
-use super::{Attempt, Entry, Options, Scope, Signal, State, Status, entries};
+use super::{
+    Attempt, Entry, Follower, Options, Scope, Signal, State, Status, entries, follow_modules,
+};
 use crate::{
     families::{Desc, Families, Kind},
     kernel::{
         Kernel,
         btf::Btf,
         symbols::{self, Symbols},
-        uevents::Uevents,
     },
     ledger::{Attribution, Ledger, OTHER, Opening, UNKNOWN},
     pods::{Labels, Resolution},
@@ -470,21 +471,7 @@ fn types_of_module(kernel: &Kernel) -> Result<Btf, String> {
 }
 
 fn attach(kernel: &Kernel, options: Options) -> Attempt {
-    match Rdma::new(kernel, &options) {
-        Ok(signal) => {
-            let status = signal.status_now();
-            Attempt {
-                state: status.state,
-                hooks: status.hooks,
-                notes: status.notes,
-                signal: Some(Box::new(signal)),
-            }
-        }
-        Err(error) => Attempt {
-            notes: vec![format!("{error:#}")],
-            ..Attempt::without(State::Failed)
-        },
-    }
+    Attempt::following(Rdma::new(kernel, &options))
 }
 
 /// Totals of the kernel half at one time.
@@ -559,21 +546,7 @@ struct Core {
     swept: u64,
 }
 
-impl Core {
-    fn new(owners: Arc<Owners>) -> Self {
-        Self {
-            live: None,
-            status: absent(),
-            loads: [None; MODULES.len()],
-            looks: 0,
-            owners,
-            farewells: Vec::new(),
-            lost: BTreeMap::new(),
-            runs: BTreeMap::new(),
-            swept: 0,
-        }
-    }
-
+impl Follower for Core {
     /// Attaches to what has been loaded, and lets go of what has been unloaded.
     fn follow(&mut self, kernel: impl FnOnce() -> Kernel) {
         let loads = MODULES.map(symbols::loaded);
@@ -590,7 +563,7 @@ impl Core {
         self.loads = loads;
         if loads[0].is_none() {
             self.drop_live();
-            self.status = absent();
+            self.status = Status::absent();
             return;
         }
         let kernel = kernel();
@@ -603,7 +576,27 @@ impl Core {
         if self.live.is_none() && !symbols::settled(MODULES[0]) {
             // On its way in or out: not failed, but to be looked at again.
             self.loads = [None; MODULES.len()];
-            self.status = absent();
+            self.status = Status::absent();
+        }
+    }
+
+    fn status(&self) -> &Status {
+        &self.status
+    }
+}
+
+impl Core {
+    fn new(owners: Arc<Owners>) -> Self {
+        Self {
+            live: None,
+            status: Status::absent(),
+            loads: [None; MODULES.len()],
+            looks: 0,
+            owners,
+            farewells: Vec::new(),
+            lost: BTreeMap::new(),
+            runs: BTreeMap::new(),
+            swept: 0,
         }
     }
 
@@ -727,34 +720,6 @@ impl Core {
     }
 }
 
-fn absent() -> Status {
-    Status {
-        state: State::Absent,
-        hooks: Vec::new(),
-        notes: Vec::new(),
-    }
-}
-
-/// Hears of modules from the kernel (kobject uevents), and looks by itself every few seconds.
-fn follow_modules(core: &Mutex<Core>, stopped: &AtomicBool) {
-    let mut events = Uevents::listen("rdma");
-    while !stopped.load(Ordering::Relaxed) {
-        events.wait();
-        let mut core = core.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = core.status.state;
-        core.follow(Kernel::read);
-        if core.status.state != before {
-            tracing::info!("signal rdma: {}", core.status.state.label());
-            if core.status.state == State::Failed {
-                let details = core.status.hooks.iter().map(|hook| &hook.detail);
-                for detail in details.filter(|detail| !detail.is_empty()) {
-                    tracing::error!("signal rdma: {detail}");
-                }
-            }
-        }
-    }
-}
-
 /// A row of the gauge: labels, device, type and state.
 type Row = (Labels, String, &'static str, &'static str);
 
@@ -803,7 +768,7 @@ impl Rdma {
         thread::Builder::new()
             .name("rdma-modules".to_owned())
             .stack_size(1 << 20)
-            .spawn(move || follow_modules(&of_thread, &stop))
+            .spawn(move || follow_modules("rdma", &of_thread, &stop))
             .context("start the thread that follows modules")?;
         let host = Host {
             owners,
