@@ -12,8 +12,8 @@ use std::{
     collections::BTreeMap,
     fmt::Write as _,
     fs,
-    io::{BufRead, BufReader, Read, Write},
-    net::{TcpListener, TcpStream},
+    io::Write,
+    net::TcpListener,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
@@ -24,7 +24,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{Exporter, Pod, build, cgroup_root, run, skip, succeeds, write_pods};
+use common::{Exporter, Pod, build, cgroup_root, request, run, skip, succeeds, write_pods};
 use packages::{Package, program};
 use serde_json::Value;
 
@@ -77,27 +77,6 @@ fn serve(answer: impl Fn(&str) -> String + Send + 'static) -> String {
         }
     });
     address
-}
-
-/// The body of a request.
-fn request(stream: &mut TcpStream) -> Option<String> {
-    let mut reader = BufReader::new(stream);
-    let mut length = 0;
-    loop {
-        let mut line = String::new();
-        reader.read_line(&mut line).ok().filter(|read| *read > 0)?;
-        if let Some((name, value)) = line.split_once(':')
-            && name.eq_ignore_ascii_case("content-length")
-        {
-            length = value.trim().parse().ok()?;
-        }
-        if line.trim().is_empty() {
-            break;
-        }
-    }
-    let mut body = vec![0; length];
-    reader.read_exact(&mut body).ok()?;
-    String::from_utf8(body).ok()
 }
 
 /// Hubble's page, as helm-values/cilium.yaml has it: one namespace is denied packets once the fault is on.
