@@ -33,7 +33,7 @@ constants!(
     OFF_SKB_LEN,
     OFF_SKB_SOCK,
     OFF_SKB_NETWORK,
-    OFF_SKB_INNER_NETWORK,
+    OFF_SKB_TRANSPORT,
     OFF_SOCK_STATE,
     OFF_NETDEV_NAME,
     OFF_NETDEV_NET,
@@ -45,6 +45,7 @@ constants!(
     OFF_STATE_SOURCE,
     OFF_STATE_FAMILY,
     OFF_STATE_MODE,
+    OFF_STATE_HEADER,
     OFF_STATE_NET,
     SAMPLE,
     PORT_VXLAN,
@@ -211,9 +212,25 @@ fn sender(skb: u64) -> Result<u64, Loss> {
     unsafe { probed_socket_cgroup(sock as *const u8) }
 }
 
+/// What ESP in transport mode encrypts: the payload of a packet whose IP header speaks of ESP.
+#[derive(Clone, Copy)]
+struct Payload {
+    /// What the IP header says without encryption.
+    protocol: u8,
+    at: u64,
+    /// Bytes of the packet without encryption.
+    bytes: u64,
+}
+
 /// Whose packet it is, and its bytes. `at` is where its IP header begins.
 #[inline(always)]
-fn flow(skb: u64, at: u64, protocol: Protocol, direction: Direction) -> Result<(Flow, u64), Loss> {
+fn flow(
+    skb: u64,
+    at: u64,
+    payload: Option<Payload>,
+    protocol: Protocol,
+    direction: Direction,
+) -> Result<(Flow, u64), Loss> {
     let head: u64 = field(skb, &OFF_SKB_HEAD)?;
     let tail: u32 = field(skb, &OFF_SKB_TAIL)?;
     let end = head + u64::from(tail);
@@ -224,7 +241,12 @@ fn flow(skb: u64, at: u64, protocol: Protocol, direction: Direction) -> Result<(
         direction: direction as u32,
     };
     let bytes = match header(at, end) {
-        Some(outer) => {
+        Some(mut outer) => {
+            if let Some(payload) = payload {
+                outer.protocol = payload.protocol;
+                outer.payload = payload.at;
+                outer.bytes = payload.bytes;
+            }
             if let Some(inner) = innermost(outer, end) {
                 flow.address = match direction {
                     Direction::Encrypt => inner.source,
@@ -359,8 +381,14 @@ fn enter_with(ctx: &ProbeContext, function: Function, object: u64) {
 }
 
 #[inline(always)]
-fn encrypts(ctx: &ProbeContext, skb: u64, at: u64, protocol: Protocol) -> Result<(), Loss> {
-    let (flow, bytes) = flow(skb, at, protocol, Direction::Encrypt)?;
+fn encrypts(
+    ctx: &ProbeContext,
+    skb: u64,
+    at: u64,
+    payload: Option<Payload>,
+    protocol: Protocol,
+) -> Result<(), Loss> {
+    let (flow, bytes) = flow(skb, at, payload, protocol, Direction::Encrypt)?;
     count(&flow, bytes)?;
     if chosen() {
         let call = Call {
@@ -401,7 +429,13 @@ fn wireguard_encrypts(ctx: &ProbeContext, skb: u64) -> Result<(), Loss> {
     }
     let head: u64 = field(skb, &OFF_SKB_HEAD)?;
     let network: u16 = field(skb, &OFF_SKB_NETWORK)?;
-    encrypts(ctx, skb, head + u64::from(network), Protocol::WireGuard)
+    encrypts(
+        ctx,
+        skb,
+        head + u64::from(network),
+        None,
+        Protocol::WireGuard,
+    )
 }
 
 /// Returns whether it could.
@@ -448,7 +482,7 @@ fn wireguard_decrypted(call: &Call, end: u64) -> Result<(), Loss> {
         return Ok(());
     }
     let data: u64 = field(skb, &OFF_SKB_DATA)?;
-    let (flow, bytes) = flow(skb, data, Protocol::WireGuard, Direction::Decrypt)?;
+    let (flow, bytes) = flow(skb, data, None, Protocol::WireGuard, Direction::Decrypt)?;
     count(&flow, bytes)?;
     if call.entered != 0 {
         time(&flow, bytes, call.entered, end)?;
@@ -461,23 +495,43 @@ fn wireguard_decrypted(call: &Call, end: u64) -> Result<(), Loss> {
 #[kprobe]
 pub fn esp_encrypt(ctx: ProbeContext) -> u32 {
     let registers = Registers::of(&ctx);
-    let (state, skb) = (registers.argument::<0>(), registers.argument::<1>());
-    if let Err(loss) = esp_encrypts(&ctx, state, skb) {
+    let (state, skb, info) = (
+        registers.argument::<0>(),
+        registers.argument::<1>(),
+        registers.argument::<2>(),
+    );
+    if let Err(loss) = esp_encrypts(&ctx, state, skb, info) {
         lose(&LOST, loss);
     }
     0
 }
 
+/// `struct esp_info` (include/net/esp.h, the same from 5.10 to 7.3): what is encrypted, as bytes 16 to 40 tell it
+/// (`tfclen`, `tailen`, `plen`, `clen`, `len`, `nfrags`), and its protocol.
+const INFO_LENGTHS: u64 = 16;
+const INFO_PROTOCOL: u64 = 40;
+
 #[inline(always)]
-fn esp_encrypts(ctx: &ProbeContext, state: u64, skb: u64) -> Result<(), Loss> {
+fn esp_encrypts(ctx: &ProbeContext, state: u64, skb: u64, info: u64) -> Result<(), Loss> {
     let head: u64 = field(skb, &OFF_SKB_HEAD)?;
-    // In tunnel mode what is encrypted is a whole packet, in transport mode the payload of this one.
-    let offset: u16 = if field::<u8>(state, &OFF_STATE_MODE)? == TUNNEL {
-        field(skb, &OFF_SKB_INNER_NETWORK)?
-    } else {
-        field(skb, &OFF_SKB_NETWORK)?
+    let network: u16 = field(skb, &OFF_SKB_NETWORK)?;
+    let network = head + u64::from(network);
+    // What was put before the plaintext: ESP's header and, in tunnel mode, another IP header. The packet's inner offsets do not
+    // tell: in 7.3 they are those of a VXLAN or Geneve packet inside, in 6.18 those of what is encrypted.
+    let added = u64::from(field::<u32>(state, &OFF_STATE_HEADER)?);
+    if field::<u8>(state, &OFF_STATE_MODE)? == TUNNEL {
+        return encrypts(ctx, skb, network + added, None, Protocol::Ipsec);
+    }
+    let transport: u16 = field(skb, &OFF_SKB_TRANSPORT)?;
+    let transport = head + u64::from(transport);
+    let [padding, _, trailer, encrypted]: [u32; 4] = read(info + INFO_LENGTHS)?;
+    let length = encrypted.wrapping_sub(trailer).wrapping_sub(padding);
+    let payload = Payload {
+        protocol: read(info + INFO_PROTOCOL)?,
+        at: transport + added,
+        bytes: transport.wrapping_sub(network) + u64::from(length),
     };
-    encrypts(ctx, skb, head + u64::from(offset), Protocol::Ipsec)
+    encrypts(ctx, skb, network, Some(payload), Protocol::Ipsec)
 }
 
 /// Returns 0, an error, or that another thread goes on with it.
@@ -549,15 +603,24 @@ fn esp_is_decrypted(
     began: Option<[u64; 2]>,
     end: u64,
 ) -> Result<(), Loss> {
-    // IPPROTO_IPIP and IPPROTO_IPV6: tunnel mode, the packet begins with the header that was encrypted. Else the payload was, and
-    // the header is before it.
-    let at = if protocol == 4 || protocol == 41 {
-        field(skb, &OFF_SKB_DATA)?
+    let data: u64 = field(skb, &OFF_SKB_DATA)?;
+    // IPPROTO_IPIP and IPPROTO_IPV6: tunnel mode, the packet begins with the header that was encrypted. Else the payload was; the
+    // IP header is before it, and the transport header lies as far before the payload as the IP header is long.
+    let (at, payload) = if protocol == 4 || protocol == 41 {
+        (data, None)
     } else {
         let head: u64 = field(skb, &OFF_SKB_HEAD)?;
-        head + u64::from(field::<u16>(skb, &OFF_SKB_NETWORK)?)
+        let network: u16 = field(skb, &OFF_SKB_NETWORK)?;
+        let transport: u16 = field(skb, &OFF_SKB_TRANSPORT)?;
+        let header = data.wrapping_sub(head + u64::from(transport));
+        let payload = Payload {
+            protocol: protocol as u8,
+            at: data,
+            bytes: header + u64::from(field::<u32>(skb, &OFF_SKB_LEN)?),
+        };
+        (head + u64::from(network), Some(payload))
     };
-    let (flow, bytes) = flow(skb, at, Protocol::Ipsec, Direction::Decrypt)?;
+    let (flow, bytes) = flow(skb, at, payload, Protocol::Ipsec, Direction::Decrypt)?;
     count(&flow, bytes)?;
     match began {
         Some([began, thread]) if thread == bpf_get_current_pid_tgid() => {

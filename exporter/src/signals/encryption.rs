@@ -191,8 +191,20 @@ const PACKET: &[&str] = &[
     "OFF_SKB_LEN",
     "OFF_SKB_SOCK",
     "OFF_SKB_NETWORK",
-    "OFF_SKB_INNER_NETWORK",
     "OFF_SOCK_STATE",
+];
+/// How an association encrypts, besides.
+const ESP: &[&str] = &[
+    "OFF_SKB_HEAD",
+    "OFF_SKB_DATA",
+    "OFF_SKB_TAIL",
+    "OFF_SKB_LEN",
+    "OFF_SKB_SOCK",
+    "OFF_SKB_NETWORK",
+    "OFF_SKB_TRANSPORT",
+    "OFF_SOCK_STATE",
+    "OFF_STATE_MODE",
+    "OFF_STATE_HEADER",
 ];
 const NETDEV: &[&str] = &["OFF_NETDEV_NAME", "OFF_NETDEV_NET"];
 const STATE: &[&str] = &[
@@ -284,31 +296,31 @@ const PROGRAMS: &[Program] = &[
         "esp_encrypt_return",
         Method::Kretprobe,
         &["esp_output_tail", "esp6_output_tail"],
-        PACKET,
+        ESP,
     ),
     probe(
         "esp_encrypt",
         Method::Kprobe,
         &["esp_output_tail", "esp6_output_tail"],
-        PACKET,
+        ESP,
     ),
     probe(
         "esp_decrypted_return",
         Method::Kretprobe,
         &["esp_input_done2", "esp6_input_done2"],
-        PACKET,
+        ESP,
     ),
     probe(
         "esp_decrypted",
         Method::Kprobe,
         &["esp_input_done2", "esp6_input_done2"],
-        PACKET,
+        ESP,
     ),
     probe(
         "esp_decrypt",
         Method::Kprobe,
         &["esp_input", "esp6_input"],
-        PACKET,
+        ESP,
     ),
     probe(
         "association_added",
@@ -364,7 +376,7 @@ fn resolve(constants: &mut Constants<'_>, kernel: &Kernel, settings: &Settings) 
         ("OFF_SKB_LEN", "len"),
         ("OFF_SKB_SOCK", "sk"),
         ("OFF_SKB_NETWORK", "network_header"),
-        ("OFF_SKB_INNER_NETWORK", "inner_network_header"),
+        ("OFF_SKB_TRANSPORT", "transport_header"),
     ] {
         constants.offset(constant, &[("sk_buff", member)]);
     }
@@ -376,6 +388,7 @@ fn resolve(constants: &mut Constants<'_>, kernel: &Kernel, settings: &Settings) 
     constants.offset("OFF_STATE_SOURCE", &[("xfrm_state", "props.saddr")]);
     constants.offset("OFF_STATE_FAMILY", &[("xfrm_state", "props.family")]);
     constants.offset("OFF_STATE_MODE", &[("xfrm_state", "props.mode")]);
+    constants.offset("OFF_STATE_HEADER", &[("xfrm_state", "props.header_len")]);
     constants.offset("OFF_STATE_NET", &[("xfrm_state", "xs_net.net")]);
     // Debian's 5.10 has no types of modules, and a module may be loaded after the exporter's start. The structs have begun like
     // this on every 64-bit kernel since WireGuard came (5.6 to 7.3; drivers/net/wireguard/{noise,peerlookup,peer,device}.h);
