@@ -8,6 +8,8 @@
 
 #[path = "../tests/common/mod.rs"]
 mod common;
+#[path = "overhead/encryption.rs"]
+mod encryption;
 #[path = "overhead/exporter.rs"]
 mod exporter;
 #[path = "overhead/load.rs"]
@@ -93,6 +95,11 @@ fn main() {
         _ if !wanted("rdma") => {}
         None => rdma::per_operation(),
         Some(why) => missing.push(format!("queue pairs: {why}")),
+    }
+    match encryption::missing() {
+        _ if !wanted("encryption") => {}
+        None => encryption::per_packet(),
+        Some(why) => missing.push(format!("encrypted packets: {why}")),
     }
     if wanted("sizes") {
         once(kernel.may_trace());
