@@ -6,9 +6,12 @@
 //! fd10:2::/64). A pod is a cgroup and a network namespace. Pods with RDMA are on the host's network: before 6.17 rdma_rxe
 //! works in the initial network namespace only, which has a device of each node (`rxe1`, `rxe2`).
 //!
+//! A scenario may have the nodes encrypt what they route for their pods, as Cilium does: by WireGuard (`wg1` and `wg2`) or by
+//! IPsec.
+//!
 //! Both nodes share a kernel, so one exporter sees both. Prometheus scrapes it as two targets and keeps of each what is
-//! the node's: the series of its pods, and of devices and interfaces whose names end in the node's number. What has none
-//! of these labels is on both.
+//! the node's: the series of its pods, and of devices, interfaces and peers whose names tell the node. What has none of these
+//! labels is on both.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -64,7 +67,6 @@ impl Scenario {
 
     /// How much faster than real the windows and waits of the rules are, and what else differs from the defaults: an
     /// object in jsonnet with `_config`.
-    #[expect(dead_code, reason = "no scenario needs it yet")]
     pub(crate) const fn speed(self, times: u32, overrides: &'static str) -> Self {
         Self {
             speed: times,
@@ -97,6 +99,15 @@ impl Scenario {
 
 pub(crate) const fn minutes(minutes: u64) -> Duration {
     Duration::from_secs(60 * minutes)
+}
+
+/// How the nodes encrypt what goes from pods of one to pods of the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Encryption {
+    /// An interface of each node, `wg1` and `wg2`, each with the other as its only peer.
+    WireGuard,
+    /// ESP in tunnel mode, with AES-GCM as Cilium has it.
+    Ipsec,
 }
 
 /// An alert that has to come.
@@ -195,6 +206,9 @@ pub(crate) struct Stage {
     /// The time line.
     lines: Vec<String>,
     pods: Vec<Pod>,
+    encryption: Option<Encryption>,
+    /// How often the keys of IPsec were rotated.
+    rotations: u32,
     /// What runs in each pod that runs, by its name.
     works: BTreeMap<String, Vec<Child>>,
     servers: BTreeMap<&'static str, Child>,
@@ -216,6 +230,8 @@ impl Stage {
             fault: None,
             lines: Vec::new(),
             pods: Vec::new(),
+            encryption: None,
+            rotations: 0,
             works: BTreeMap::new(),
             servers: BTreeMap::new(),
             webhook: webhook(send),
@@ -254,9 +270,20 @@ impl Stage {
         pod
     }
 
+    /// Has the nodes encrypt what they route for their pods.
+    pub(crate) fn encrypt(&mut self, encryption: Encryption) {
+        assert!(self.servers.is_empty(), "said before open()");
+        self.encryption = Some(encryption);
+    }
+
     /// Builds the network and starts the servers. Returns once everything is seen from end to end.
     pub(crate) fn open(&mut self) {
         self.lay_network();
+        match self.encryption {
+            Some(Encryption::WireGuard) => self.lay_wireguard(),
+            Some(Encryption::Ipsec) => self.lay_ipsec(),
+            None => {}
+        }
         let rdma = self.pods.iter().any(|pod| pod.place.is_none());
         if rdma {
             add_rdma_devices();
@@ -267,7 +294,9 @@ impl Stage {
         self.wait("both nodes are scraped", |stage| {
             stage.holds("count(up{job=\"chandra\"} == 1) == 2")
         });
-        for signal in ["tcp"].into_iter().chain(rdma.then_some("rdma")) {
+        let rdma = rdma.then_some("rdma");
+        let encryption = self.encryption.map(|_| "encryption");
+        for signal in ["tcp"].into_iter().chain(rdma).chain(encryption) {
             let state = format!("chandra_signal_state{{signal=\"{signal}\",state=\"up\"}}");
             self.wait(&format!("signal {signal} is up"), |stage| {
                 stage.holds(&format!("count({state} == 1) == 2"))
@@ -319,6 +348,109 @@ route add default via fd10:{node}::1 dev eth0 onlink
 EOF"
             ));
         }
+    }
+
+    fn lay_wireguard(&self) {
+        run("modprobe wireguard");
+        for node in NODES {
+            let key = self.scratch(node);
+            run(&format!(
+                "umask 077; wg genkey >{key}.key; wg pubkey <{key}.key >{key}.pub"
+            ));
+        }
+        for node in NODES {
+            let environment = self.environment(node);
+            let key = self.scratch(node);
+            run(&format!(
+                "{environment}
+ip -n {node} link add $WG mtu 1420 type wireguard
+ip netns exec {node} wg set $WG listen-port 51871 private-key {key}.key \
+  peer $PEER allowed-ips $ALLOWED endpoint $ENDPOINT
+ip -n {node} link set $WG up
+for network in $(echo $ALLOWED | tr , ' '); do ip -n {node} route replace $network dev $WG; done"
+            ));
+        }
+    }
+
+    /// What a shell line on a node may need to know of its tunnel.
+    fn environment(&self, node: &str) -> String {
+        let Some(Encryption::WireGuard) = self.encryption else {
+            return String::new();
+        };
+        let own = NODES.iter().position(|known| *known == node);
+        let own = own.expect("gpu-1 or gpu-2");
+        let other = 1 - own;
+        let peer = run(&format!("cat {}.pub", self.scratch(NODES[other])));
+        format!(
+            "WG=wg{} PEER={} ENDPOINT=172.30.0.{n}:51871 ALLOWED=10.{n}.0.0/24,fd10:{n}::/64",
+            own + 1,
+            peer.trim(),
+            n = other + 1,
+        )
+    }
+
+    fn lay_ipsec(&mut self) {
+        run("modprobe -a esp4 xfrm_user gcm");
+        self.add_associations();
+        for (node, name) in NODES.iter().enumerate() {
+            let (own, other) = (node + 1, 2 - node);
+            for (direction, from, to) in
+                [("out", own, other), ("in", other, own), ("fwd", other, own)]
+            {
+                run(&format!(
+                    "ip -n {name} xfrm policy add src 10.{from}.0.0/24 dst 10.{to}.0.0/24 dir {direction} \
+                     tmpl src 172.30.0.{from} dst 172.30.0.{to} proto esp reqid 1 mode tunnel"
+                ));
+            }
+        }
+    }
+
+    /// The security associations of the next key, one for each direction, on both nodes. Of several the kernel encrypts with
+    /// the youngest and decrypts with the one that the packet names.
+    fn add_associations(&mut self) {
+        self.rotations += 1;
+        let key = run("head -c 20 /dev/urandom | od -An -v -tx1 | tr -d ' \n'");
+        // Whoever receives has the new key before anyone sends with it.
+        for (name, from, to) in [
+            ("gpu-1", 2, 1),
+            ("gpu-2", 1, 2),
+            ("gpu-1", 1, 2),
+            ("gpu-2", 2, 1),
+        ] {
+            run(&format!(
+                "ip -n {name} xfrm state add src 172.30.0.{from} dst 172.30.0.{to} proto esp spi {} reqid 1 mode tunnel \
+                 aead 'rfc4106(gcm(aes))' 0x{key} 128",
+                0x1000 + self.rotations
+            ));
+        }
+    }
+
+    /// Rotates the key of IPsec as Cilium does: the new one is added beside the old one, which is removed after a while.
+    pub(crate) fn rotate_keys(&mut self, old_lives: Duration) {
+        self.note(&format!("a new key beside the old one ({old_lives:?})"));
+        self.add_associations();
+        self.evaluations(old_lives.as_secs().div_ceil(PERIOD.as_secs()) as u32);
+        for (name, from, to) in [
+            ("gpu-1", 1, 2),
+            ("gpu-1", 2, 1),
+            ("gpu-2", 1, 2),
+            ("gpu-2", 2, 1),
+        ] {
+            run(&format!(
+                "ip -n {name} xfrm state delete src 172.30.0.{from} dst 172.30.0.{to} proto esp spi {}",
+                0x1000 + self.rotations - 1
+            ));
+        }
+        self.note("the old key is removed");
+    }
+
+    /// Runs a shell line on a node from here on, outside of all pods. It has `$WG` (the node's WireGuard interface), `$PEER`,
+    /// `$ENDPOINT` and `$ALLOWED` (its peer's key, address and networks).
+    pub(crate) fn on_node(&mut self, node: &'static str, line: &str) {
+        let mut command = Command::new("ip");
+        let line = format!("{}\n{line}", self.environment(node));
+        command.args(["netns", "exec", node, "sh", "-c", &line]);
+        self.start(node, command);
     }
 
     /// Tells the exporter which pods run.
@@ -396,6 +528,8 @@ EOF"
         let [one, two] = NODES;
         let pods = format!("{one};({})|{two};({})", pods(1), pods(0));
         let things = format!("{one};.*2|{two};.*1");
+        // IPsec's peer is the other end.
+        let peers = format!("{one};172.30.0.1|{two};172.30.0.2");
         let target = |node| format!("{{ targets: ['{EXPORTER}'], labels: {{ node: {node} }} }}");
         format!(
             "global: {{ scrape_interval: {PERIOD:?}, evaluation_interval: {PERIOD:?} }}
@@ -409,6 +543,7 @@ scrape_configs:
   - {{ source_labels: [node, pod], regex: '{pods}', action: drop }}
   - {{ source_labels: [node, device], regex: '{things}', action: drop }}
   - {{ source_labels: [node, interface], regex: '{things}', action: drop }}
+  - {{ source_labels: [node, peer], regex: '{peers}', action: drop }}
 ",
             NODES.map(target).join(", ")
         )

@@ -8,11 +8,14 @@
 mod common;
 mod frame;
 
+mod encryption_hog;
 mod healthy;
+mod ipsec_rotation;
 mod job_start;
 mod loss;
 mod qp_churn;
 mod qp_errors;
+mod rekey_storm;
 
 use std::{
     env,
@@ -22,12 +25,15 @@ use std::{
 
 use frame::Scenario;
 
-const SCENARIOS: [Scenario; 5] = [
+const SCENARIOS: [Scenario; 8] = [
     healthy::SCENARIO,
     loss::SCENARIO,
     qp_churn::SCENARIO,
     qp_errors::SCENARIO,
     job_start::SCENARIO,
+    rekey_storm::SCENARIO,
+    encryption_hog::SCENARIO,
+    ipsec_rotation::SCENARIO,
 ];
 
 /// usage: `scenarios --names`, or with `CHANDRA_SCENARIOS` (where to keep what is worth a look) set by `tools/scenario`:
