@@ -30,9 +30,11 @@ fn play(stage: &mut Stage) {
         stage.work(store, "traffic serve [::]:5201");
         stage.work(&hog, &store.steps_to(5201));
     }
+    // What a queue on the way would drop is not what this is about.
+    stage.link(&hog, "rate 100mbit");
     stage.healthy(minutes(2));
 
-    stage.fault("checkpoint writes all it has, to four stores");
+    stage.fault("checkpoint writes as much as its link takes, to four stores");
     for store in &stores {
         let target = store.at(5201);
         stage.work(&hog, &format!("while :; do traffic send {target} 64; done"));
