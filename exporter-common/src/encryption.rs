@@ -35,6 +35,7 @@ pub const ASSOCIATIONS: [&str; 4] = ["added", "updated", "deleted", "expired"];
 pub const INTERVAL: Shape = Shape {
     first: 250_000_000,
     bounds: 8,
+    step: 2,
 };
 
 /// How packets are encrypted.

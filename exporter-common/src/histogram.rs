@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Classic histograms with factor-4 buckets: counted in the kernel by index, labelled in user space by bound.
+//! Classic histograms whose bounds grow by a power of two: counted in the kernel by index, labelled in user space by bound.
 
 /// A histogram's shape. Its slots are the buckets, the last one without a bound, and then the sum in nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
     /// The first bucket's inclusive upper bound, in nanoseconds.
     pub first: u64,
-    /// Buckets that have a bound; each bound is four times the one before.
+    /// Buckets that have a bound.
     pub bounds: usize,
+    /// How much larger each bound is than the one before, as a power of two: 2 is four times.
+    pub step: u32,
 }
 
 impl Shape {
@@ -21,7 +23,7 @@ impl Shape {
     pub const fn bucket(self, nanoseconds: u64) -> usize {
         let units = nanoseconds.div_ceil(self.first);
         let bits = u64::BITS - units.saturating_sub(1).leading_zeros();
-        let index = bits.div_ceil(2) as usize;
+        let index = bits.div_ceil(self.step) as usize;
         if index < self.bounds {
             index
         } else {
@@ -37,7 +39,7 @@ impl Shape {
     /// The inclusive upper bound of a bucket in nanoseconds; `None` for the last one.
     pub const fn bound(self, bucket: usize) -> Option<u64> {
         if bucket < self.bounds {
-            Some(self.first << (2 * bucket))
+            Some(self.first << (self.step as usize * bucket))
         } else {
             None
         }
@@ -51,22 +53,21 @@ mod tests {
     const SHAPE: Shape = Shape {
         first: 16_000,
         bounds: 11,
+        step: 2,
     };
 
     #[test]
     fn every_time_lies_in_the_first_bucket_that_bounds_it() {
-        let edges = (0..SHAPE.bounds).filter_map(|i| SHAPE.bound(i));
-        let around = edges.flat_map(|bound| [bound - 1, bound, bound + 1]);
-        for time in around.chain([0, 1, 15_999, u64::MAX]) {
-            let bucket = SHAPE.bucket(time);
-            assert!(
-                SHAPE.bound(bucket).is_none_or(|bound| time <= bound),
-                "{time}"
-            );
-            assert!(
-                bucket == 0 || SHAPE.bound(bucket - 1).is_some_and(|bound| time > bound),
-                "{time}"
-            );
+        for shape in [SHAPE, Shape { step: 1, ..SHAPE }] {
+            let edges = (0..shape.bounds).filter_map(|i| shape.bound(i));
+            let around = edges.flat_map(|bound| [bound - 1, bound, bound + 1]);
+            for time in around.chain([0, 1, 15_999, u64::MAX]) {
+                let bucket = shape.bucket(time);
+                let bound = |bucket| shape.bound(bucket);
+                assert!(bound(bucket).is_none_or(|bound| time <= bound), "{time}");
+                let above = bucket == 0 || bound(bucket - 1).is_some_and(|bound| time > bound);
+                assert!(above, "{time}");
+            }
         }
     }
 

@@ -5,6 +5,7 @@
 #![no_std]
 
 pub mod encryption;
+pub mod gpu;
 pub mod histogram;
 pub mod rdma;
 pub mod tcp;
@@ -33,14 +34,17 @@ pub enum Loss {
     /// A packet that was to be timed, whose crypto went on in another thread or was preempted for long: it is counted, its
     /// CPU time is taken from others.
     Untimed = 3,
+    /// A thread that drives a GPU came onto a CPU unseen.
+    MissedSwitch = 4,
 }
 
 impl Loss {
     /// All reasons, in the order of their indexes, with the label that each has in `chandra_lost_events_total`.
-    pub const LABELS: [(Self, &str); 4] = [
+    pub const LABELS: [(Self, &str); 5] = [
         (Self::MapFull, "map_full"),
         (Self::Unreadable, "unreadable"),
         (Self::MissedReturn, "missed_return"),
         (Self::Untimed, "untimed"),
+        (Self::MissedSwitch, "missed_switch"),
     ];
 }

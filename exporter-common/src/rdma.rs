@@ -59,12 +59,14 @@ pub const MEMORY: [&str; 2] = ["user", "dmabuf"];
 pub const LIFETIME: Shape = Shape {
     first: 1_000_000,
     bounds: 13,
+    step: 2,
 };
 
 /// Create → RTS, and resolutions: 16 µs to 16.8 s.
 pub const LATENCY: Shape = Shape {
     first: 16_000,
     bounds: 11,
+    step: 2,
 };
 
 /// Where each counter lies in [`Usage::slots`].

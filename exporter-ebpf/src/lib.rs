@@ -48,6 +48,8 @@ macro_rules! object {
 
 constants!(
     OFF_SOCK_CGROUP,
+    OFF_TASK_CGROUPS,
+    OFF_SET_CGROUP,
     OFF_CGROUP_KN,
     OFF_KERNFS_ID,
     SOCK_CGROUP_TYPED,
@@ -195,7 +197,25 @@ pub unsafe fn socket_cgroup(sock: *const u8) -> Result<u64, Loss> {
     }
 }
 
-/// Returns the same of a socket that the verifier does not know.
+/// Returns the id of the cgroup that a task is in. [`NO_CGROUP`] where the kernel does not know.
+///
+/// # Safety
+/// `task` is a BTF-typed `struct task_struct *`.
+#[inline(always)]
+pub unsafe fn task_cgroup(task: *const u8) -> u64 {
+    if OFF_TASK_CGROUPS.load() == ABSENT {
+        return NO_CGROUP;
+    }
+    // SAFETY: every pointer in the chain is typed (task → css_set → cgroup → kernfs_node), and faults read as 0.
+    unsafe {
+        let set: *const u8 = load(task, &OFF_TASK_CGROUPS);
+        let cgroup: *const u8 = load(set, &OFF_SET_CGROUP);
+        let node: *const u8 = load(cgroup, &OFF_CGROUP_KN);
+        load(node, &OFF_KERNFS_ID)
+    }
+}
+
+/// Returns the cgroup of a socket, as [`socket_cgroup`] does, that the verifier does not know.
 ///
 /// # Safety
 /// `sock` is the address of a `struct sock` that is more than the head of one (not in TIME_WAIT or NEW_SYN_RECV).

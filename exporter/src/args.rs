@@ -102,6 +102,15 @@ pub struct Serve {
         default_value_t = 6081
     )]
     pub geneve_port: u16,
+    /// A device file by which a GPU is driven, besides those of NVIDIA, AMD and the kernel's own drivers. May be repeated.
+    #[arg(
+        long = "gpu.device",
+        value_name = "FILE",
+        env = "CHANDRA_GPU_DEVICES",
+        value_delimiter = ',',
+        value_parser = device_file
+    )]
+    pub gpu_devices: Vec<PathBuf>,
     /// What to log: error, warn, info, debug or trace, also by module.
     #[arg(
         long = "log.level",
@@ -120,6 +129,15 @@ impl Serve {
             .clone()
             .unwrap_or(if inside { Source::Kube } else { Source::None })
     }
+}
+
+/// A path that may be a device's now or later.
+fn device_file(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    if !path.is_absolute() {
+        return Err("it has to begin with /, as /dev/dri/renderD128 does".to_owned());
+    }
+    Ok(path)
 }
 
 fn signal(name: &str) -> Result<String, String> {

@@ -21,7 +21,7 @@ use chandra::{
     reference, scrape,
     scrape::Exporter,
     server,
-    signals::{Options, State, encryption},
+    signals::{Options, State, encryption, gpu},
 };
 use clap::Parser;
 use rustix::process::{Resource, Rlimit, setrlimit};
@@ -226,6 +226,9 @@ fn prepare(args: &Serve, pods: Arc<Pods>) -> Arc<Exporter> {
                 timed_every: args.timed_every,
                 vxlan_port: args.vxlan_port,
                 geneve_port: args.geneve_port,
+            },
+            gpu: gpu::Settings {
+                devices: args.gpu_devices.clone(),
             },
         },
     );

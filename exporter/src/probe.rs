@@ -9,7 +9,7 @@ use std::{error::Error, fmt, io};
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{Array, Map, MapError},
-    programs::{BtfTracePoint, KProbe, ProgramError, kprobe::KProbeLinkId},
+    programs::{BtfTracePoint, Iter, KProbe, ProgramError, kprobe::KProbeLinkId},
 };
 use exporter_common::Loss;
 
@@ -32,11 +32,20 @@ pub enum Method {
     Kretprobe,
     /// A netlink request.
     Netlink,
+    /// A walk over the kernel's objects, done now and then.
+    Iter,
 }
 
 impl Method {
     /// Every method, for the reference.
-    pub const LABELS: [&'static str; 5] = ["tp_btf", "inotify", "kprobe", "kretprobe", "netlink"];
+    pub const LABELS: [&'static str; 6] = [
+        "tp_btf",
+        "inotify",
+        "kprobe",
+        "kretprobe",
+        "netlink",
+        "iter",
+    ];
 
     /// The label.
     pub fn label(self) -> &'static str {
@@ -121,7 +130,7 @@ pub struct Program {
     pub name: &'static str,
     /// How it is attached.
     pub method: Method,
-    /// The functions that a kprobe or kretprobe goes to: all that exist.
+    /// The functions that a kprobe or kretprobe goes to: all that exist. Of an iterator, what it walks over.
     pub functions: &'static [&'static str],
     /// What its lack means.
     pub need: Need,
@@ -194,6 +203,16 @@ impl<'a> Constants<'a> {
         }
     }
 
+    /// Sets what the kernel half needs to find a task's cgroup. It does without where OFF_TASK_CGROUPS is absent.
+    pub fn task_cgroup(&mut self) {
+        if self.offset("OFF_SET_CGROUP", &[("css_set", "dfl_cgrp")])
+            && self.offset("OFF_CGROUP_KN", &[("cgroup", "kn")])
+            && self.offset("OFF_KERNFS_ID", &[("kernfs_node", "id")])
+        {
+            self.offset("OFF_TASK_CGROUPS", &[("task_struct", "cgroups")]);
+        }
+    }
+
     /// Notes that a constant cannot be resolved; the object's default says that it is absent.
     pub fn lack(&mut self, constant: &'static str, why: String) {
         self.missing.push((constant, why));
@@ -243,9 +262,8 @@ pub fn attach(
         attached: None,
         notes: Vec::new(),
     };
-    let typed = programs
-        .iter()
-        .any(|program| program.method == Method::TpBtf);
+    let is_typed = |program: &Program| matches!(program.method, Method::TpBtf | Method::Iter);
+    let typed = programs.iter().any(is_typed);
     if typed && let Err(why) = types {
         return all(Reason::NoBtf, why);
     }
@@ -301,19 +319,22 @@ pub fn attach(
                 Reason::NoField,
                 &format!("this kernel lacks a field: {why}"),
             ),
-            (None, Some(Err(error))) if program.method == Method::TpBtf => program.hooks(
+            (None, Some(Err(error))) if is_typed(program) => program.hooks(
                 program.places(),
                 Reason::NoBtf,
                 &format!("cannot read the kernel's BTF: {error}"),
             ),
-            (None, Some(Ok(image))) if program.method == Method::TpBtf => {
-                match attach_tp_btf(&mut attached.ebpf, program.name, image) {
+            (None, Some(Ok(image))) if is_typed(program) => {
+                match attach_typed(&mut attached.ebpf, program, image) {
                     Ok(()) => program.hooks(program.places(), Reason::Attached, ""),
-                    Err(error) => program.hooks(
-                        program.places(),
-                        reason_of(&error),
-                        &explain(&format!("attach tp_btf {}", program.name), &error, kernel),
-                    ),
+                    Err(error) => {
+                        let what = format!("attach {} {}", program.method.label(), program.name);
+                        program.hooks(
+                            program.places(),
+                            reason_of(&error),
+                            &explain(&what, &error, kernel),
+                        )
+                    }
                 }
             }
             _ => attached.attach_probe(program, program.functions, &symbols, kernel),
@@ -341,7 +362,10 @@ pub fn attach(
 
 /// Where the functions of all kprobes live.
 fn symbols_of(programs: &[Program]) -> Result<Symbols, String> {
-    let functions = programs.iter().flat_map(|program| program.functions);
+    let probes = programs
+        .iter()
+        .filter(|program| program.method != Method::Iter);
+    let functions = probes.flat_map(|program| program.functions);
     let mut functions = functions.copied().peekable();
     if functions.peek().is_none() {
         return Ok(Symbols::default());
@@ -510,6 +534,23 @@ impl Attached {
         hooks
     }
 
+    /// Has an iterator's program walk once over everything.
+    ///
+    /// # Errors
+    /// When the kernel refuses the walk.
+    pub fn walk(&mut self, program: &str) -> anyhow::Result<()> {
+        let program: &mut Iter = self
+            .ebpf
+            .program_mut(program)
+            .ok_or(ProgramError::NotLoaded)?
+            .try_into()?;
+        let id = program.attach()?;
+        let mut walk = program.take_link(id)?.into_file()?;
+        // It writes nothing, and runs as it is read.
+        io::copy(&mut walk, &mut io::sink())?;
+        Ok(())
+    }
+
     /// The constants that the object was loaded with.
     pub fn values(&self) -> &[(&'static str, u32)] {
         &self.values
@@ -525,12 +566,16 @@ struct Link {
     id: KProbeLinkId,
 }
 
-fn attach_tp_btf(ebpf: &mut Ebpf, name: &str, btf: &aya::Btf) -> Result<(), ProgramError> {
-    let program: &mut BtfTracePoint = ebpf
-        .program_mut(name)
-        .ok_or(ProgramError::NotLoaded)?
-        .try_into()?;
-    program.load(name, btf)?;
+fn attach_typed(ebpf: &mut Ebpf, what: &Program, btf: &aya::Btf) -> Result<(), ProgramError> {
+    let program = ebpf.program_mut(what.name).ok_or(ProgramError::NotLoaded)?;
+    if what.method == Method::Iter {
+        // It is attached for each walk.
+        let program: &mut Iter = program.try_into()?;
+        let object = what.functions.first().copied().unwrap_or_default();
+        return program.load(object, btf);
+    }
+    let program: &mut BtfTracePoint = program.try_into()?;
+    program.load(what.name, btf)?;
     program.attach()?;
     Ok(())
 }

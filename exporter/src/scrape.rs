@@ -68,6 +68,7 @@ static LOST_EVENTS: Desc = Desc {
             "unreadable",
             "missed_return",
             "untimed",
+            "missed_switch",
             "recursion",
             "read_failed",
         ],

@@ -19,7 +19,7 @@ use chandra::{
     reference,
     scrape::{self, Exporter},
     server::Site,
-    signals::{Options, SIGNALS, State, encryption, rdma, tcp},
+    signals::{Options, SIGNALS, State, encryption, gpu, rdma, tcp},
 };
 use clap::Parser;
 use exporter_common::{Loss, tcp::Kind as Retransmit};
@@ -104,11 +104,15 @@ fn the_declared_label_values_are_those_that_the_code_produces() {
         Method::Kprobe,
         Method::Kretprobe,
         Method::Netlink,
+        Method::Iter,
     ];
     let produced = methods.map(|method| match method {
-        Method::TpBtf | Method::Inotify | Method::Kprobe | Method::Kretprobe | Method::Netlink => {
-            method.label()
-        }
+        Method::TpBtf
+        | Method::Inotify
+        | Method::Kprobe
+        | Method::Kretprobe
+        | Method::Netlink
+        | Method::Iter => method.label(),
     });
     assert_eq!(declared("chandra_hook_info", "method"), produced);
 
@@ -143,11 +147,14 @@ fn the_declared_label_values_are_those_that_the_code_produces() {
         Loss::Unreadable,
         Loss::MissedReturn,
         Loss::Untimed,
+        Loss::MissedSwitch,
     ];
     let in_kernel = losses.map(|loss| match loss {
-        Loss::MapFull | Loss::Unreadable | Loss::MissedReturn | Loss::Untimed => {
-            Loss::LABELS[loss as usize].1
-        }
+        Loss::MapFull
+        | Loss::Unreadable
+        | Loss::MissedReturn
+        | Loss::Untimed
+        | Loss::MissedSwitch => Loss::LABELS[loss as usize].1,
     });
     assert_eq!(in_kernel, Loss::LABELS.map(|(_, label)| label));
     let reasons = declared("chandra_lost_events_total", "reason");
@@ -439,6 +446,16 @@ fn a_node_with_eight_gpu_pods_stays_within_the_series_budget() {
                     .iter()
                     .map(|device| (&accounts[0], &**device, "GSI", "RTS", 1));
                 rdma::render_gauge(pairs.chain(kernel), &ages, &mut families);
+            }
+            // As many pods as a node has GPUs drive one each.
+            "gpu" => {
+                let sum = |slots: &[u64; gpu::SLOTS]| slots.iter().sum();
+                let mut ledger = Ledger::new(1200, sum).opening(Opening::Events);
+                let pods = cgroups.iter().filter(|cgroup| **cgroup % 3 == 1).take(16);
+                let totals = pods.map(|cgroup| (*cgroup, [1; gpu::SLOTS]));
+                ledger.book(&view.owners(), totals, |cgroup| view.resolve(cgroup), now);
+                let processes = ledger.accounts().map(|(labels, _)| (labels, [1, 0, 0, 0]));
+                gpu::render(ledger.accounts(), &processes.collect(), &mut families);
             }
             // Every pod sends and receives through one kind of encryption, as the host does; all peers are shown.
             "encryption" => {

@@ -20,7 +20,7 @@ use chandra::{
     pods::{Labels, Pods},
     scrape::{self, Exporter, VERSION},
     server::Site,
-    signals::{Options, SIGNALS, encryption, rdma, tcp},
+    signals::{Options, SIGNALS, encryption, gpu, rdma, tcp},
 };
 use clap::Parser;
 
@@ -29,7 +29,8 @@ use common::skip;
 type Make = fn() -> String;
 
 /// The committed pages, by name, and what makes each.
-const PAGES: [(&str, Make); 4] = [
+const PAGES: [(&str, Make); 5] = [
+    ("gpu", gpu_page),
     ("encryption", encryption_page),
     ("exporter", exporter_page),
     ("rdma", rdma_page),
@@ -104,6 +105,22 @@ fn rdma_page() -> String {
     ];
     let ages = [("mlx5_0".to_owned(), 0.25), ("mlx5_1".to_owned(), 17.0)];
     rdma::render_gauge(rows, &ages, &mut families);
+    encode(families)
+}
+
+fn gpu_page() -> String {
+    let pod = Labels {
+        namespace: "inference".into(),
+        pod: "vllm-0".into(),
+        container: "engine".into(),
+    };
+    // Every slot its own number; the host drives none.
+    let slots = std::array::from_fn(|slot| slot as u64 + 1);
+    let accounts = [(Labels::default(), [0; gpu::SLOTS]), (pod.clone(), slots)];
+    let processes = [(Labels::default(), [0, 0, 1, 0]), (pod, [8, 0, 1, 2])];
+    let mut families = Families::default();
+    let borrowed = accounts.iter().map(|(labels, n)| (labels.clone(), n));
+    gpu::render(borrowed, &processes.into(), &mut families);
     encode(families)
 }
 

@@ -10,6 +10,8 @@ mod common;
 mod churn;
 #[path = "kernel/encryption.rs"]
 mod encryption;
+#[path = "kernel/gpu.rs"]
+mod gpu;
 #[path = "kernel/process.rs"]
 mod process;
 #[path = "kernel/rdma.rs"]

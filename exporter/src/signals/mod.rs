@@ -2,6 +2,7 @@
 //! The signals: each is attached, read (maps → ledger) and rendered (ledger → families) by a file of its name.
 
 pub mod encryption;
+pub mod gpu;
 pub mod rdma;
 pub mod tcp;
 
@@ -30,7 +31,13 @@ use crate::{
 };
 
 /// Every signal, in the order of the page.
-pub const SIGNALS: &[Entry] = &[tcp::ENTRY, rdma::ENTRY, encryption::ENTRY];
+#[rustfmt::skip] // one line each
+pub const SIGNALS: &[Entry] = &[
+    tcp::ENTRY,
+    rdma::ENTRY,
+    gpu::ENTRY,
+    encryption::ENTRY,
+];
 
 /// What the exporter knows of a signal before it is attached.
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +63,8 @@ pub struct Options {
     pub cgroups: Option<PathBuf>,
     /// What `encryption` looks at, and how closely.
     pub encryption: encryption::Settings,
+    /// What `gpu` looks at.
+    pub gpu: gpu::Settings,
 }
 
 /// What has become of a signal.

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+//! GPU: processes that drive one, and how long their threads wait for a CPU.
+
+use crate::histogram::Shape;
+
+/// Processes that have a GPU's device open, at once. One more counts as lost.
+pub const PROCESSES: u32 = 4096;
+
+/// Threads of these. Those of eight training ranks are some thousands.
+pub const THREADS: u32 = 16384;
+
+/// Device files that drive a GPU.
+pub const DEVICES: u32 = 512;
+
+/// Cgroups of these processes.
+pub const OWNERS: u32 = 1024;
+
+/// Time from runnable to running: 4 µs to 8.4 s, by factors of two.
+pub const DELAY: Shape = Shape {
+    first: 4_000,
+    bounds: 22,
+    step: 1,
+};
+
+/// Who makes the device that is open: the labels, in the order of [`Driver`].
+pub const DRIVERS: [&str; 4] = ["nvidia", "amdkfd", "drm", "other"];
+
+/// Who makes a device. The bit of a driver in [`Process::drivers`] is 1 shifted by its value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum Driver {
+    /// nvidia-uvm, which CUDA opens and monitoring does not.
+    Nvidia = 0,
+    /// kfd, which ROCm opens.
+    Amdkfd = 1,
+    /// A render node.
+    Drm = 2,
+    /// A device that was named by flag.
+    Other = 3,
+}
+
+/// A process that drives a GPU: the value of the map `PROCESSES`, whose key is the process id (`u32`) in the initial
+/// namespace.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Process {
+    /// Its cgroup when it was last seen with a device.
+    pub cgroup: u64,
+    /// By which drivers, a bit for each [`Driver`].
+    pub drivers: u32,
+    /// The last search of open files that saw it, or was under way when it opened a device.
+    pub search: u32,
+}
+
+/// A thread of these: the value of the map `THREADS`, whose key is the thread id (`u32`). What the kernel will have
+/// counted for it once it runs (`struct sched_info`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Thread {
+    /// Nanoseconds of `run_delay`, the wait before it runs now included.
+    pub run_delay: u64,
+    /// Arrivals on a CPU, this one included.
+    pub arrivals: u64,
+    /// Its process.
+    pub process: u64,
+}
+
+/// The value of the map `DELAYS`, whose key is a cgroup id (`u64`): a histogram of [`DELAY`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Delays {
+    /// Only ever added to.
+    pub slots: [u64; DELAY.slots()],
+}
+
+/// What a CPU knows of its run queue's clock: the value of the per-CPU map `CLOCKS`.
+///
+/// That clock and CLOCK_MONOTONIC differ by a number that hardly changes. But the run queue's clock stands still at times (a
+/// wake-up that preempts reuses the last reading), and then lies behind: the least difference of late is the true one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Clock {
+    /// The present window.
+    pub window: u64,
+    /// The least difference in it.
+    pub least: u64,
+    /// The least difference in the window before.
+    pub before: u64,
+}
+
+/// Nanoseconds of a [`Clock::window`], as a power of two: 134 ms.
+pub const WINDOW_BITS: u32 = 27;
+
+const _: () = {
+    assert!(size_of::<Process>() == 16, "no padding");
+    assert!(size_of::<Thread>() == 24, "no padding");
+    assert!(size_of::<Delays>() == 8 * DELAY.slots(), "no padding");
+    assert!(size_of::<Clock>() == 24, "no padding");
+};
+
+#[cfg(feature = "user")]
+mod user {
+    // SAFETY: each is `repr(C)` of integers without padding (asserted above), so every bit pattern is valid.
+    unsafe impl aya::Pod for super::Process {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Thread {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Delays {}
+}

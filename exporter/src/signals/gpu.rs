@@ -1,0 +1,617 @@
+// SPDX-License-Identifier: Apache-2.0
+//! How long do the threads that drive a GPU wait for a CPU?
+//!
+//! Hooks: tp_btf `sched_switch`, `sched_process_fork` and `sched_process_exit`, kprobe `chrdev_open`, iterator
+//! `task_file`. Metrics: `chandra_gpu_processes`, `chandra_gpu_runqueue_delay_seconds`.
+//!
+//! A process drives a GPU while it has one of the devices open by which that is done: nvidia-uvm (CUDA), kfd (ROCm), a
+//! render node (everything else), or one named by flag. The kernel half hears of opens and forks at once; which
+//! processes still have such a device open, and which were handed one, a walk over all open files tells every ten
+//! seconds, or every second where the kernel takes no kprobes.
+//!
+//! Devices are looked for all the time: a driver may be loaded late. As long as there has been none, nothing is attached.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    fs,
+    os::unix::fs::{FileTypeExt, MetadataExt},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError, TryLockError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use aya::{
+    include_bytes_aligned,
+    maps::{self, MapData, MapError},
+};
+use exporter_common::{
+    Loss,
+    gpu::{DELAY, DRIVERS, Delays, Driver, Process, Thread},
+};
+
+use super::{Attempt, Entry, Follower, Options, Scope, Signal, State, Status, entries};
+use crate::{
+    families::{Desc, Families, Kind},
+    kernel::Kernel,
+    ledger::{Attribution, Ledger, Opening, UNKNOWN},
+    pods::{Labels, Resolution},
+    probe::{self, Attached, Constants, Method, Need, Program, Reason, Runs},
+};
+
+/// The signal.
+pub const ENTRY: Entry = Entry {
+    name: "gpu",
+    question: "How long do the threads that drive a GPU wait for a CPU?",
+    descs: &[&PROCESSES, &RUNQUEUE_DELAY],
+    object: OBJECT,
+    attach,
+};
+
+static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("CHANDRA_EBPF_OBJECTS"), "/gpu.o"));
+
+/// How many counters an owner has.
+pub const SLOTS: usize = DELAY.slots();
+
+static PROCESSES: Desc = Desc {
+    name: "chandra_gpu_processes",
+    kind: Kind::Gauge,
+    help: "Processes that have a GPU's device open.",
+    per_pod: true,
+    labels: &["driver"],
+    values: &[("driver", &DRIVERS)],
+    source: "open files of nvidia-uvm (nvidia), kfd (amdkfd), a render node (drm) or a device of --gpu.device (other); monitoring tools \
+             that open nvidiactl only do not count; not older than ten seconds",
+};
+
+static RUNQUEUE_DELAY: Desc = Desc {
+    name: "chandra_gpu_runqueue_delay_seconds",
+    kind: Kind::Histogram,
+    help: "Seconds that threads of these processes were runnable before they ran.",
+    per_pod: true,
+    labels: &[],
+    values: &[],
+    source: "tracepoint sched:sched_switch and sched_info of the thread: one observation for each arrival on a CPU, after a wake-up, a \
+             preemption or the end of a time slice; a CPU limit that throttles the pod is in it",
+};
+
+/// What the signal looks at.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// Device files that drive a GPU, besides those that are known.
+    pub devices: Vec<PathBuf>,
+}
+
+const TASK: &[&str] = &[
+    "OFF_TASK_TGID",
+    "OFF_TASK_PID",
+    "OFF_TASK_SIGNAL",
+    "OFF_SIGNAL_LIVE",
+];
+
+const PROGRAMS: &[Program] = &[
+    Program {
+        name: "sched_process_exit",
+        method: Method::TpBtf,
+        functions: &[],
+        need: Need::Required,
+        needs: TASK,
+    },
+    Program {
+        name: "sched_process_fork",
+        method: Method::TpBtf,
+        functions: &[],
+        need: Need::Wanted,
+        needs: &["OFF_TASK_TGID"],
+    },
+    Program {
+        name: "open_files",
+        method: Method::Iter,
+        functions: &["task_file"],
+        need: Need::Required,
+        needs: &[
+            "OFF_TASK_TGID",
+            "OFF_FILE_INODE",
+            "OFF_INODE_MODE",
+            "OFF_INODE_RDEV",
+        ],
+    },
+    Program {
+        name: "device_open",
+        method: Method::Kprobe,
+        functions: &["chrdev_open"],
+        need: Need::Wanted,
+        needs: &["OFF_INODE_RDEV"],
+    },
+    Program {
+        name: "sched_switch",
+        method: Method::TpBtf,
+        functions: &[],
+        need: Need::Required,
+        needs: &[
+            "OFF_TASK_TGID",
+            "OFF_TASK_PID",
+            "OFF_TASK_FLAGS",
+            "OFF_QUEUED",
+            "OFF_RUN_DELAY",
+            "OFF_ARRIVALS",
+            "OFF_TASK_CFS_RQ",
+            "OFF_CFS_RQ_RQ",
+            "OFF_RQ_CLOCK",
+        ],
+    },
+];
+
+fn resolve(constants: &mut Constants<'_>) {
+    for (constant, name, member) in [
+        ("OFF_TASK_TGID", "task_struct", "tgid"),
+        ("OFF_TASK_PID", "task_struct", "pid"),
+        ("OFF_TASK_FLAGS", "task_struct", "flags"),
+        ("OFF_TASK_SIGNAL", "task_struct", "signal"),
+        ("OFF_SIGNAL_LIVE", "signal_struct", "live.counter"),
+        ("OFF_QUEUED", "task_struct", "sched_info.last_queued"),
+        ("OFF_RUN_DELAY", "task_struct", "sched_info.run_delay"),
+        ("OFF_ARRIVALS", "task_struct", "sched_info.pcount"),
+        ("OFF_TASK_CFS_RQ", "task_struct", "se.cfs_rq"),
+        ("OFF_CFS_RQ_RQ", "cfs_rq", "rq"),
+        ("OFF_RQ_CLOCK", "rq", "clock"),
+        ("OFF_FILE_INODE", "file", "f_inode"),
+        ("OFF_INODE_MODE", "inode", "i_mode"),
+        ("OFF_INODE_RDEV", "inode", "i_rdev"),
+    ] {
+        constants.offset(constant, &[(name, member)]);
+    }
+    constants.task_cgroup();
+}
+
+/// How old what is known of open files may be: where opens are heard of, and where they are not.
+const SEARCH_EVERY: Duration = Duration::from_secs(10);
+const SEARCH_OFTEN: Duration = Duration::from_secs(1);
+
+/// How often devices are looked for.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Places of this host.
+#[derive(Clone, Debug)]
+pub struct Places {
+    /// `/proc`.
+    pub proc: PathBuf,
+    /// `/sys`.
+    pub sys: PathBuf,
+}
+
+impl Default for Places {
+    fn default() -> Self {
+        Self {
+            proc: "/proc".into(),
+            sys: "/sys".into(),
+        }
+    }
+}
+
+impl Places {
+    /// The devices by which a GPU is driven, by the kernel's `dev_t`, each with the bit of its driver.
+    pub fn devices(&self, named: &[PathBuf]) -> BTreeMap<u32, u32> {
+        let mut devices = BTreeMap::new();
+        let mut add = |major: u32, minor: u32, driver: Driver| {
+            *devices.entry(major << 20 | minor).or_default() |= 1 << driver as u32;
+        };
+        let text = fs::read_to_string(self.proc.join("devices")).unwrap_or_default();
+        let lines = text.lines().take_while(|line| *line != "Block devices:");
+        for line in lines {
+            let mut words = line.split_whitespace();
+            let (Some(Ok(major)), Some(name)) = (words.next().map(str::parse), words.next()) else {
+                continue;
+            };
+            // Minor 1 of nvidia-uvm is for debuggers and profilers.
+            match name {
+                "nvidia-uvm" => add(major, 0, Driver::Nvidia),
+                "kfd" => add(major, 0, Driver::Amdkfd),
+                _ => {}
+            }
+        }
+        let nodes = fs::read_dir(self.sys.join("class/drm"))
+            .into_iter()
+            .flatten();
+        for node in nodes.flatten() {
+            if !node.file_name().to_string_lossy().starts_with("renderD") {
+                continue;
+            }
+            let text = fs::read_to_string(node.path().join("dev")).unwrap_or_default();
+            if let Some((major, minor)) = text.trim().split_once(':')
+                && let (Ok(major), Ok(minor)) = (major.parse(), minor.parse())
+            {
+                add(major, minor, Driver::Drm);
+            }
+        }
+        for path in named {
+            if let Some((major, minor)) = self.number(path) {
+                add(major, minor, Driver::Other);
+            }
+        }
+        devices
+    }
+
+    /// The number of a character device's file, here or at the host.
+    fn number(&self, path: &Path) -> Option<(u32, u32)> {
+        let at_host = path.strip_prefix("/").unwrap_or(path);
+        let at_host = self.proc.join("1/root").join(at_host);
+        [path, &at_host].into_iter().find_map(|path| {
+            let metadata = fs::metadata(path).ok()?;
+            let device = metadata.rdev();
+            let is_device = metadata.file_type().is_char_device();
+            is_device.then(|| (rustix::fs::major(device), rustix::fs::minor(device)))
+        })
+    }
+}
+
+/// The object at work.
+struct Live {
+    attached: Attached,
+    processes: maps::HashMap<MapData, u32, Process>,
+    threads: maps::HashMap<MapData, u32, Thread>,
+    devices: maps::HashMap<MapData, u32, u32>,
+    search: maps::Array<MapData, u32>,
+    delays: maps::HashMap<MapData, u64, Delays>,
+    /// The number of the last search.
+    number: u32,
+    searched: Option<Instant>,
+}
+
+impl Live {
+    fn new(mut attached: Attached) -> anyhow::Result<Self> {
+        let mut take = |name: &str| {
+            attached
+                .ebpf
+                .take_map(name)
+                .with_context(|| format!("the object has no map {name}"))
+        };
+        Ok(Self {
+            processes: take("PROCESSES")?.try_into()?,
+            threads: take("THREADS")?.try_into()?,
+            devices: take("DEVICES")?.try_into()?,
+            search: take("SEARCH")?.try_into()?,
+            delays: take("DELAYS")?.try_into()?,
+            attached,
+            number: 0,
+            searched: None,
+        })
+    }
+
+    /// Tells the kernel half which devices drive a GPU.
+    fn set_devices(
+        &mut self,
+        old: &BTreeMap<u32, u32>,
+        new: &BTreeMap<u32, u32>,
+    ) -> anyhow::Result<()> {
+        for device in old.keys().filter(|device| !new.contains_key(device)) {
+            forget(&mut self.devices, device)?;
+        }
+        for (device, driver) in new {
+            self.devices.insert(device, driver, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Looks through all open files, and lets go of the processes that have no device open any more.
+    fn search(&mut self) -> anyhow::Result<()> {
+        let number = self.number.wrapping_add(1);
+        self.search.set(0, number, 0)?;
+        self.attached
+            .walk("open_files")
+            .context("walk over all open files (bpf iterator task_file)")?;
+        self.number = number;
+        self.searched = Some(Instant::now());
+        let mut gone = HashSet::new();
+        for (process, known) in entries(&self.processes)? {
+            if known.search == number {
+                continue;
+            }
+            // It may have opened one again this very moment.
+            let again = self.processes.get(&process, 0);
+            if again.is_ok_and(|now| now.search == number) {
+                continue;
+            }
+            forget(&mut self.processes, &process)?;
+            gone.insert(u64::from(process));
+        }
+        if !gone.is_empty() {
+            for (id, thread) in entries(&self.threads)? {
+                if gone.contains(&thread.process) {
+                    forget(&mut self.threads, &id)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Removes what may have gone by itself.
+fn forget<V: aya::Pod>(map: &mut maps::HashMap<MapData, u32, V>, key: &u32) -> anyhow::Result<()> {
+    match map.remove(key) {
+        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+        Err(error) => Err(error).context("remove an entry from a map"),
+    }
+}
+
+/// What follows devices and open files: used by scrapes, and by the thread that looks.
+struct Core {
+    live: Option<Live>,
+    status: Status,
+    settings: Settings,
+    places: Places,
+    devices: BTreeMap<u32, u32>,
+    /// Why the last search failed.
+    trouble: Option<String>,
+}
+
+impl Follower for Core {
+    fn follow(&mut self, kernel: impl FnOnce() -> Kernel) {
+        let devices = self.places.devices(&self.settings.devices);
+        let changed = devices != self.devices;
+        if self.live.is_none() && changed && !devices.is_empty() {
+            self.load(&kernel());
+        }
+        if let Some(live) = &mut self.live {
+            let heard = self
+                .status
+                .hooks
+                .iter()
+                .any(|hook| hook.method == Method::Kprobe && hook.reason == Reason::Attached);
+            let every = if heard { SEARCH_EVERY } else { SEARCH_OFTEN };
+            let due = live.searched.is_none_or(|at| at.elapsed() >= every);
+            let done = match changed {
+                true => live.set_devices(&self.devices, &devices),
+                false => Ok(()),
+            };
+            let done = done.and_then(|()| match changed || due {
+                true => live.search(),
+                false => Ok(()),
+            });
+            self.note(done.err());
+        }
+        self.devices = devices;
+        if self.live.is_none() && self.devices.is_empty() {
+            self.status = Status::absent();
+        }
+    }
+
+    fn status(&self) -> &Status {
+        &self.status
+    }
+}
+
+impl Core {
+    fn load(&mut self, kernel: &Kernel) {
+        let attempt = probe::attach(OBJECT, PROGRAMS, kernel.types(), resolve, kernel);
+        self.status.hooks = attempt.hooks;
+        self.status.notes = attempt.notes;
+        self.status.state = State::Failed;
+        match attempt.attached.map(Live::new) {
+            Some(Ok(live)) => {
+                self.live = Some(live);
+                self.status.state = State::Up;
+            }
+            Some(Err(error)) => self.status.notes.push(format!("{error:#}")),
+            None => {}
+        }
+    }
+
+    /// Notes what became of the last search.
+    fn note(&mut self, error: Option<anyhow::Error>) {
+        let trouble = error.map(|error| format!("{error:#}"));
+        if trouble != self.trouble {
+            self.status
+                .notes
+                .retain(|note| Some(note) != self.trouble.as_ref());
+            if let Some(trouble) = &trouble {
+                tracing::warn!("signal gpu: {trouble}");
+                self.status.notes.push(trouble.clone());
+            }
+            self.trouble = trouble;
+        }
+    }
+}
+
+fn attach(kernel: &Kernel, options: Options) -> Attempt {
+    Attempt::following(Gpu::new(kernel, &options))
+}
+
+/// Processes of an owner, by driver.
+pub type Processes = [u64; DRIVERS.len()];
+
+struct Gpu {
+    core: Arc<Mutex<Core>>,
+    stopped: Arc<AtomicBool>,
+    status: Status,
+    ledger: Ledger<u64, SLOTS>,
+    processes: BTreeMap<Labels, Processes>,
+    lost: Vec<(&'static str, u64)>,
+    runs: Vec<(String, Runs)>,
+}
+
+impl Gpu {
+    fn new(kernel: &Kernel, options: &Options) -> anyhow::Result<Self> {
+        let mut core = Core {
+            live: None,
+            status: Status::absent(),
+            settings: options.gpu.clone(),
+            places: Places::default(),
+            devices: BTreeMap::new(),
+            trouble: None,
+        };
+        core.follow(|| kernel.clone());
+        let status = core.status.clone();
+        let core = Arc::new(Mutex::new(core));
+        let stopped = Arc::new(AtomicBool::new(false));
+        let (followed, told) = (Arc::clone(&core), Arc::clone(&stopped));
+        thread::Builder::new()
+            .name("gpu".to_owned())
+            .spawn(move || follow_devices(&followed, &told))
+            .context("start the thread that looks for GPUs")?;
+        let units = |slots: &[u64; SLOTS]| slots[..DELAY.sum()].iter().sum();
+        Ok(Self {
+            core,
+            stopped,
+            status,
+            ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
+            processes: BTreeMap::new(),
+            lost: Loss::LABELS.iter().map(|(_, label)| (*label, 0)).collect(),
+            runs: Vec::new(),
+        })
+    }
+}
+
+fn follow_devices(core: &Mutex<Core>, stopped: &AtomicBool) {
+    while !stopped.load(Ordering::Relaxed) {
+        thread::sleep(LOOK_EVERY);
+        let mut core = core.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = core.status.state;
+        core.follow(Kernel::read);
+        if core.status.state != before {
+            tracing::info!("signal gpu: {}", core.status.state.label());
+        }
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        self.stopped.store(true, Ordering::Relaxed);
+        // The thread may hold it for another second: the programs are gone at once.
+        let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+        core.live = None;
+    }
+}
+
+impl Signal for Gpu {
+    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<()> {
+        let mut core = match self.core.try_lock() {
+            Ok(core) => core,
+            Err(TryLockError::Poisoned(core)) => core.into_inner(),
+            // Files are being looked through: what was counted is read by the next scrape.
+            Err(TryLockError::WouldBlock) => return Ok(()),
+        };
+        self.status = core.status.clone();
+        let Some(live) = &mut core.live else {
+            return Ok(());
+        };
+        scope.book(&mut self.ledger, &mut live.delays, |delays| delays.slots)?;
+        self.processes.clear();
+        for (_, process) in entries(&live.processes)? {
+            let labels = match scope.resolve(process.cgroup) {
+                Resolution::Owner(owner) | Resolution::Pending(Some(owner)) => owner.labels,
+                Resolution::Host => Labels::default(),
+                Resolution::Pending(None) | Resolution::Unknown => Labels::only_pod(UNKNOWN),
+            };
+            let of_owner = self.processes.entry(labels).or_default();
+            for (driver, count) in of_owner.iter_mut().enumerate() {
+                *count += u64::from(process.drivers >> driver & 1);
+            }
+        }
+        self.lost = live.attached.lost()?;
+        self.runs = live.attached.runs();
+        Ok(())
+    }
+
+    fn render(&self, families: &mut Families) {
+        if self.status.state != State::Absent {
+            render(self.ledger.accounts(), &self.processes, families);
+        }
+    }
+
+    fn attribution(&self) -> Attribution {
+        self.ledger.attribution()
+    }
+
+    fn lost(&self) -> anyhow::Result<Vec<(&'static str, u64)>> {
+        Ok(self.lost.clone())
+    }
+
+    fn runs(&self) -> Vec<(String, Runs)> {
+        self.runs.clone()
+    }
+
+    fn status(&self) -> Option<Status> {
+        Some(self.status.clone())
+    }
+}
+
+/// Renders accounts by slot, and processes. Each appears with its first.
+pub fn render<'a>(
+    accounts: impl IntoIterator<Item = (Labels, &'a [u64; SLOTS])>,
+    processes: &BTreeMap<Labels, Processes>,
+    families: &mut Families,
+) {
+    for (owner, slots) in accounts {
+        if slots[..DELAY.sum()].iter().any(|count| *count > 0) {
+            let labels = [&*owner.namespace, &*owner.pod, &*owner.container];
+            families.add_histogram(&RUNQUEUE_DELAY, &labels, DELAY, slots);
+        }
+    }
+    for (owner, counts) in processes {
+        for (driver, count) in DRIVERS.iter().zip(counts) {
+            if *count > 0 {
+                let labels = [&*owner.namespace, &*owner.pod, &*owner.container, driver];
+                families.add(&PROCESSES, &labels, *count as f64);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A host with these files.
+    fn host(files: &[(&str, &str)]) -> (tempfile::TempDir, Places) {
+        let folder = tempfile::tempdir().expect("a folder");
+        for (path, text) in files {
+            let path = folder.path().join(path);
+            fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+            fs::write(path, text).expect("written");
+        }
+        let places = Places {
+            proc: folder.path().join("proc"),
+            sys: folder.path().join("sys"),
+        };
+        (folder, places)
+    }
+
+    #[test]
+    fn devices_that_drive_a_gpu_are_found_and_others_are_not() {
+        let (_folder, places) = host(&[
+            (
+                "proc/devices",
+                "Character devices:\n  1 mem\n195 nvidia\n195 nvidiactl\n226 drm\n234 kfd\n508 nvidia-uvm\n\nBlock devices:\n  7 kfd\n",
+            ),
+            ("sys/class/drm/card0/dev", "226:0\n"),
+            ("sys/class/drm/renderD128/dev", "226:128\n"),
+            ("sys/class/drm/renderD300/dev", "226:300\n"),
+            ("sys/class/drm/renderD129/dev", "nonsense\n"),
+        ]);
+        let bit = |driver: Driver| 1 << driver as u32;
+        let expected = BTreeMap::from([
+            (508 << 20, bit(Driver::Nvidia)),
+            (234 << 20, bit(Driver::Amdkfd)),
+            (226 << 20 | 128, bit(Driver::Drm)),
+            (226 << 20 | 300, bit(Driver::Drm)),
+        ]);
+        assert_eq!(places.devices(&[]), expected);
+    }
+
+    #[test]
+    fn a_device_may_be_named_and_a_file_that_is_none_is_passed_over() {
+        let (folder, places) = host(&[("proc/devices", ""), ("file", "")]);
+        let named = [
+            PathBuf::from("/dev/null"),
+            folder.path().join("file"),
+            "/nowhere".into(),
+        ];
+        let expected = BTreeMap::from([(1 << 20 | 3, 1 << Driver::Other as u32)]);
+        assert_eq!(places.devices(&named), expected);
+    }
+}

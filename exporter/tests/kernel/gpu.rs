@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `gpu` against what the kernel itself counts for the same threads (`/proc/PID/task/TID/schedstat`): each arrival on a CPU
+//! once, and at least the wait that it admits; exactly the processes that have a device open.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{BufRead, BufReader, Write},
+    process::{Child, ChildStdout, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::{alone, common::*, skip};
+
+const COUNT: &str = "chandra_gpu_runqueue_delay_seconds_count";
+const SUM: &str = "chandra_gpu_runqueue_delay_seconds_sum";
+const PROCESSES: &str = "chandra_gpu_processes";
+
+/// A device that every kernel has and that nobody else has open.
+const DEVICE: &str = "/dev/fuse";
+
+/// `examples/gpu` at work. Killed when dropped.
+struct Worker {
+    child: Child,
+    says: BufReader<ChildStdout>,
+}
+
+impl Worker {
+    fn start(device: &str, threads: usize) -> Self {
+        let mut child = Command::new(build().join("examples/gpu"))
+            .args([device, &threads.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("gpu");
+        let says = BufReader::new(child.stdout.take().expect("piped"));
+        let mut worker = Self { child, says };
+        worker.hear("ready");
+        worker
+    }
+
+    /// Waits for a line that ends with a word; what was before the word.
+    fn hear(&mut self, word: &str) -> String {
+        let mut line = String::new();
+        self.says.read_line(&mut line).expect("it speaks");
+        let said = line.trim_end().strip_suffix(word);
+        said.unwrap_or_else(|| panic!("said {line:?}")).to_owned()
+    }
+
+    fn does(&mut self, what: &str) -> String {
+        writeln!(self.child.stdin.as_ref().expect("piped"), "{what}").expect("it listens");
+        self.hear("done")
+    }
+
+    /// Of each thread, what the kernel counted: nanoseconds of `run_delay`, and arrivals.
+    fn schedstat(&self) -> BTreeMap<u32, (u64, u64)> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).expect("it runs");
+        let read = |task: fs::DirEntry| {
+            let text = fs::read_to_string(task.path().join("schedstat")).expect("SCHED_INFO");
+            let numbers: Vec<u64> = text
+                .split_whitespace()
+                .map(|n| n.parse().expect("a number"))
+                .collect();
+            let thread = task.file_name().to_string_lossy().parse();
+            (thread.expect("a number"), (numbers[1], numbers[2]))
+        };
+        tasks.map(|task| read(task.expect("a thread"))).collect()
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn can_drive() -> bool {
+    let probe = Exporter::start(&["--pods", "none", "--gpu.device", "/dev/null"]);
+    let scrape = probe.scrape();
+    let up = [("signal", "gpu"), ("state", "up")];
+    let works = scrape.sum("chandra_signal_state", &up) == 1.0;
+    if !works {
+        skip("needs root and a kernel with BTF");
+    }
+    works
+}
+
+/// With the device named by flag, which the pods' processes do not have open.
+fn exporter(device: &str) -> Exporter {
+    let _ = succeeds("modprobe -q fuse");
+    let exporter = match device.starts_with("/dev/dri/") {
+        true => Exporter::start(&["--pods", "none"]),
+        false => Exporter::start(&["--pods", "none", "--gpu.device", device]),
+    };
+    exporter.scrape_until("the signal is up", |scrape| {
+        scrape.sum(
+            "chandra_signal_state",
+            &[("signal", "gpu"), ("state", "up")],
+        ) == 1.0
+    });
+    exporter
+}
+
+fn processes(wanted: f64) -> impl Fn(&Scrape) -> bool {
+    move |scrape| scrape.sum(PROCESSES, &[]) == wanted
+}
+
+/// Lets a process work and holds what was counted against the kernel's own.
+fn counts_like_the_kernel(device: &str) {
+    let exporter = exporter(device);
+    let mut worker = Worker::start(device, 8);
+    exporter.scrape_until("the process is seen", processes(1.0));
+    // The first arrival of a thread that is seen has no wait before it on another CPU that would be known.
+    worker.does("work 1");
+    for _ in 0..3 {
+        let (kernel, before) = (worker.schedstat(), exporter.scrape());
+        worker.does("work 3");
+        thread::sleep(Duration::from_millis(100));
+        let (now, after) = (worker.schedstat(), exporter.scrape());
+        let sum = |of: fn(&(u64, u64)) -> u64| {
+            let each = now
+                .iter()
+                .map(|(thread, value)| of(value) - of(&kernel[thread]));
+            each.sum::<u64>() as f64
+        };
+        let (delay, arrivals) = (sum(|of| of.0) / 1e9, sum(|of| of.1));
+        let count = after.sum(COUNT, &[]) - before.sum(COUNT, &[]);
+        let seconds = after.sum(SUM, &[]) - before.sum(SUM, &[]);
+        let missed = [("signal", "gpu"), ("reason", "missed_switch")];
+        let missed = |scrape: &Scrape| scrape.sum("chandra_lost_events_total", &missed);
+        let missed = missed(&after) - missed(&before);
+        println!(
+            "{device}: {count} arrivals, by the kernel {arrivals}, {missed} missed; {seconds:.4} s, by the kernel at least {delay:.4} s"
+        );
+        assert!(arrivals > 1000.0, "too little work");
+        assert_eq!(count + missed, arrivals, "{}", after.text);
+        assert!(seconds >= delay * 0.999, "{}", after.text);
+        // Not a multiple of it either: the kernel leaves out waits of microseconds.
+        assert!(
+            seconds <= delay * 1.5 + 0.02 * arrivals / 1000.0,
+            "{}",
+            after.text
+        );
+    }
+}
+
+#[test]
+fn each_arrival_on_a_cpu_is_counted_as_the_kernel_counts_it() {
+    let _alone = alone();
+    if !can_drive() {
+        return;
+    }
+    counts_like_the_kernel(DEVICE);
+    let vgem = succeeds("modprobe -q vgem && [ -e /dev/dri/renderD128 ]");
+    if vgem {
+        counts_like_the_kernel("/dev/dri/renderD128");
+        succeeds("modprobe -r vgem");
+    } else {
+        println!("no vgem here: no render node");
+    }
+}
+
+#[test]
+fn exactly_the_processes_that_have_a_device_open_are_seen() {
+    let _alone = alone();
+    if !can_drive() {
+        return;
+    }
+    let exporter = exporter(DEVICE);
+    assert_eq!(exporter.scrape().sum(PROCESSES, &[]), 0.0);
+    let mut worker = Worker::start(DEVICE, 2);
+    exporter.scrape_until("an open", processes(1.0));
+
+    // Closed: seen no more, and not counted.
+    worker.does("close");
+    exporter.scrape_until("a close", processes(0.0));
+    let before = exporter.scrape().sum(COUNT, &[]);
+    worker.does("work 1");
+    assert_eq!(exporter.scrape().sum(COUNT, &[]), before);
+    worker.does("open");
+    exporter.scrape_until("an open again", processes(1.0));
+
+    // Children that execute another program have it closed. There are more of them than the map has room for.
+    let begun = Instant::now();
+    worker.does("fork 5000");
+    println!("5000 children in {:?}", begun.elapsed());
+    worker.does("child");
+    exporter.scrape_until("only the one that has it", processes(1.0));
+
+    // A program that inherits it has it, its parent does not any more.
+    let mut shell = Command::new("sh")
+        .args([
+            "-c",
+            &format!("exec 9<>{DEVICE}; sleep 600 & exec 9>&-; wait"),
+        ])
+        .spawn()
+        .expect("sh");
+    exporter.scrape_until("one that inherits", processes(2.0));
+    run(&format!("pkill -P {}", shell.id()));
+    shell.wait().expect("it ends");
+    exporter.scrape_until("it ends", processes(1.0));
+
+    // One that was handed it, by one that closes it.
+    let hand_over = format!(
+        "import os, socket, time
+ours, theirs = socket.socketpair()
+if os.fork() == 0:
+    fds = socket.recv_fds(theirs, 1, 1)
+    time.sleep(600)
+device = os.open('{DEVICE}', os.O_RDWR)
+socket.send_fds(ours, [b'x'], [device])
+os.close(device)
+os.wait()"
+    );
+    let mut python = Command::new("python3")
+        .args(["-c", &hand_over])
+        .spawn()
+        .expect("python3");
+    exporter.scrape_until("one that was handed it", processes(2.0));
+    thread::sleep(Duration::from_secs(12));
+    assert_eq!(exporter.scrape().sum(PROCESSES, &[]), 2.0);
+    run(&format!("pkill -P {}", python.id()));
+    python.wait().expect("it ends");
+    exporter.scrape_until("it ends", processes(1.0));
+    drop(worker);
+    let end = exporter.scrape_until("nobody", processes(0.0));
+    let full = [("signal", "gpu"), ("reason", "map_full")];
+    assert_eq!(end.sum("chandra_lost_events_total", &full), 0.0);
+}
