@@ -12,6 +12,8 @@ mod common;
 mod encryption;
 #[path = "overhead/exporter.rs"]
 mod exporter;
+#[path = "overhead/gpu.rs"]
+mod gpu;
 #[path = "overhead/load.rs"]
 mod load;
 #[path = "overhead/pods.rs"]
@@ -67,7 +69,10 @@ const MIB: f64 = 1024.0 * 1024.0;
 fn main() {
     let args: Vec<String> = env::args().skip(1).collect();
     if let Some(("load", rest)) = args.split_first().map(|(work, rest)| (work.as_str(), rest)) {
-        return load::work(rest);
+        return match rest.split_first() {
+            Some((what, rest)) if what == "switch" => gpu::work(rest),
+            _ => load::work(rest),
+        };
     }
     // Two at once would measure each other.
     let lock = fs::File::create(common::build().join("overhead.lock")).expect("a writable folder");
@@ -95,6 +100,11 @@ fn main() {
         _ if !wanted("rdma") => {}
         None => rdma::per_operation(),
         Some(why) => missing.push(format!("queue pairs: {why}")),
+    }
+    match gpu::missing() {
+        _ if !wanted("switches") => {}
+        None => gpu::per_switch(),
+        Some(why) => missing.push(format!("context switches: {why}")),
     }
     match encryption::missing() {
         _ if !wanted("encryption") => {}

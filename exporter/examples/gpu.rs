@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A process that drives a GPU, for the tests that need a kernel: `gpu DEVICE THREADS`. It opens the device, says `ready`, and
 //! does a line of its input at a time, each with `done` once all its threads sleep again:
-//! `work SECONDS` (half of the threads compute, the others pass a token round), `fork N` (children that end at once, one
+//! `work SECONDS` (half of the threads compute, the others pass a token round), `pulse SECONDS` (each thread computes for a
+//! millisecond, ten times in a tenth of a second, as one that launches kernels step by step), `fork N` (children that end at once, one
 //! after the other), `child` (a child that stays; its number), `close` (the device), `open` (it again).
 
 use std::{
@@ -24,7 +25,7 @@ fn main() -> io::Result<()> {
     let threads: usize = args.get(1).and_then(|n| n.parse().ok()).expect("THREADS");
     let mut open = Some(drive(device)?);
     let done = Arc::new(Barrier::new(threads + 1));
-    let starts: Vec<Sender<Duration>> = spawn(threads, &done);
+    let starts: Vec<Sender<(bool, Duration)>> = spawn(threads, &done);
     let mut children: Vec<Child> = Vec::new();
     say("ready")?;
     for line in io::stdin().lock().lines() {
@@ -71,8 +72,8 @@ fn say(word: &str) -> io::Result<()> {
     io::stdout().flush()
 }
 
-/// Starts threads that wait for how long to work; all of them meet at the barrier after it.
-fn spawn(threads: usize, done: &Arc<Barrier>) -> Vec<Sender<Duration>> {
+/// Starts threads that wait for how to work, pulsing or not, and how long; all of them meet at the barrier after it.
+fn spawn(threads: usize, done: &Arc<Barrier>) -> Vec<Sender<(bool, Duration)>> {
     let ring: Vec<(Sender<bool>, Receiver<bool>)> = (0..threads / 2).map(|_| channel()).collect();
     let (mut sends, mut receives): (Vec<_>, Vec<_>) = ring.into_iter().unzip();
     if !sends.is_empty() {
@@ -80,14 +81,15 @@ fn spawn(threads: usize, done: &Arc<Barrier>) -> Vec<Sender<Duration>> {
     }
     let mut starts = Vec::new();
     for i in 0..threads {
-        let (start, started) = channel::<Duration>();
+        let (start, started) = channel();
         starts.push(start);
         let done = Arc::clone(done);
         let passes = sends.pop().zip(receives.pop());
         thread::spawn(move || {
-            for time in started {
+            for (pulsing, time) in started {
                 let end = Instant::now() + time;
                 match &passes {
+                    _ if pulsing => pulse(end),
                     Some((next, previous)) => pass(next, previous, i == 0, end),
                     None => compute(end),
                 }
@@ -101,6 +103,13 @@ fn spawn(threads: usize, done: &Arc<Barrier>) -> Vec<Sender<Duration>> {
 fn compute(end: Instant) {
     while Instant::now() < end {
         hint::spin_loop();
+    }
+}
+
+fn pulse(end: Instant) {
+    while Instant::now() < end {
+        compute(Instant::now() + Duration::from_millis(1));
+        thread::sleep(Duration::from_millis(9));
     }
 }
 

@@ -209,6 +209,7 @@ pub(crate) struct Stage {
     encryption: Option<Encryption>,
     /// How often the keys of IPsec were rotated.
     rotations: u32,
+    gpus: bool,
     /// What runs in each pod that runs, by its name.
     works: BTreeMap<String, Vec<Child>>,
     servers: BTreeMap<&'static str, Child>,
@@ -232,6 +233,7 @@ impl Stage {
             pods: Vec::new(),
             encryption: None,
             rotations: 0,
+            gpus: false,
             works: BTreeMap::new(),
             servers: BTreeMap::new(),
             webhook: webhook(send),
@@ -276,6 +278,41 @@ impl Stage {
         self.encryption = Some(encryption);
     }
 
+    /// Gives the pods a render node, of a driver without hardware, whose file is `$GPU`.
+    pub(crate) fn gpus(&mut self) {
+        run("modprobe vgem; [ -e /dev/dri/renderD128 ]");
+        self.gpus = true;
+    }
+
+    /// Says how much CPU time a pod requests, in cores: its weight where CPUs are short, as the kubelet sets it.
+    pub(crate) fn requests(&self, pod: &Pod, cores: f64) {
+        // Shares of 1024 a core, 2 at least, on the scale of cgroup v2.
+        let shares = (1024.0 * cores).max(2.0);
+        let weight = 1.0 + (shares - 2.0) * 9999.0 / 262_142.0;
+        let container = PathBuf::from(pod.cgroup());
+        let of_pod = container.parent().expect("a pod's cgroup");
+        let root = cgroup_root();
+        let below = of_pod.strip_prefix(&root).expect("below the root");
+        let mut folder = root;
+        for name in below {
+            run(&format!(
+                "echo +cpu >{}/cgroup.subtree_control",
+                folder.display()
+            ));
+            folder.push(name);
+            // All pods together come before the servers of the scenario.
+            let share = if folder == of_pod {
+                weight as u32
+            } else {
+                10_000
+            };
+            run(&format!(
+                "mkdir -p {0}; echo {share} >{0}/cpu.weight",
+                folder.display()
+            ));
+        }
+    }
+
     /// Builds the network and starts the servers. Returns once everything is seen from end to end.
     pub(crate) fn open(&mut self) {
         self.lay_network();
@@ -296,7 +333,9 @@ impl Stage {
         });
         let rdma = rdma.then_some("rdma");
         let encryption = self.encryption.map(|_| "encryption");
-        for signal in ["tcp"].into_iter().chain(rdma).chain(encryption) {
+        let gpu = self.gpus.then_some("gpu");
+        let more = [rdma, encryption, gpu].into_iter().flatten();
+        for signal in ["tcp"].into_iter().chain(more) {
             let state = format!("chandra_signal_state{{signal=\"{signal}\",state=\"up\"}}");
             self.wait(&format!("signal {signal} is up"), |stage| {
                 stage.holds(&format!("count({state} == 1) == 2"))
@@ -569,6 +608,7 @@ scrape_configs:
             .args(["-c", enter, "sh", &pod.cgroup()])
             .args([&netns.unwrap_or_default(), line])
             .env("PATH", format!("{}:{path}", examples.display()))
+            .env("GPU", "/dev/dri/renderD128")
             .stdout(log.try_clone().expect("a descriptor"))
             .stderr(log);
         if pod.place.is_none() {
@@ -610,12 +650,17 @@ scrape_configs:
 
     /// All is well for a time, as Prometheus sees it: pods work and send, nothing fires, nothing is about to.
     pub(crate) fn healthy(&mut self, time: Duration) {
-        self.note("healthy from here");
         let before = self.sent();
-        self.evaluations(time.as_secs().div_ceil(PERIOD.as_secs()) as u32);
+        self.quiet(time);
         for (pod, bytes) in self.sent() {
             assert!(bytes > before[&pod], "{pod} sends nothing");
         }
+    }
+
+    /// The same of pods that need not send.
+    pub(crate) fn quiet(&mut self, time: Duration) {
+        self.note("healthy from here");
+        self.evaluations(time.as_secs().div_ceil(PERIOD.as_secs()) as u32);
         self.settle();
     }
 

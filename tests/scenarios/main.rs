@@ -8,6 +8,7 @@
 mod common;
 mod frame;
 
+mod cpu_contention;
 mod encryption_hog;
 mod healthy;
 mod ipsec_rotation;
@@ -25,7 +26,7 @@ use std::{
 
 use frame::Scenario;
 
-const SCENARIOS: [Scenario; 8] = [
+const SCENARIOS: [Scenario; 9] = [
     healthy::SCENARIO,
     loss::SCENARIO,
     qp_churn::SCENARIO,
@@ -34,6 +35,7 @@ const SCENARIOS: [Scenario; 8] = [
     rekey_storm::SCENARIO,
     encryption_hog::SCENARIO,
     ipsec_rotation::SCENARIO,
+    cpu_contention::SCENARIO,
 ];
 
 /// usage: `scenarios --names`, or with `CHANDRA_SCENARIOS` (where to keep what is worth a look) set by `tools/scenario`:

@@ -5,7 +5,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader, Read, Write},
     process::{Child, ChildStdout, Command, Stdio},
     thread,
     time::{Duration, Instant},
@@ -19,6 +19,9 @@ const PROCESSES: &str = "chandra_gpu_processes";
 
 /// A device that every kernel has and that nobody else has open.
 const DEVICE: &str = "/dev/fuse";
+
+/// From when a worker says that it is done until all of its threads sleep.
+const ASLEEP: Duration = Duration::from_millis(500);
 
 /// `examples/gpu` at work. Killed when dropped.
 struct Worker {
@@ -115,9 +118,10 @@ fn counts_like_the_kernel(device: &str) {
     // The first arrival of a thread that is seen has no wait before it on another CPU that would be known.
     worker.does("work 1");
     for _ in 0..3 {
+        thread::sleep(ASLEEP);
         let (kernel, before) = (worker.schedstat(), exporter.scrape());
         worker.does("work 3");
-        thread::sleep(Duration::from_millis(100));
+        thread::sleep(ASLEEP);
         let (now, after) = (worker.schedstat(), exporter.scrape());
         let sum = |of: fn(&(u64, u64)) -> u64| {
             let each = now
@@ -184,8 +188,8 @@ fn exactly_the_processes_that_have_a_device_open_are_seen() {
 
     // Children that execute another program have it closed. There are more of them than the map has room for.
     let begun = Instant::now();
-    worker.does("fork 5000");
-    println!("5000 children in {:?}", begun.elapsed());
+    worker.does("fork 4500");
+    println!("4500 children in {:?}", begun.elapsed());
     worker.does("child");
     exporter.scrape_until("only the one that has it", processes(1.0));
 
@@ -228,4 +232,100 @@ os.wait()"
     let end = exporter.scrape_until("nobody", processes(0.0));
     let full = [("signal", "gpu"), ("reason", "map_full")];
     assert_eq!(end.sum("chandra_lost_events_total", &full), 0.0);
+}
+
+/// The way with three tracepoints: from the wake-up, or the switch away of a thread that stays runnable, to the switch to it.
+const BY_WAKEUPS: &str = r#"
+tracepoint:sched:sched_wakeup, tracepoint:sched:sched_wakeup_new { @queued[args->pid] = nsecs; }
+tracepoint:sched:sched_switch {
+  if ((args->prev_state & 0xff) == 0) { @queued[args->prev_pid] = nsecs; }
+  $since = @queued[args->next_pid];
+  if ($since) {
+    $delay = nsecs - $since;
+    @sum[args->next_pid] = @sum[args->next_pid] + $delay;
+    @count[args->next_pid] = @count[args->next_pid] + 1;
+    if ($delay > 256000) { @long[args->next_pid] = @long[args->next_pid] + 1; }
+    delete(@queued[args->next_pid]);
+  }
+}
+BEGIN { printf("READY\n"); }
+END { clear(@queued); }
+"#;
+
+#[test]
+fn the_wait_is_that_of_a_program_which_sees_each_wake_up() {
+    let _alone = alone();
+    if !can_drive() {
+        return;
+    }
+    // In an emulator each of its programs takes as long as a wait.
+    if super::in_vm() {
+        return println!("SKIPPED: only natively");
+    }
+    if !succeeds("bpftrace --version >/dev/null") {
+        return skip("needs bpftrace");
+    }
+    let exporter = exporter(DEVICE);
+    let mut worker = Worker::start(DEVICE, 8);
+    exporter.scrape_until("the process is seen", processes(1.0));
+    worker.does("work 1");
+
+    let folder = tempfile::tempdir().expect("a folder");
+    let script = folder.path().join("wakeups.bt");
+    fs::write(&script, BY_WAKEUPS).expect("written");
+    // It needs tracefs where it looks for it, which is mounted for it alone.
+    let mount = "mount -t tracefs none /sys/kernel/tracing; exec bpftrace -q -B line $0";
+    let mut oracle = Command::new("unshare")
+        .args(["-m", "sh", "-c", mount])
+        .arg(&script)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("unshare");
+    let mut says = BufReader::new(oracle.stdout.take().expect("piped"));
+    let mut line = String::new();
+    while line != "READY\n" {
+        line.clear();
+        let bytes = says.read_line(&mut line).expect("it speaks");
+        if bytes == 0 {
+            let _ = oracle.wait();
+            return skip("needs a bpftrace that may trace the scheduler here");
+        }
+    }
+    let before = exporter.scrape();
+    worker.does("work 5");
+    thread::sleep(ASLEEP);
+    let after = exporter.scrape();
+    run(&format!("kill -INT {}", oracle.id()));
+    let mut text = String::new();
+    says.read_to_string(&mut text).expect("it speaks");
+    oracle.wait().expect("it ends");
+
+    let threads = worker.schedstat();
+    let of = |map: &str| {
+        let lines = text.lines().filter_map(|line| {
+            let (thread, value) = line
+                .strip_prefix(map)?
+                .strip_prefix('[')?
+                .split_once("]: ")?;
+            let known = threads.contains_key(&thread.parse().ok()?);
+            known.then(|| value.parse::<f64>().expect("a number"))
+        });
+        lines.sum::<f64>()
+    };
+    let (count, seconds) = (of("@count"), of("@sum") / 1e9);
+    let by = |metric: &str, labels: &[(&str, &str)]| {
+        after.sum(metric, labels) - before.sum(metric, labels)
+    };
+    let (ours, ours_seconds) = (by(COUNT, &[]), by(SUM, &[]));
+    let bucket = "chandra_gpu_runqueue_delay_seconds_bucket";
+    let short = by(bucket, &[("le", "0.000256")]);
+    let shares = [1.0 - short / ours, of("@long") / count].map(|share| 100.0 * share);
+    let ratio = ours_seconds / seconds;
+    println!(
+        "{ours} arrivals, {ours_seconds:.4} s, {:.2} % above 256 µs; by wake-ups {count}, {seconds:.4} s, {:.2} %: {ratio:.4}",
+        shares[0], shares[1]
+    );
+    assert!((0.98..=1.02).contains(&ratio));
+    assert!((shares[0] - shares[1]).abs() < 2.0);
 }
