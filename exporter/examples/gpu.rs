@@ -33,9 +33,10 @@ fn main() -> io::Result<()> {
         let (what, number) = line.split_once(' ').unwrap_or((&line, "0"));
         let number: u64 = number.parse().expect("a number");
         match what {
-            "work" => {
+            "work" | "pulse" => {
                 for start in &starts {
-                    start.send(Duration::from_secs(number)).expect("it listens");
+                    let how = (what == "pulse", Duration::from_secs(number));
+                    start.send(how).expect("it listens");
                 }
                 done.wait();
             }
