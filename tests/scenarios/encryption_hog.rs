@@ -7,7 +7,7 @@ use crate::frame::{Alert, Encryption, Scenario, Stage, minutes};
 /// A machine of two CPUs is both nodes, so a core would be half of all there is.
 pub(crate) const SCENARIO: Scenario = Scenario::new("encryption-hog", play).speed(
     10,
-    "{ _config+:: { encryption+: { EncryptionCpuHigh+: { threshold: 0.3 } } } }",
+    "{ _config+:: { encryption+: { EncryptionCpuHigh+: { threshold: 0.2 } } } }",
 );
 
 fn play(stage: &mut Stage) {
@@ -31,7 +31,7 @@ fn play(stage: &mut Stage) {
         stage.work(&hog, &store.steps_to(5201));
     }
     // What a queue on the way would drop is not what this is about.
-    stage.link(&hog, "rate 100mbit");
+    stage.link(&hog, "rate 60mbit");
     stage.healthy(minutes(2));
 
     stage.fault("checkpoint writes as much as its link takes, to four stores");
