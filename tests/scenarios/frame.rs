@@ -561,8 +561,9 @@ for network in $(echo $ALLOWED | tr , ' '); do ip -n {node} route replace $netwo
     fn prometheus_config(&self) -> String {
         let pods = |node: usize| {
             let of_node = self.pods.iter().filter(|pod| pod.node == node);
-            let names: Vec<_> = of_node.map(|pod| &*pod.pod.name).collect();
-            names.join("|")
+            // Of a node without pods nothing is dropped: an empty name would be that of all that is no pod's.
+            let names = of_node.map(|pod| &*pod.pod.name).chain(["-"]);
+            names.collect::<Vec<_>>().join("|")
         };
         let [one, two] = NODES;
         let pods = format!("{one};({})|{two};({})", pods(1), pods(0));
