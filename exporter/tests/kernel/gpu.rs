@@ -90,19 +90,28 @@ fn can_drive() -> bool {
     works
 }
 
-/// With the device named by flag, which the pods' processes do not have open.
+/// A driver without hardware, whose render node is [`RENDER_NODE`].
+const DRIVER: &str = "vgem";
+const RENDER_NODE: &str = "/dev/dri/renderD128";
+
+/// With the device named by flag; or, for the render node, with its driver loaded late.
 fn exporter(device: &str) -> Exporter {
-    let _ = succeeds("modprobe -q fuse");
-    let exporter = match device.starts_with("/dev/dri/") {
-        true => Exporter::start(&["--pods", "none"]),
-        false => Exporter::start(&["--pods", "none", "--gpu.device", device]),
+    succeeds("modprobe -q fuse");
+    let state = |exporter: &Exporter, state: &str| {
+        exporter.scrape_until(&format!("the signal is {state}"), |scrape| {
+            let labels = [("signal", "gpu"), ("state", state)];
+            scrape.sum("chandra_signal_state", &labels) == 1.0
+        });
     };
-    exporter.scrape_until("the signal is up", |scrape| {
-        scrape.sum(
-            "chandra_signal_state",
-            &[("signal", "gpu"), ("state", "up")],
-        ) == 1.0
-    });
+    if device == RENDER_NODE {
+        let exporter = Exporter::start(&["--pods", "none"]);
+        state(&exporter, "absent");
+        run(&format!("modprobe {DRIVER}"));
+        state(&exporter, "up");
+        return exporter;
+    }
+    let exporter = Exporter::start(&["--pods", "none", "--gpu.device", device]);
+    state(&exporter, "up");
     exporter
 }
 
@@ -157,12 +166,11 @@ fn each_arrival_on_a_cpu_is_counted_as_the_kernel_counts_it() {
         return;
     }
     counts_like_the_kernel(DEVICE);
-    let vgem = succeeds("modprobe -q vgem && [ -e /dev/dri/renderD128 ]");
-    if vgem {
-        counts_like_the_kernel("/dev/dri/renderD128");
-        succeeds("modprobe -r vgem");
+    if succeeds(&format!("modprobe -qn {DRIVER}")) && !fs::exists(RENDER_NODE).expect("/dev") {
+        counts_like_the_kernel(RENDER_NODE);
+        run(&format!("modprobe -r {DRIVER}"));
     } else {
-        println!("no vgem here: no render node");
+        println!("no {DRIVER} here: no render node");
     }
 }
 
