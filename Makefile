@@ -84,7 +84,7 @@ churn: setup ## 500 pods created and deleted on this host, with every rule of th
 	CHANDRA_CHURN_PODS=500 cargo test --locked --test kernel -- --nocapture churn::
 
 .PHONY: bench
-bench: setup ## Overhead, scrape time, memory, sizes (needs root); queue pairs in a VM
+bench: setup ## Overhead, scrape time, memory, sizes (needs root); queue pairs and encrypted packets in a VM
 	cargo build --release --locked --bins --examples
 	cargo bench --locked --bench overhead
-	@if tests/vm/fetch $(KERNEL); then tools/kernel-bench $(KERNEL) rdma; else echo "SKIPPED: what needs a VM (see above)"; fi
+	@if tests/vm/fetch $(KERNEL); then tools/kernel-bench $(KERNEL) rdma encryption; else echo "SKIPPED: what needs a VM (see above)"; fi
