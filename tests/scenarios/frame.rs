@@ -296,21 +296,15 @@ impl Stage {
         let mut folder = root;
         for name in below {
             run(&format!(
-                "echo +cpu >{}/cgroup.subtree_control",
+                "mkdir -p {0}; echo +cpu >{0}/cgroup.subtree_control",
                 folder.display()
             ));
             folder.push(name);
-            // All pods together come before the servers of the scenario.
-            let share = if folder == of_pod {
-                weight as u32
-            } else {
-                10_000
-            };
-            run(&format!(
-                "mkdir -p {0}; echo {share} >{0}/cpu.weight",
-                folder.display()
-            ));
         }
+        let folder = of_pod.display();
+        run(&format!(
+            "mkdir -p {folder}; echo {weight:.0} >{folder}/cpu.weight"
+        ));
     }
 
     /// Builds the network and starts the servers. Returns once everything is seen from end to end.
