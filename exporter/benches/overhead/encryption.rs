@@ -11,10 +11,10 @@ use std::{
 use aya::sys::{Stats, enable_stats};
 
 use super::{Several, exporter::Exporter, note};
-use crate::common::{Scrape, run, succeeds};
+use crate::common::{Pod, Scrape, run, succeeds, write_pods};
 
 /// How often: without the exporter, as it comes, and with statistics, in turn.
-const ROUNDS: usize = 10;
+const ROUNDS: usize = 6;
 
 /// Seconds that each lasts.
 const SECONDS: u32 = 4;
@@ -51,7 +51,10 @@ const COUNTED: &str = "1000000";
 const TIMED: &str = "1";
 
 /// Two network namespaces with a tunnel of each kind between them. Removed when dropped.
-struct Tunnels;
+struct Tunnels {
+    /// Whose the addresses are.
+    pods: tempfile::NamedTempFile,
+}
 
 impl Tunnels {
     fn lay() -> Self {
@@ -87,7 +90,23 @@ ip -n chandra-{node} link set wg0 up"
                 ));
             }
         }
-        Self
+        let pods = [1, 2].map(|i| {
+            let addresses = [format!("10.77.0.{i}"), format!("192.168.91.{i}")];
+            let pod = Pod::new("bench", &format!("end-{i}"), i);
+            pod.at(&addresses.each_ref().map(String::as_str))
+        });
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        write_pods(file.path(), &pods);
+        Self { pods: file }
+    }
+
+    /// The exporter, with this signal alone.
+    fn exporter(&self, timed_every: &str) -> Exporter {
+        let pods = self.pods.path().display().to_string();
+        let disable = ["tcp", "rdma", "gpu"].map(|signal| format!("--disable={signal}"));
+        let mut args = vec!["--pods", &pods, "--encryption.timed-every", timed_every];
+        args.extend(disable.iter().map(String::as_str));
+        Exporter::start(&args)
     }
 
     fn sweep() {
@@ -147,9 +166,9 @@ fn ran(scrape: &Scrape, protocol: &str, direction: &str, programs: &[&str]) -> f
 
 /// What the programs took for each packet of both directions of a protocol, and what the crypto itself took where all
 /// are timed.
-fn measure(protocol: &str, timed_every: &str) -> [[f64; 2]; 2] {
+fn measure(tunnels: &Tunnels, protocol: &str, timed_every: &str) -> [[f64; 2]; 2] {
     let _statistics = enable_stats(Stats::RunTime).expect("a kernel from 5.8 and root");
-    let exporter = Exporter::start(&["--pods", "none", "--encryption.timed-every", timed_every]);
+    let exporter = tunnels.exporter(timed_every);
     send(protocol);
     let scrape = exporter.scrape();
     let of_protocol = FUNCTIONS.iter().filter(|of| of.1 == protocol);
@@ -170,7 +189,7 @@ fn measure(protocol: &str, timed_every: &str) -> [[f64; 2]; 2] {
 
 /// Prints the tables.
 pub(crate) fn per_packet() {
-    let _tunnels = Tunnels::lay();
+    let tunnels = Tunnels::lay();
     let mut rows = Vec::new();
     println!(
         "| Packet | Program while it is counted, ns | while it is timed, ns | One in 32 timed, ns | The crypto itself, ns | Share |"
@@ -183,11 +202,11 @@ pub(crate) fn per_packet() {
         let [mut counted, mut timed] = [const { Vec::new() }; 2];
         for _ in 0..ROUNDS {
             without.push(send(protocol));
-            let exporter = Exporter::start(&["--pods", "none"]);
+            let exporter = tunnels.exporter("32");
             with.push(send(protocol));
             drop(exporter);
-            counted.push(measure(protocol, COUNTED));
-            timed.push(measure(protocol, TIMED));
+            counted.push(measure(&tunnels, protocol, COUNTED));
+            timed.push(measure(&tunnels, protocol, TIMED));
         }
         without.push(send(protocol));
         for (i, (_, _, direction, _)) in FUNCTIONS.iter().filter(|of| of.1 == protocol).enumerate()
