@@ -17,8 +17,8 @@ const COUNT: &str = "chandra_gpu_runqueue_delay_seconds_count";
 const SUM: &str = "chandra_gpu_runqueue_delay_seconds_sum";
 const PROCESSES: &str = "chandra_gpu_processes";
 
-/// A device that every kernel has and that nobody else has open.
-const DEVICE: &str = "/dev/fuse";
+/// A device that every host has and that nobody else has open.
+const DEVICE: &str = "/dev/full";
 
 /// From when a worker says that it is done until all of its threads sleep.
 const ASLEEP: Duration = Duration::from_millis(500);
@@ -80,7 +80,7 @@ impl Drop for Worker {
 }
 
 fn can_drive() -> bool {
-    let probe = Exporter::start(&["--pods", "none", "--gpu.device", "/dev/null"]);
+    let probe = Exporter::start(&["--pods", "none", "--gpu.device", DEVICE]);
     let scrape = probe.scrape();
     let up = [("signal", "gpu"), ("state", "up")];
     let works = scrape.sum("chandra_signal_state", &up) == 1.0;
@@ -96,7 +96,6 @@ const RENDER_NODE: &str = "/dev/dri/renderD128";
 
 /// With the device named by flag; or, for the render node, with its driver loaded late.
 fn exporter(device: &str) -> Exporter {
-    succeeds("modprobe -q fuse");
     let state = |exporter: &Exporter, state: &str| {
         exporter.scrape_until(&format!("the signal is {state}"), |scrape| {
             let labels = [("signal", "gpu"), ("state", state)];
