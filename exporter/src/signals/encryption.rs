@@ -32,7 +32,7 @@ use aya::{
 };
 use base64::{Engine, prelude::BASE64_STANDARD};
 use exporter_common::{
-    Loss, NO_CGROUP,
+    NO_CGROUP,
     encryption::{
         ASSOCIATIONS, DIRECTIONS, Flow, HANDSHAKES, INTERVAL, Interface, InterfaceKey, PROTOCOLS,
         Peer, PeerKey, Protocol, Work, slot,
@@ -41,6 +41,7 @@ use exporter_common::{
 
 use super::{
     Attempt, Entry, Follower, Options, Scope, Signal, State, Status, entries, follow_modules,
+    no_losses,
 };
 use crate::{
     families::{Desc, Families, Kind},
@@ -852,7 +853,7 @@ impl Encryption {
             interfaces: BTreeMap::new(),
             peers: Peers::default(),
             status,
-            lost: Loss::LABELS.iter().map(|(_, label)| (*label, 0)).collect(),
+            lost: no_losses(),
             runs: Vec::new(),
         })
     }

@@ -29,12 +29,11 @@ use aya::{
     include_bytes_aligned,
     maps::{self, MapData, MapError},
 };
-use exporter_common::{
-    Loss,
-    gpu::{DELAY, DRIVERS, Delays, Driver, Process, Thread},
-};
+use exporter_common::gpu::{DELAY, DRIVERS, Delays, Driver, Process, Thread};
 
-use super::{Attempt, Entry, Follower, Options, Scope, Signal, State, Status, entries};
+use super::{
+    Attempt, Entry, Follower, Options, Scope, Signal, State, Status, entries, follow, no_losses,
+};
 use crate::{
     families::{Desc, Families, Kind},
     kernel::Kernel,
@@ -451,7 +450,7 @@ impl Gpu {
         let (followed, told) = (Arc::clone(&core), Arc::clone(&stopped));
         thread::Builder::new()
             .name("gpu".to_owned())
-            .spawn(move || follow_devices(&followed, &told))
+            .spawn(move || follow("gpu", &followed, &told, || thread::sleep(LOOK_EVERY)))
             .context("start the thread that looks for GPUs")?;
         let units = |slots: &[u64; SLOTS]| slots[..DELAY.sum()].iter().sum();
         Ok(Self {
@@ -460,21 +459,9 @@ impl Gpu {
             status,
             ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
             processes: BTreeMap::new(),
-            lost: Loss::LABELS.iter().map(|(_, label)| (*label, 0)).collect(),
+            lost: no_losses(),
             runs: Vec::new(),
         })
-    }
-}
-
-fn follow_devices(core: &Mutex<Core>, stopped: &AtomicBool) {
-    while !stopped.load(Ordering::Relaxed) {
-        thread::sleep(LOOK_EVERY);
-        let mut core = core.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = core.status.state;
-        core.follow(Kernel::read);
-        if core.status.state != before {
-            tracing::info!("signal gpu: {}", core.status.state.label());
-        }
     }
 }
 

@@ -21,6 +21,7 @@ use aya::{
     Pod,
     maps::{HashMap, MapData, MapError},
 };
+use exporter_common::Loss;
 
 use crate::{
     families::{Desc, Families},
@@ -192,9 +193,9 @@ impl Attempt {
     }
 }
 
-/// What attaches to modules of the kernel as they are loaded, and lets go of them.
+/// What attaches to something of this host as it comes (modules, devices), and lets go of it.
 trait Follower {
-    /// Looks at what has been loaded and unloaded.
+    /// Looks at what has come and gone.
     fn follow(&mut self, kernel: impl FnOnce() -> Kernel);
 
     /// What has become of it.
@@ -204,8 +205,13 @@ trait Follower {
 /// Has a signal's modules followed until it is told to stop, and logs what becomes of it.
 fn follow_modules(signal: &str, core: &Mutex<impl Follower>, stopped: &AtomicBool) {
     let mut events = Uevents::listen(signal);
+    follow(signal, core, stopped, || events.wait());
+}
+
+/// The same of anything, each time that `wait` returns.
+fn follow(signal: &str, core: &Mutex<impl Follower>, stopped: &AtomicBool, mut wait: impl FnMut()) {
     while !stopped.load(Ordering::Relaxed) {
-        events.wait();
+        wait();
         let mut core = core.lock().unwrap_or_else(PoisonError::into_inner);
         let before = core.status().state;
         core.follow(Kernel::read);
@@ -220,6 +226,11 @@ fn follow_modules(signal: &str, core: &Mutex<impl Follower>, stopped: &AtomicBoo
             }
         }
     }
+}
+
+/// The losses of a signal that has lost nothing.
+fn no_losses() -> Vec<(&'static str, u64)> {
+    Loss::LABELS.iter().map(|(_, label)| (*label, 0)).collect()
 }
 
 /// What a signal reads against: the pods, frozen for one scrape.
