@@ -336,18 +336,28 @@ enum Function {
 
 /// Notes that a call has begun.
 #[inline(always)]
-fn enter(ctx: &ProbeContext, function: Function, call: &Call) {
+fn enter(ctx: &ProbeContext, function: Function, call: &Call) -> u64 {
     let key = Registers::of(ctx).frame() | function as u64;
-    if CALLS.insert(&key, call, u64::from(BPF_NOEXIST)).is_ok() {
-        return;
+    if CALLS.insert(&key, call, u64::from(BPF_NOEXIST)).is_err() {
+        // An earlier call had this frame, and its return was not seen; or there is no room.
+        let loss = if CALLS.insert(&key, call, 0).is_ok() {
+            Loss::MissedReturn
+        } else {
+            Loss::MapFull
+        };
+        lose(&LOST, loss);
     }
-    // An earlier call had this frame, and its return was not seen; or there is no room.
-    let loss = if CALLS.insert(&key, call, 0).is_ok() {
-        Loss::MissedReturn
-    } else {
-        Loss::MapFull
-    };
-    lose(&LOST, loss);
+    key
+}
+
+/// The same for one that is timed. The clock is read last: what is done here is not the packet's.
+#[inline(always)]
+fn enter_timed(ctx: &ProbeContext, function: Function, call: &Call) {
+    let key = enter(ctx, function, call);
+    if let Some(call) = CALLS.get_ptr_mut(&key) {
+        // SAFETY: a map value that nobody else has before the call returns.
+        unsafe { (*call).entered = now() };
+    }
 }
 
 /// Returns what was noted when the call began. `None` for one that was not to be followed.
@@ -393,11 +403,11 @@ fn encrypts(
     if chosen() {
         let call = Call {
             object: skb,
-            entered: now(),
+            entered: 0,
             bytes,
             flow,
         };
-        enter(ctx, Function::Encrypt, &call);
+        enter_timed(ctx, Function::Encrypt, &call);
     }
     Ok(())
 }
@@ -453,11 +463,15 @@ pub fn wireguard_encrypt_return(ctx: RetProbeContext) -> u32 {
 pub fn wireguard_decrypt(ctx: ProbeContext) -> u32 {
     let call = Call {
         object: Registers::of(&ctx).argument::<0>(),
-        entered: if chosen() { now() } else { 0 },
+        entered: 0,
         bytes: 0,
         flow: NO_FLOW,
     };
-    enter(&ctx, Function::Decrypt, &call);
+    if chosen() {
+        enter_timed(&ctx, Function::Decrypt, &call);
+    } else {
+        enter(&ctx, Function::Decrypt, &call);
+    }
     0
 }
 
@@ -557,10 +571,13 @@ pub fn esp_decrypt(ctx: ProbeContext) -> u32 {
     let skb = Registers::of(&ctx).argument::<1>();
     if !chosen() {
         let _ = DECRYPTING.remove(&skb);
-    } else if DECRYPTING
-        .insert(&skb, &[now(), bpf_get_current_pid_tgid()], 0)
-        .is_err()
-    {
+        return 0;
+    }
+    let _ = DECRYPTING.insert(&skb, &[0, bpf_get_current_pid_tgid()], 0);
+    if let Some(call) = DECRYPTING.get_ptr_mut(&skb) {
+        // SAFETY: a map value that nobody else has before the packet is decrypted.
+        unsafe { (*call)[0] = now() };
+    } else {
         lose(&LOST, Loss::MapFull);
     }
     0

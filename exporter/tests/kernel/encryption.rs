@@ -715,7 +715,7 @@ kretprobe:esp_output_tail /@espe[cpu, tid]/ { @c += nsecs - @espe[cpu, tid]; del
 kprobe:esp_input { @espd[cpu, tid] = nsecs; }
 kretprobe:esp_input /@espd[cpu, tid]/ { @d += nsecs - @espd[cpu, tid]; delete(@espd[cpu, tid]); }
 BEGIN { @a = 0; @b = 0; @c = 0; @d = 0; }
-interval:s:1 { printf("%d %d %d %d\n", @a, @b, @c, @d); }
+interval:s:1 { printf("%ld %ld %ld %ld\n", @a, @b, @c, @d); }
 "#;
 
 struct Oracle {
@@ -792,20 +792,25 @@ fn the_time_is_that_of_an_independent_measurement_and_goes_by_bytes() {
     let oracle = Oracle::start(folder.path());
     let file = folder.path().join("pods.json");
     write_pods(&file, &nodes.pods);
-    let exporter = Exporter::start(&[
-        "--pods",
-        &file.display().to_string(),
-        "--encryption.timed-every",
-        "4",
-    ]);
-    exporter.scrape_until("the signal is up", |scrape| {
-        scrape.sum(
-            "chandra_signal_state",
-            &[("signal", "encryption"), ("state", "up")],
-        ) == 1.0
-    });
-
-    for (first, protocol) in ["wireguard", "ipsec"].into_iter().enumerate() {
+    // In a sample, what few slow packets take is noise.
+    for (protocol, timed_every, tolerance) in [
+        ("wireguard", 1, 0.05),
+        ("ipsec", 1, 0.05),
+        ("wireguard", 8, 0.2),
+    ] {
+        let exporter = Exporter::start(&[
+            "--pods",
+            &file.display().to_string(),
+            "--encryption.timed-every",
+            &timed_every.to_string(),
+        ]);
+        exporter.scrape_until("the signal is up", |scrape| {
+            scrape.sum(
+                "chandra_signal_state",
+                &[("signal", "encryption"), ("state", "up")],
+            ) == 1.0
+        });
+        let first = if protocol == "wireguard" { 0 } else { 2 };
         if protocol == "wireguard" {
             nodes.wireguard(false);
             run("for n in a b; do ip -n chandra-$n link set wg0 mtu 8800; done");
@@ -825,10 +830,9 @@ fn the_time_is_that_of_an_independent_measurement_and_goes_by_bytes() {
 
         let servers = [2, 3].map(|pod| nodes.spawn(pod, "TRAFFIC serve 0.0.0.0:5201"));
         thread::sleep(Duration::from_secs(1));
-        let work = [
-            nodes.spawn(0, "TRAFFIC send 10.82.0.1:5201 24"),
-            nodes.spawn(1, "TRAFFIC send 10.82.0.2:5201 8"),
-        ];
+        // Four connections that go on side by side to the end: alone, a byte takes less time than beside others.
+        let work = [0, 0, 0, 1]
+            .map(|pod| nodes.spawn(pod, &format!("TRAFFIC send 10.82.0.{}:5201 16", pod + 1)));
         for mut child in work {
             assert!(child.wait().expect("it ends").success(), "the work failed");
         }
@@ -841,14 +845,16 @@ fn the_time_is_that_of_an_independent_measurement_and_goes_by_bytes() {
 
         let between = Between(&before, &after);
         for (i, direction) in ["encrypt", "decrypt"].into_iter().enumerate() {
-            let at = 2 * first + i;
+            let at = first + i;
             let (ours, theirs) = (
                 between.all(CPU, protocol, direction),
                 oracle_after[at] - oracle_before[at],
             );
             let ratio = ours / theirs;
-            println!("{protocol} {direction}: {ours:.3} s, by bpftrace {theirs:.3} s: {ratio:.3}");
-            assert!((0.95..=1.05).contains(&ratio), "{}", after.text);
+            println!(
+                "{protocol} {direction}, one in {timed_every}: {ours:.3} s, by bpftrace {theirs:.3} s: {ratio:.3}"
+            );
+            assert!((ratio - 1.0).abs() <= tolerance, "{}", after.text);
         }
         for (direction, pods) in [("encrypt", ["a-1", "a-2"]), ("decrypt", ["b-1", "b-2"])] {
             let ratio = |metric: &str| {
@@ -858,7 +864,7 @@ fn the_time_is_that_of_an_independent_measurement_and_goes_by_bytes() {
             let (bytes, cpu) = (ratio(BYTES), ratio(CPU));
             println!("{protocol} {direction}: {bytes:.2} times the bytes, {cpu:.2} times the time");
             assert!((2.95..=3.05).contains(&bytes), "{}", after.text);
-            assert!((2.7..=3.3).contains(&cpu), "{}", after.text);
+            assert!((cpu / 3.0 - 1.0).abs() <= 2.0 * tolerance, "{}", after.text);
         }
     }
 }
