@@ -93,7 +93,8 @@ pub struct Work {
 pub struct Call {
     /// The packet, the handshake, the security association.
     pub object: u64,
-    /// CLOCK_MONOTONIC in nanoseconds at the entry; 0 for a packet that is not timed.
+    /// CLOCK_MONOTONIC in nanoseconds at the entry, less what the thread had waited for a CPU; 0 for a packet that is not
+    /// timed.
     pub entered: u64,
     /// Bytes of a packet that is timed.
     pub bytes: u64,

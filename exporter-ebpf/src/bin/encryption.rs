@@ -10,7 +10,9 @@
 
 use aya_ebpf::{
     bindings::BPF_NOEXIST,
-    helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_ns, bpf_probe_read_kernel},
+    helpers::{
+        bpf_get_current_pid_tgid, bpf_get_current_task, bpf_ktime_get_ns, bpf_probe_read_kernel,
+    },
     macros::{kprobe, kretprobe, map},
     maps::{HashMap, PerCpuArray, PerCpuHashMap},
     programs::{ProbeContext, RetProbeContext},
@@ -21,7 +23,8 @@ use exporter_common::encryption::{
     PeerKey, Protocol, Work, slot,
 };
 use exporter_ebpf::{
-    Loss, NO_CGROUP, Registers, add, constants, entry, lose, object, probed_socket_cgroup, unknown,
+    ABSENT, Loss, NO_CGROUP, Registers, add, constants, entry, lose, object, probed_socket_cgroup,
+    unknown,
 };
 
 object!();
@@ -47,6 +50,7 @@ constants!(
     OFF_STATE_MODE,
     OFF_STATE_HEADER,
     OFF_STATE_NET,
+    OFF_RUN_DELAY,
     SAMPLE,
     PORT_VXLAN,
     PORT_GENEVE,
@@ -120,6 +124,20 @@ fn field<T: Copy>(object: u64, offset: &aya_ebpf::Global<u32>) -> Result<T, Loss
 fn now() -> u64 {
     // SAFETY: the helper takes no arguments.
     unsafe { bpf_ktime_get_ns() }
+}
+
+/// CLOCK_MONOTONIC in nanoseconds, less what this thread has waited for a CPU since it began: between two readings in a
+/// thread lies what it ran, and interrupts. Kernels that preempt in the kernel (6.18 does, lazily) take the CPU from WireGuard's
+/// workers in the middle of a packet. No thread switch is within a softirq.
+#[inline(always)]
+fn run_clock() -> u64 {
+    let now = now();
+    if OFF_RUN_DELAY.load() == ABSENT {
+        return now;
+    }
+    // SAFETY: the helper takes no arguments.
+    let task = unsafe { bpf_get_current_task() };
+    now.wrapping_sub(field(task, &OFF_RUN_DELAY).unwrap_or(0))
 }
 
 /// What an IP header says.
@@ -288,14 +306,14 @@ fn count(flow: &Flow, bytes: u64) -> Result<(), Loss> {
     Ok(())
 }
 
-/// What took longer than this was no work on a packet: its thread was preempted, or the return of an earlier call in the
-/// same frame was not seen.
+/// What took longer than this was no work on a packet: the return of an earlier call in the same frame was not seen, or
+/// interrupts came without end.
 const LONGEST: u64 = 100_000_000;
 
 /// Books the time that a packet took.
 #[inline(always)]
 fn time(flow: &Flow, bytes: u64, began: u64, end: u64) -> Result<(), Loss> {
-    let nanoseconds = end - began;
+    let nanoseconds = end.wrapping_sub(began);
     if nanoseconds > LONGEST {
         return Err(Loss::Untimed);
     }
@@ -356,7 +374,7 @@ fn enter_timed(ctx: &ProbeContext, function: Function, call: &Call) {
     let key = enter(ctx, function, call);
     if let Some(call) = CALLS.get_ptr_mut(&key) {
         // SAFETY: a map value that nobody else has before the call returns.
-        unsafe { (*call).entered = now() };
+        unsafe { (*call).entered = run_clock() };
     }
 }
 
@@ -451,7 +469,7 @@ fn wireguard_encrypts(ctx: &ProbeContext, skb: u64) -> Result<(), Loss> {
 /// Returns whether it could.
 #[kretprobe]
 pub fn wireguard_encrypt_return(ctx: RetProbeContext) -> u32 {
-    let end = now();
+    let end = run_clock();
     if let Err(loss) = encrypted(Registers::of(&ctx), end) {
         lose(&LOST, loss);
     }
@@ -478,7 +496,7 @@ pub fn wireguard_decrypt(ctx: ProbeContext) -> u32 {
 /// Returns whether it was authentic. The packet then begins with the header that was encrypted; a keepalive is empty.
 #[kretprobe]
 pub fn wireguard_decrypt_return(ctx: RetProbeContext) -> u32 {
-    let end = now();
+    let end = run_clock();
     let registers = Registers::of(&ctx);
     if let Some(call) = leave(registers, Function::Decrypt)
         && registers.returned() as u8 != 0
@@ -551,7 +569,7 @@ fn esp_encrypts(ctx: &ProbeContext, state: u64, skb: u64, info: u64) -> Result<(
 /// Returns 0, an error, or that another thread goes on with it.
 #[kretprobe]
 pub fn esp_encrypt_return(ctx: RetProbeContext) -> u32 {
-    let end = now();
+    let end = run_clock();
     let registers = Registers::of(&ctx);
     let timed = if registers.returned() as u32 == IN_PROGRESS {
         leave(registers, Function::Encrypt).map_or(Ok(()), |_| Err(Loss::Untimed))
@@ -576,7 +594,7 @@ pub fn esp_decrypt(ctx: ProbeContext) -> u32 {
     let _ = DECRYPTING.insert(&skb, &[0, bpf_get_current_pid_tgid()], 0);
     if let Some(call) = DECRYPTING.get_ptr_mut(&skb) {
         // SAFETY: a map value that nobody else has before the packet is decrypted.
-        unsafe { (*call)[0] = now() };
+        unsafe { (*call)[0] = run_clock() };
     } else {
         lose(&LOST, Loss::MapFull);
     }
@@ -594,7 +612,7 @@ pub fn esp_decrypted(ctx: ProbeContext) -> u32 {
 /// Returns the protocol of what was encrypted, or an error.
 #[kretprobe]
 pub fn esp_decrypted_return(ctx: RetProbeContext) -> u32 {
-    let end = now();
+    let end = run_clock();
     let registers = Registers::of(&ctx);
     if let Some(call) = leave(registers, Function::Decrypt) {
         let protocol = registers.returned() as i32;

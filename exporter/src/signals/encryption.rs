@@ -391,6 +391,7 @@ fn resolve(constants: &mut Constants<'_>, kernel: &Kernel, settings: &Settings) 
     constants.offset("OFF_STATE_MODE", &[("xfrm_state", "props.mode")]);
     constants.offset("OFF_STATE_HEADER", &[("xfrm_state", "props.header_len")]);
     constants.offset("OFF_STATE_NET", &[("xfrm_state", "xs_net.net")]);
+    constants.offset("OFF_RUN_DELAY", &[("task_struct", "sched_info.run_delay")]);
     // Debian's 5.10 has no types of modules, and a module may be loaded after the exporter's start. The structs have begun like
     // this on every 64-bit kernel since WireGuard came (5.6 to 7.3; drivers/net/wireguard/{noise,peerlookup,peer,device}.h);
     // where the types can be read, they decide.

@@ -704,16 +704,16 @@ fn sessions_are_counted_and_peers_survive_being_added_again() {
 }
 
 /// The same functions, measured by another program, every packet of them. WireGuard's run in threads of their own, ESP's in
-/// softirqs too, which all have the idle task's number.
+/// softirqs too, which all have the idle task's number. What a thread waited for a CPU is no CPU time.
 const ORACLE: &str = r#"
-kprobe:encrypt_packet { @wge[tid] = nsecs; }
-kretprobe:encrypt_packet /@wge[tid]/ { @a += nsecs - @wge[tid]; delete(@wge[tid]); }
-kprobe:decrypt_packet { @wgd[tid] = nsecs; }
-kretprobe:decrypt_packet /@wgd[tid]/ { @b += nsecs - @wgd[tid]; delete(@wgd[tid]); }
-kprobe:esp_output_tail { @espe[cpu, tid] = nsecs; }
-kretprobe:esp_output_tail /@espe[cpu, tid]/ { @c += nsecs - @espe[cpu, tid]; delete(@espe[cpu, tid]); }
-kprobe:esp_input { @espd[cpu, tid] = nsecs; }
-kretprobe:esp_input /@espd[cpu, tid]/ { @d += nsecs - @espd[cpu, tid]; delete(@espd[cpu, tid]); }
+kprobe:encrypt_packet { @wge[tid] = nsecs - curtask->sched_info.run_delay; }
+kretprobe:encrypt_packet /@wge[tid]/ { @a += nsecs - curtask->sched_info.run_delay - @wge[tid]; delete(@wge[tid]); }
+kprobe:decrypt_packet { @wgd[tid] = nsecs - curtask->sched_info.run_delay; }
+kretprobe:decrypt_packet /@wgd[tid]/ { @b += nsecs - curtask->sched_info.run_delay - @wgd[tid]; delete(@wgd[tid]); }
+kprobe:esp_output_tail { @espe[cpu, tid] = nsecs - curtask->sched_info.run_delay; }
+kretprobe:esp_output_tail /@espe[cpu, tid]/ { @c += nsecs - curtask->sched_info.run_delay - @espe[cpu, tid]; delete(@espe[cpu, tid]); }
+kprobe:esp_input { @espd[cpu, tid] = nsecs - curtask->sched_info.run_delay; }
+kretprobe:esp_input /@espd[cpu, tid]/ { @d += nsecs - curtask->sched_info.run_delay - @espd[cpu, tid]; delete(@espd[cpu, tid]); }
 BEGIN { @a = 0; @b = 0; @c = 0; @d = 0; }
 interval:s:1 { printf("%ld %ld %ld %ld\n", @a, @b, @c, @d); }
 "#;
