@@ -91,7 +91,8 @@ pub fn run(cgroupfs: Option<&Path>) -> anyhow::Result<Report> {
     let bytes = |cpus| {
         SIGNALS
             .iter()
-            .map(|entry| maps::bytes(entry.object, cpus))
+            .flat_map(|entry| entry.objects)
+            .map(|object| maps::bytes(object, cpus))
             .sum::<anyhow::Result<u64>>()
     };
     let maps = Maps {

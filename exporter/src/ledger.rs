@@ -41,6 +41,17 @@ pub struct Attribution {
     pub unknown: u64,
 }
 
+impl Attribution {
+    /// Adds the units of another ledger.
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            pod: self.pod + other.pod,
+            host: self.host + other.host,
+            unknown: self.unknown + other.unknown,
+        }
+    }
+}
+
 /// When an owner's account is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Opening {

@@ -65,7 +65,7 @@ pub const ENTRY: Entry = Entry {
         &HANDSHAKE_EVENTS,
         &ASSOCIATION_EVENTS,
     ],
-    object: OBJECT,
+    objects: &[OBJECT],
     attach,
 };
 

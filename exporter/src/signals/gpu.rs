@@ -17,7 +17,7 @@ use std::{
     os::unix::fs::{FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, PoisonError, TryLockError,
+        Arc, Mutex, MutexGuard, PoisonError, TryLockError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -39,7 +39,7 @@ use crate::{
     kernel::Kernel,
     ledger::{Attribution, Ledger, Opening, UNKNOWN},
     pods::{Labels, Resolution},
-    probe::{self, Attached, Constants, Method, Need, Program, Reason, Runs},
+    probe::{self, Attached, Constants, Hook, Method, Need, Program, Reason, Runs},
 };
 
 /// The signal.
@@ -47,7 +47,7 @@ pub const ENTRY: Entry = Entry {
     name: "gpu",
     question: "How long do the threads that drive a GPU wait for a CPU?",
     descs: &[&PROCESSES, &RUNQUEUE_DELAY],
-    object: OBJECT,
+    objects: &[OBJECT],
     attach,
 };
 
@@ -337,6 +337,33 @@ fn forget<V: aya::Pod>(map: &mut maps::HashMap<MapData, u32, V>, key: &u32) -> a
     }
 }
 
+/// What the signal sees besides, with an object of its own.
+trait Part: Send {
+    /// Looks at what has come and gone, every second. `processes` are those that have a device open now, in the initial namespace.
+    fn follow(&mut self, processes: &[u32]);
+
+    /// Its hooks, and for people what works with less.
+    fn status(&self) -> (&[Hook], &[String]);
+
+    /// Reads its maps and books what they grew by.
+    ///
+    /// # Errors
+    /// When a map cannot be read; what was booked before stays.
+    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<()>;
+
+    /// Renders what has been booked.
+    fn render(&self, families: &mut Families);
+
+    /// How well events found their owners.
+    fn attribution(&self) -> Attribution;
+
+    /// Events that were lost, by [`exporter_common::Loss`]; nothing where no object is loaded.
+    fn lost(&self) -> Vec<(&'static str, u64)>;
+
+    /// The kernel's own account of each loaded program.
+    fn runs(&self) -> Vec<(String, Runs)>;
+}
+
 /// What follows devices and open files: used by scrapes, and by the thread that looks.
 struct Core {
     live: Option<Live>,
@@ -416,8 +443,23 @@ impl Core {
     }
 }
 
+impl Core {
+    /// The processes that have a device open now.
+    fn processes(&self) -> Vec<u32> {
+        let known = self.live.as_ref().map(|live| entries(&live.processes));
+        let known = known.and_then(Result::ok).unwrap_or_default();
+        known.into_iter().map(|(process, _)| process).collect()
+    }
+}
+
 fn attach(kernel: &Kernel, options: Options) -> Attempt {
     Attempt::following(Gpu::new(kernel, &options))
+}
+
+type Parts = Arc<Mutex<Vec<Box<dyn Part>>>>;
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Processes of an owner, by driver.
@@ -425,6 +467,7 @@ pub type Processes = [u64; DRIVERS.len()];
 
 struct Gpu {
     core: Arc<Mutex<Core>>,
+    parts: Parts,
     stopped: Arc<AtomicBool>,
     status: Status,
     ledger: Ledger<u64, SLOTS>,
@@ -447,14 +490,25 @@ impl Gpu {
         let status = core.status.clone();
         let core = Arc::new(Mutex::new(core));
         let stopped = Arc::new(AtomicBool::new(false));
+        let parts: Vec<Box<dyn Part>> = Vec::new();
+        let parts = Arc::new(Mutex::new(parts));
         let (followed, told) = (Arc::clone(&core), Arc::clone(&stopped));
+        let (seen, besides) = (Arc::clone(&core), Arc::clone(&parts));
+        let wait = move || {
+            let processes = lock(&seen).processes();
+            for part in lock(&besides).iter_mut() {
+                part.follow(&processes);
+            }
+            thread::sleep(LOOK_EVERY);
+        };
         thread::Builder::new()
             .name("gpu".to_owned())
-            .spawn(move || follow("gpu", &followed, &told, || thread::sleep(LOOK_EVERY)))
+            .spawn(move || follow("gpu", &followed, &told, wait))
             .context("start the thread that looks for GPUs")?;
         let units = |slots: &[u64; SLOTS]| slots[..DELAY.sum()].iter().sum();
         Ok(Self {
             core,
+            parts,
             stopped,
             status,
             ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
@@ -469,13 +523,16 @@ impl Drop for Gpu {
     fn drop(&mut self) {
         self.stopped.store(true, Ordering::Relaxed);
         // The thread may hold it for another second: the programs are gone at once.
-        let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
-        core.live = None;
+        lock(&self.core).live = None;
+        lock(&self.parts).clear();
     }
 }
 
 impl Signal for Gpu {
     fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<()> {
+        for part in lock(&self.parts).iter_mut() {
+            part.read(scope)?;
+        }
         let mut core = match self.core.try_lock() {
             Ok(core) => core,
             Err(TryLockError::Poisoned(core)) => core.into_inner(),
@@ -483,6 +540,13 @@ impl Signal for Gpu {
             Err(TryLockError::WouldBlock) => return Ok(()),
         };
         self.status = core.status.clone();
+        if self.status.state == State::Up {
+            for part in lock(&self.parts).iter() {
+                let (hooks, notes) = part.status();
+                self.status.hooks.extend_from_slice(hooks);
+                self.status.notes.extend_from_slice(notes);
+            }
+        }
         let Some(live) = &mut core.live else {
             return Ok(());
         };
@@ -507,19 +571,33 @@ impl Signal for Gpu {
     fn render(&self, families: &mut Families) {
         if self.status.state != State::Absent {
             render(self.ledger.accounts(), &self.processes, families);
+            for part in lock(&self.parts).iter() {
+                part.render(families);
+            }
         }
     }
 
     fn attribution(&self) -> Attribution {
-        self.ledger.attribution()
+        let parts = lock(&self.parts);
+        let parts = parts.iter().map(|part| part.attribution());
+        parts.fold(self.ledger.attribution(), Attribution::plus)
     }
 
     fn lost(&self) -> anyhow::Result<Vec<(&'static str, u64)>> {
-        Ok(self.lost.clone())
+        let mut lost = self.lost.clone();
+        for part in lock(&self.parts).iter() {
+            // Each has the same reasons in the same order, or none.
+            for (all, (_, of_part)) in lost.iter_mut().zip(part.lost()) {
+                all.1 += of_part;
+            }
+        }
+        Ok(lost)
     }
 
     fn runs(&self) -> Vec<(String, Runs)> {
-        self.runs.clone()
+        let parts = lock(&self.parts);
+        let parts = parts.iter().flat_map(|part| part.runs());
+        self.runs.iter().cloned().chain(parts).collect()
     }
 
     fn status(&self) -> Option<Status> {

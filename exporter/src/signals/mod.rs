@@ -49,8 +49,8 @@ pub struct Entry {
     pub question: &'static str,
     /// Its metrics.
     pub descs: &'static [&'static Desc],
-    /// Its object for the kernel.
-    pub object: &'static [u8],
+    /// Its objects for the kernel: one of its name, and those of its parts, `<name>_<part>`.
+    pub objects: &'static [&'static [u8]],
     /// Loads and attaches it.
     pub attach: fn(&Kernel, Options) -> Attempt,
 }

@@ -78,7 +78,7 @@ pub const ENTRY: Entry = Entry {
         &BYTES,
         &AGE,
     ],
-    object: OBJECT,
+    objects: &[OBJECT],
     attach,
 };
 

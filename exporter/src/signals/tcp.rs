@@ -28,7 +28,7 @@ pub const ENTRY: Entry = Entry {
     name: "tcp",
     question: "Which pod's segments are sent again, and why?",
     descs: &[&RETRANSMITS],
-    object: OBJECT,
+    objects: &[OBJECT],
     attach,
 };
 
