@@ -88,6 +88,55 @@ pub struct Clock {
     pub before: u64,
 }
 
+/// Jobs of the kernel's GPU scheduler that are queued or run, at once. One more counts as lost.
+pub const JOBS: u32 = 4096;
+
+/// Cgroups with the rings on which their jobs run. One more counts as lost.
+pub const RINGS: u32 = 1024;
+
+/// Time of a job in its queue or on the hardware: 4 µs to 17 s, by factors of four.
+pub const JOB: Shape = Shape {
+    first: 4_000,
+    bounds: 12,
+    step: 2,
+};
+
+/// Bytes of a device's or a ring's name, the rest 0; a longer one is cut.
+pub const NAME: usize = 24;
+
+/// Where a job runs, and whose it is: the key of the map `RINGS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct Ring {
+    /// The cgroup that submitted.
+    pub cgroup: u64,
+    /// The device, all 0 where the kernel does not tell (before 6.16).
+    pub device: [u8; NAME],
+    /// The hardware's ring or the driver's queue before it.
+    pub name: [u8; NAME],
+}
+
+/// A job between its submission and its end: the value of the map `JOBS`, whose key is `[u64; 2]`: its fence's context and
+/// sequence number, or the fence's address and 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Job {
+    /// Where it will run.
+    pub ring: Ring,
+    /// CLOCK_MONOTONIC in nanoseconds when it was queued, and from the handover to the hardware on, when that was.
+    pub since: u64,
+    /// 1 from the handover on.
+    pub runs: u64,
+}
+
+/// The value of the map `RINGS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Jobs {
+    /// Two histograms of [`JOB`]: queued, and run. Only ever added to.
+    pub slots: [u64; 2 * JOB.slots()],
+}
+
 /// Nanoseconds of a [`Clock::window`], as a power of two: 134 ms.
 pub const WINDOW_BITS: u32 = 27;
 
@@ -96,6 +145,9 @@ const _: () = {
     assert!(size_of::<Thread>() == 24, "no padding");
     assert!(size_of::<Delays>() == 8 * DELAY.slots(), "no padding");
     assert!(size_of::<Clock>() == 24, "no padding");
+    assert!(size_of::<Ring>() == 8 + 2 * NAME, "no padding");
+    assert!(size_of::<Job>() == 24 + 2 * NAME, "no padding");
+    assert!(size_of::<Jobs>() == 16 * JOB.slots(), "no padding");
 };
 
 #[cfg(feature = "user")]
@@ -106,4 +158,10 @@ mod user {
     unsafe impl aya::Pod for super::Thread {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Delays {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Ring {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Job {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Jobs {}
 }

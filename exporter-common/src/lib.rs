@@ -31,8 +31,8 @@ pub enum Loss {
     Unreadable = 1,
     /// A function was entered again by a thread whose last return from it had not been seen.
     MissedReturn = 2,
-    /// A packet that was to be timed, whose crypto went on in another thread or was preempted for long: it is counted, its
-    /// CPU time is taken from others.
+    /// A packet that was to be timed, whose crypto went on in another thread or took impossibly long: it is counted, its CPU
+    /// time is taken from others. A job of a GPU whose end was never told.
     Untimed = 3,
     /// A thread that drives a GPU came onto a CPU unseen.
     MissedSwitch = 4,

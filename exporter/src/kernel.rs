@@ -3,6 +3,7 @@
 
 pub mod btf;
 pub mod symbols;
+pub mod tracefs;
 pub mod uevents;
 
 use std::{

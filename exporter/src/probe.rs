@@ -9,7 +9,7 @@ use std::{error::Error, fmt, io};
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{Array, Map, MapError},
-    programs::{BtfTracePoint, Iter, KProbe, ProgramError, kprobe::KProbeLinkId},
+    programs::{BtfTracePoint, Iter, KProbe, ProgramError, TracePoint, kprobe::KProbeLinkId},
 };
 use exporter_common::Loss;
 
@@ -17,6 +17,7 @@ use crate::kernel::{
     Kernel,
     btf::Btf,
     symbols::{self, Function, Symbols},
+    tracefs::Tracefs,
 };
 
 /// How a hook is attached. The label `method` of `chandra_hook_info`.
@@ -34,17 +35,20 @@ pub enum Method {
     Netlink,
     /// A walk over the kernel's objects, done now and then.
     Iter,
+    /// A tracepoint with a record, which tracefs describes.
+    Tracepoint,
 }
 
 impl Method {
     /// Every method, for the reference.
-    pub const LABELS: [&'static str; 6] = [
+    pub const LABELS: [&'static str; 7] = [
         "tp_btf",
         "inotify",
         "kprobe",
         "kretprobe",
         "netlink",
         "iter",
+        "tracepoint",
     ];
 
     /// The label.
@@ -130,7 +134,8 @@ pub struct Program {
     pub name: &'static str,
     /// How it is attached.
     pub method: Method,
-    /// The functions that a kprobe or kretprobe goes to: all that exist. Of an iterator, what it walks over.
+    /// The functions that a kprobe or kretprobe goes to: all that exist. Of an iterator, what it walks over. Of a tracepoint,
+    /// its names as `group:event`, of which the kernel has one.
     pub functions: &'static [&'static str],
     /// What its lack means.
     pub need: Need,
@@ -337,6 +342,9 @@ pub fn attach(
                     }
                 }
             }
+            _ if program.method == Method::Tracepoint => {
+                attach_tracepoint(&mut attached.ebpf, program, kernel)
+            }
             _ => attached.attach_probe(program, program.functions, &symbols, kernel),
         };
         let works = new.iter().any(|hook| hook.reason == Reason::Attached);
@@ -364,7 +372,7 @@ pub fn attach(
 fn symbols_of(programs: &[Program]) -> Result<Symbols, String> {
     let probes = programs
         .iter()
-        .filter(|program| program.method != Method::Iter);
+        .filter(|program| matches!(program.method, Method::Kprobe | Method::Kretprobe));
     let functions = probes.flat_map(|program| program.functions);
     let mut functions = functions.copied().peekable();
     if functions.peek().is_none() {
@@ -579,6 +587,37 @@ fn attach_typed(ebpf: &mut Ebpf, what: &Program, btf: &aya::Btf) -> Result<(), P
     program.attach()?;
     Ok(())
 }
+
+/// Attaches to the one of a tracepoint's names that the kernel has.
+fn attach_tracepoint(ebpf: &mut Ebpf, program: &Program, kernel: &Kernel) -> Vec<Hook> {
+    let Some(tracefs) = Tracefs::find() else {
+        return program.hooks(program.functions, Reason::NoHook, NO_TRACEFS);
+    };
+    let mut names = program.functions.iter();
+    let Some(name) = names.find(|name| tracefs.has(name)) else {
+        let why = "this kernel has no such tracepoint";
+        return program.hooks(program.functions, Reason::NoHook, why);
+    };
+    let (group, event) = name.split_once(':').unwrap_or_default();
+    let attach = || -> Result<(), ProgramError> {
+        let tracepoint = ebpf.program_mut(program.name);
+        let tracepoint: &mut TracePoint = tracepoint.ok_or(ProgramError::NotLoaded)?.try_into()?;
+        tracepoint.load()?;
+        tracepoint.attach(group, event)?;
+        Ok(())
+    };
+    match { attach }() {
+        Ok(()) => program.hooks(&[name], Reason::Attached, ""),
+        Err(error) => {
+            let what = format!("attach tracepoint {name}");
+            program.hooks(&[name], reason_of(&error), &explain(&what, &error, kernel))
+        }
+    }
+}
+
+/// What to do where tracepoints cannot be found.
+pub const NO_TRACEFS: &str =
+    "tracefs is not to be seen: mount it at /sys/kernel/tracing (in a container, from the host)";
 
 fn reason_of_object(error: &EbpfError) -> Reason {
     cause(error).map_or(Reason::Failed, reason_of_errno)

@@ -105,6 +105,7 @@ fn the_declared_label_values_are_those_that_the_code_produces() {
         Method::Kretprobe,
         Method::Netlink,
         Method::Iter,
+        Method::Tracepoint,
     ];
     let produced = methods.map(|method| match method {
         Method::TpBtf
@@ -112,7 +113,8 @@ fn the_declared_label_values_are_those_that_the_code_produces() {
         | Method::Kprobe
         | Method::Kretprobe
         | Method::Netlink
-        | Method::Iter => method.label(),
+        | Method::Iter
+        | Method::Tracepoint => method.label(),
     });
     assert_eq!(declared("chandra_hook_info", "method"), produced);
 
@@ -463,6 +465,13 @@ fn a_node_with_eight_gpu_pods_stays_within_the_series_budget() {
                 ledger.book(&view.owners(), totals, |cgroup| view.resolve(cgroup), now);
                 let processes = ledger.accounts().map(|(labels, _)| (labels, [1, 0, 0, 0]));
                 gpu::render(ledger.accounts(), &processes.collect(), &mut families);
+                // Each has jobs on a ring of its device.
+                let sum = |slots: &[u64; gpu::jobs::SLOTS]| slots.iter().sum();
+                let mut ledger = Ledger::new(1200, sum).opening(Opening::Events);
+                let pods = cgroups.iter().filter(|cgroup| **cgroup % 3 == 1).take(8);
+                let totals = pods.map(|cgroup| (*cgroup, [1; gpu::jobs::SLOTS]));
+                ledger.book(&view.owners(), totals, |cgroup| view.resolve(cgroup), now);
+                gpu::jobs::render("0000:c3:00.0", "comp", ledger.accounts(), &mut families);
             }
             // Every pod sends and receives through one kind of encryption, as the host does; all peers are shown.
             "encryption" => {

@@ -117,10 +117,28 @@ fn gpu_page() -> String {
     // Every slot its own number; the host drives none.
     let slots = std::array::from_fn(|slot| slot as u64 + 1);
     let accounts = [(Labels::default(), [0; gpu::SLOTS]), (pod.clone(), slots)];
-    let processes = [(Labels::default(), [0, 0, 1, 0]), (pod, [8, 0, 1, 2])];
+    let processes = [
+        (Labels::default(), [0, 0, 1, 0]),
+        (pod.clone(), [8, 0, 1, 2]),
+    ];
     let mut families = Families::default();
     let borrowed = accounts.iter().map(|(labels, n)| (labels.clone(), n));
     gpu::render(borrowed, &processes.into(), &mut families);
+    // One that still runs has queued; the host has had none.
+    let slots = std::array::from_fn(|slot| slot as u64 + 1);
+    let queued = std::array::from_fn(|slot| u64::from(slot == 0));
+    let none = [0; gpu::jobs::SLOTS];
+    let pod = |name: &str| Labels {
+        pod: name.into(),
+        ..pod.clone()
+    };
+    for (device, ring, owner, slots) in [
+        ("0000:c3:00.0", "gfx_0.0.0", Labels::default(), &none),
+        ("0000:c3:00.0", "gfx_0.0.0", pod("vllm-0"), &slots),
+        ("", "rcs0", pod("vllm-1"), &queued),
+    ] {
+        gpu::jobs::render(device, ring, [(owner, slots)], &mut families);
+    }
     encode(families)
 }
 

@@ -29,18 +29,6 @@ const IN_PARTS: &[&str] = &["gpu"];
 /// Empty when the last signal lands.
 const PENDING: &[(&str, Kind, bool, &[&str])] = &[
     (
-        "chandra_gpu_job_queue_seconds",
-        Kind::Histogram,
-        true,
-        &["device", "ring"],
-    ),
-    (
-        "chandra_gpu_job_run_seconds",
-        Kind::Histogram,
-        true,
-        &["device", "ring"],
-    ),
-    (
         "chandra_cuda_call_seconds",
         Kind::Histogram,
         true,

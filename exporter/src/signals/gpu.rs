@@ -11,6 +11,8 @@
 //!
 //! Devices are looked for all the time: a driver may be loaded late. As long as there has been none, nothing is attached.
 
+pub mod jobs;
+
 use std::{
     collections::{BTreeMap, HashSet},
     fs,
@@ -31,6 +33,8 @@ use aya::{
 };
 use exporter_common::gpu::{DELAY, DRIVERS, Delays, Driver, Process, Thread};
 
+use jobs::Jobs;
+
 use super::{
     Attempt, Entry, Follower, Options, Scope, Signal, State, Status, entries, follow, no_losses,
 };
@@ -46,8 +50,8 @@ use crate::{
 pub const ENTRY: Entry = Entry {
     name: "gpu",
     question: "How long do the threads that drive a GPU wait for a CPU?",
-    descs: &[&PROCESSES, &RUNQUEUE_DELAY],
-    objects: &[OBJECT],
+    descs: &[&PROCESSES, &RUNQUEUE_DELAY, &jobs::QUEUE, &jobs::RUN],
+    objects: &[OBJECT, jobs::OBJECT],
     attach,
 };
 
@@ -330,7 +334,10 @@ impl Live {
 }
 
 /// Removes what may have gone by itself.
-fn forget<V: aya::Pod>(map: &mut maps::HashMap<MapData, u32, V>, key: &u32) -> anyhow::Result<()> {
+fn forget<K: aya::Pod, V: aya::Pod>(
+    map: &mut maps::HashMap<MapData, K, V>,
+    key: &K,
+) -> anyhow::Result<()> {
     match map.remove(key) {
         Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
         Err(error) => Err(error).context("remove an entry from a map"),
@@ -490,7 +497,7 @@ impl Gpu {
         let status = core.status.clone();
         let core = Arc::new(Mutex::new(core));
         let stopped = Arc::new(AtomicBool::new(false));
-        let parts: Vec<Box<dyn Part>> = Vec::new();
+        let parts: Vec<Box<dyn Part>> = vec![Box::new(Jobs::new(options.max_owners))];
         let parts = Arc::new(Mutex::new(parts));
         let (followed, told) = (Arc::clone(&core), Arc::clone(&stopped));
         let (seen, besides) = (Arc::clone(&core), Arc::clone(&parts));

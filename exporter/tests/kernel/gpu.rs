@@ -336,3 +336,153 @@ fn the_wait_is_that_of_a_program_which_sees_each_wake_up() {
     assert!((0.98..=1.02).contains(&ratio));
     assert!((shares[0] - shares[1]).abs() < 2.0);
 }
+
+const MOCK: &str = "/dev/mock_gpu";
+
+/// A shell in a cgroup of its own that has the device of the kernel's GPU scheduler open.
+struct Submitter {
+    cgroup: String,
+    child: Child,
+    says: BufReader<ChildStdout>,
+}
+
+impl Submitter {
+    fn start(name: &str) -> Self {
+        let cgroup = format!("/sys/fs/cgroup/{name}");
+        run(&format!("mkdir -p {cgroup}"));
+        let script = format!(
+            "echo $$ >{cgroup}/cgroup.procs; exec 9<>{MOCK}; echo ready; while read -r jobs; do echo \"$jobs\" >&9; echo done; done"
+        );
+        let mut child = Command::new("bash")
+            .args(["-c", &script])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("bash");
+        let mut says = BufReader::new(child.stdout.take().expect("piped"));
+        let mut line = String::new();
+        says.read_line(&mut line).expect("it speaks");
+        assert_eq!(line, "ready\n");
+        Self {
+            cgroup,
+            child,
+            says,
+        }
+    }
+
+    fn submit(&mut self, jobs: u32, microseconds: u32) {
+        let mut to = self.child.stdin.as_ref().expect("piped");
+        writeln!(to, "{jobs} {microseconds}").expect("it listens");
+        let mut line = String::new();
+        self.says.read_line(&mut line).expect("it speaks");
+        assert_eq!(line, "done\n");
+    }
+}
+
+impl Drop for Submitter {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        succeeds(&format!("rmdir {}", self.cgroup));
+    }
+}
+
+/// What the kernel's own tracer saw of a tracepoint: how often, and the sum of the times in seconds.
+fn traced(trace: &str, names: [&str; 2]) -> (f64, f64) {
+    let times = trace.lines().filter_map(|line| {
+        let (before, _) = names
+            .iter()
+            .find_map(|name| line.split_once(&format!(": {name}: ")))?;
+        before.split_whitespace().next_back()?.parse::<f64>().ok()
+    });
+    times.fold((0.0, 0.0), |(count, sum), time| (count + 1.0, sum + time))
+}
+
+#[test]
+fn jobs_of_the_kernels_gpu_scheduler_are_timed_as_its_tracer_times_them() {
+    let _alone = alone();
+    if !can_drive() {
+        return;
+    }
+    let module = std::env::var("CHANDRA_MOCK_GPU").unwrap_or_default();
+    if !fs::exists(&module).expect("a path") {
+        return println!(
+            "SKIPPED: needs tests/vm/gpu_sched/mock_gpu.ko for this kernel, which make kernel-test builds where the kernel's headers are \
+             to be had"
+        );
+    }
+    run(&format!(
+        "modprobe gpu_sched && insmod {module} schedulers=2"
+    ));
+    let exporter = exporter(MOCK);
+    let mut submitters = ["mock-a", "mock-b"].map(Submitter::start);
+    let attached = [
+        ("signal", "gpu"),
+        ("method", "tracepoint"),
+        ("reason", "attached"),
+    ];
+    exporter.scrape_until("the tracepoints are attached", |scrape| {
+        scrape.sum("chandra_hook_info", &attached) == 3.0
+    });
+    let tracer = "/sys/kernel/tracing/instances/chandra";
+    run(&format!(
+        "mkdir {tracer} && echo mono >{tracer}/trace_clock && echo 1 >{tracer}/events/gpu_scheduler/enable"
+    ));
+    for _ in 0..3 {
+        submitters[0].submit(20, 5_000);
+        submitters[1].submit(10, 20_000);
+    }
+    let (queue, run_) = (
+        "chandra_gpu_job_queue_seconds",
+        "chandra_gpu_job_run_seconds",
+    );
+    let total = |scrape: &Scrape, metric: &str, part: &str, labels: &[(&str, &str)]| {
+        scrape.sum(&format!("{metric}_{part}"), labels)
+    };
+    let end = exporter.scrape_until("all jobs have ended", |scrape| {
+        total(scrape, run_, "count", &[]) == 90.0
+    });
+    let trace = fs::read_to_string(format!("{tracer}/trace")).expect("a trace");
+    run(&format!(
+        "echo 0 >{tracer}/events/gpu_scheduler/enable && rmdir {tracer}"
+    ));
+    for (owner, jobs) in [("mock-a", 60.0), ("mock-b", 30.0)] {
+        for metric in [queue, run_] {
+            let count = total(&end, metric, "count", &[("container", owner)]);
+            assert_eq!(count, jobs, "{owner} {metric}\n{}", end.text);
+        }
+    }
+    // Each open file has a ring of its own.
+    for ring in ["mock0", "mock1"] {
+        assert!(
+            total(&end, queue, "count", &[("ring", ring)]) >= 30.0,
+            "{}",
+            end.text
+        );
+    }
+    let queued = traced(&trace, ["drm_sched_job_queue", "drm_sched_job"]);
+    let handed = traced(&trace, ["drm_sched_job_run", "drm_run_job"]);
+    let done = traced(&trace, ["drm_sched_job_done", "drm_sched_process_job"]);
+    assert_eq!([queued.0, handed.0, done.0], [90.0; 3], "{trace}");
+    for (metric, oracle) in [(queue, handed.1 - queued.1), (run_, done.1 - handed.1)] {
+        let ours = total(&end, metric, "sum", &[]);
+        println!(
+            "{metric}: {ours:.6} s in 90 jobs, by the tracer {oracle:.6} s: {:.4}",
+            ours / oracle
+        );
+        // The two read the clock one after the other.
+        assert!(
+            (ours - oracle).abs() < 0.02 * oracle + 90.0 * 0.0001,
+            "{}",
+            end.text
+        );
+    }
+    // The hardware works on one job at a time.
+    assert!(total(&end, run_, "sum", &[("container", "mock-a")]) >= 60.0 * 0.005);
+    assert!(total(&end, run_, "sum", &[("container", "mock-b")]) >= 30.0 * 0.02);
+    let device = end.has(queue, "device=\"\"");
+    println!("device: {}", if device { "not told" } else { "told" });
+    drop(submitters);
+    exporter.scrape_until("nobody has it open", processes(0.0));
+    run("rmmod mock_gpu");
+}

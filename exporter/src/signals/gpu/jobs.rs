@@ -1,0 +1,387 @@
+// SPDX-License-Identifier: Apache-2.0
+//! How long do jobs wait in the kernel's GPU scheduler, and how long do they run?
+//!
+//! Hooks: tracepoints of `gpu_scheduler`, with their names from 6.16 on or the older ones, whichever tracefs shows. Metrics:
+//! `chandra_gpu_job_queue_seconds`, `chandra_gpu_job_run_seconds`.
+//!
+//! A tracepoint that is in use holds its module. So it is attached only while a process has a device open, which holds the
+//! driver and with it the scheduler anyway, and for a minute after.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use aya::{
+    include_bytes_aligned,
+    maps::{self, MapData},
+};
+use exporter_common::gpu::{JOB, Job, Jobs as Totals, NAME, Ring};
+
+use super::{Part, forget};
+use crate::{
+    families::{Desc, Families, Kind},
+    kernel::{Kernel, tracefs::Tracefs},
+    ledger::{Attribution, Ledger, Opening},
+    pods::Labels,
+    probe::{self, Attached, Constants, Hook, Method, NO_TRACEFS, Need, Program, Reason, Runs},
+    signals::{Scope, entries},
+};
+
+pub(super) static OBJECT: &[u8] =
+    include_bytes_aligned!(concat!(env!("CHANDRA_EBPF_OBJECTS"), "/gpu_jobs.o"));
+
+/// How many counters an owner has on a ring.
+pub const SLOTS: usize = 2 * JOB.slots();
+
+pub(super) static QUEUE: Desc = Desc {
+    name: "chandra_gpu_job_queue_seconds",
+    kind: Kind::Histogram,
+    help: "Seconds that jobs waited in the kernel's GPU scheduler before they were handed to the hardware.",
+    per_pod: true,
+    labels: &["device", "ring"],
+    values: &[],
+    source: "tracepoints gpu_scheduler:drm_sched_job_queue and drm_sched_job_run, before 6.16 drm_sched_job and drm_run_job (then \
+             without device): drivers that use the DRM scheduler (amdgpu, xe, nouveau and others), not NVIDIA's own driver, not \
+             i915, not ROCm's user queues",
+};
+
+pub(super) static RUN: Desc = Desc {
+    name: "chandra_gpu_job_run_seconds",
+    kind: Kind::Histogram,
+    help: "Seconds from the handover of a job to the hardware to its end.",
+    per_pod: true,
+    labels: &["device", "ring"],
+    values: &[],
+    source: "tracepoints gpu_scheduler:drm_sched_job_run and drm_sched_job_done, before 6.16 drm_run_job and \
+             drm_sched_process_job; with the wait for jobs that the ring had before",
+};
+
+const PROGRAMS: &[Program] = &[
+    Program {
+        name: "job_done",
+        method: Method::Tracepoint,
+        functions: &[
+            "gpu_scheduler:drm_sched_job_done",
+            "gpu_scheduler:drm_sched_process_job",
+        ],
+        need: Need::Wanted,
+        needs: &["OFF_DONE_FENCE"],
+    },
+    Program {
+        name: "job_runs",
+        method: Method::Tracepoint,
+        functions: &[
+            "gpu_scheduler:drm_sched_job_run",
+            "gpu_scheduler:drm_run_job",
+        ],
+        need: Need::Required,
+        needs: &["OFF_RUN_FENCE"],
+    },
+    Program {
+        name: "job_queued",
+        method: Method::Tracepoint,
+        functions: &[
+            "gpu_scheduler:drm_sched_job_queue",
+            "gpu_scheduler:drm_sched_job",
+        ],
+        need: Need::Required,
+        needs: &["OFF_QUEUE_FENCE", "OFF_QUEUE_RING"],
+    },
+];
+
+/// Sets where the records have their fields. A job is known by its fence's context and number, where all three tell it, and
+/// otherwise by its fence's address.
+fn resolve(constants: &mut Constants<'_>, tracefs: &Tracefs) {
+    let record = |program: &str| {
+        let program = PROGRAMS.iter().find(|each| each.name == program);
+        let mut names = program.map_or(&[][..], |each| each.functions).iter();
+        let name = names.find(|name| tracefs.has(name))?;
+        Some((*name, tracefs.format(name).ok()?))
+    };
+    let records = ["job_queued", "job_runs", "job_done"].map(record);
+    let numbered = records.iter().flatten().all(|(_, format)| {
+        let fields = ["fence_context", "fence_seqno"];
+        fields.iter().all(|field| format.offset(field).is_some())
+    });
+    let fence = if numbered { "fence_context" } else { "fence" };
+    for (record, fence_at, number_at) in [
+        (&records[0], "OFF_QUEUE_FENCE", "OFF_QUEUE_SEQNO"),
+        (&records[1], "OFF_RUN_FENCE", "OFF_RUN_SEQNO"),
+        (&records[2], "OFF_DONE_FENCE", "OFF_DONE_SEQNO"),
+    ] {
+        let Some((name, format)) = record else {
+            continue;
+        };
+        match format.offset(fence) {
+            Some(offset) => constants.set(fence_at, offset),
+            None => constants.lack(fence_at, format!("{name} has no field {fence}")),
+        }
+        if numbered && let Some(offset) = format.offset("fence_seqno") {
+            constants.set(number_at, offset);
+        }
+    }
+    if let Some((name, format)) = &records[0] {
+        match format.offset("name") {
+            Some(offset) => constants.set("OFF_QUEUE_RING", offset),
+            None => constants.lack("OFF_QUEUE_RING", format!("{name} has no field name")),
+        }
+        if let Some(offset) = format.offset("dev") {
+            constants.set("OFF_QUEUE_DEVICE", offset);
+        }
+    }
+}
+
+/// How long the tracepoints are held after the last process has closed its device.
+const HOLD: Duration = Duration::from_secs(60);
+
+/// A job whose end has not been seen for so long has had none that is told: its process was killed, the device reset.
+const LONGEST: Duration = Duration::from_secs(600);
+
+/// How often such jobs are looked for.
+const SWEEP_EVERY: Duration = Duration::from_secs(60);
+
+struct Live {
+    attached: Attached,
+    jobs: maps::HashMap<MapData, [u64; 2], Job>,
+    rings: maps::HashMap<MapData, Ring, Totals>,
+    swept: Instant,
+}
+
+impl Live {
+    fn new(mut attached: Attached) -> anyhow::Result<Self> {
+        let mut take = |name: &str| {
+            attached
+                .ebpf
+                .take_map(name)
+                .with_context(|| format!("the object has no map {name}"))
+        };
+        Ok(Self {
+            jobs: take("JOBS")?.try_into()?,
+            rings: take("RINGS")?.try_into()?,
+            attached,
+            swept: Instant::now(),
+        })
+    }
+
+    /// Forgets jobs whose end will not be told. Returns how many.
+    fn sweep(&mut self) -> anyhow::Result<u64> {
+        if self.swept.elapsed() < SWEEP_EVERY {
+            return Ok(0);
+        }
+        self.swept = Instant::now();
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        let now = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32);
+        let mut forgotten = 0;
+        for (key, job) in entries(&self.jobs)? {
+            if now.saturating_sub(Duration::from_nanos(job.since)) > LONGEST {
+                forget(&mut self.jobs, &key)?;
+                forgotten += 1;
+            }
+        }
+        Ok(forgotten)
+    }
+}
+
+/// Accounts by device and ring.
+type Accounts = BTreeMap<(String, String), Ledger<u64, SLOTS>>;
+
+/// The jobs of the kernel's GPU scheduler.
+#[derive(Default)]
+pub(super) struct Jobs {
+    live: Option<Live>,
+    hooks: Vec<Hook>,
+    notes: Vec<String>,
+    max_owners: usize,
+    accounts: Accounts,
+    /// When a process was last seen with a device open.
+    used: Option<Instant>,
+    /// Whether the last attempt to attach failed: it is made once for each time that devices come into use.
+    failed: bool,
+    /// Losses of objects that were let go of, and of jobs that were forgotten.
+    lost: BTreeMap<&'static str, u64>,
+    losses: Vec<(&'static str, u64)>,
+    runs: Vec<(String, Runs)>,
+}
+
+impl Jobs {
+    pub(super) fn new(max_owners: usize) -> Self {
+        Self {
+            max_owners,
+            ..Self::default()
+        }
+    }
+
+    fn load(&mut self) {
+        let Some(tracefs) = Tracefs::find() else {
+            if std::path::Path::new("/sys/module/gpu_sched").exists() {
+                self.failed = true;
+                self.hooks = vec![Hook {
+                    name: PROGRAMS[0].functions[0],
+                    method: Method::Tracepoint,
+                    reason: Reason::NoHook,
+                    detail: NO_TRACEFS.to_owned(),
+                }];
+            }
+            return;
+        };
+        // Without the module there is no such scheduler; it comes with a driver.
+        let names = PROGRAMS.iter().flat_map(|program| program.functions);
+        if !names.into_iter().any(|name| tracefs.has(name)) {
+            return;
+        }
+        let kernel = Kernel::read();
+        let types = kernel.types();
+        let outcome = probe::attach(
+            OBJECT,
+            PROGRAMS,
+            types,
+            |constants| resolve(constants, &tracefs),
+            &kernel,
+        );
+        self.hooks = outcome.hooks;
+        self.notes = outcome.notes;
+        match outcome.attached.map(Live::new) {
+            Some(Ok(live)) => self.live = Some(live),
+            Some(Err(error)) => self.notes.push(format!("{error:#}")),
+            None => {}
+        }
+        self.failed = self.live.is_none();
+        for hook in self.hooks.iter().filter(|hook| !hook.detail.is_empty()) {
+            tracing::warn!("signal gpu: {}", hook.detail);
+        }
+    }
+
+    /// Books what has been counted.
+    fn book(&mut self, scope: &Scope<'_>) -> anyhow::Result<()> {
+        let Some(live) = &mut self.live else {
+            return Ok(());
+        };
+        let mut by_ring: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        for (ring, totals) in entries(&live.rings)? {
+            let names = (ring.device, ring.name);
+            let of_ring = by_ring.entry(names).or_default();
+            of_ring.push((ring.cgroup, totals.slots));
+        }
+        for names in by_ring.keys() {
+            let labels = (text(&names.0), text(&names.1));
+            self.accounts.entry(labels).or_insert_with(|| {
+                let units = |slots: &[u64; SLOTS]| slots[..JOB.sum()].iter().sum();
+                Ledger::new(self.max_owners, units).opening(Opening::Events)
+            });
+        }
+        for (labels, ledger) in &mut self.accounts {
+            let names = by_ring
+                .keys()
+                .find(|(device, ring)| (text(device), text(ring)) == *labels)
+                .copied();
+            let readings = names.and_then(|names| by_ring.remove(&names));
+            scope.book_totals(ledger, readings.unwrap_or_default());
+            let dead = |cgroup| !scope.pods.knows(cgroup);
+            for cgroup in ledger.retire(scope.retention, dead, scope.now) {
+                if let Some((device, name)) = names {
+                    let ring = Ring {
+                        cgroup,
+                        device,
+                        name,
+                    };
+                    forget(&mut live.rings, &ring)?;
+                }
+            }
+        }
+        *self.lost.entry("untimed").or_default() += live.sweep()?;
+        self.losses = live.attached.lost()?;
+        self.runs = live.attached.runs();
+        Ok(())
+    }
+}
+
+/// A name without the zeros behind it.
+fn text(name: &[u8; NAME]) -> String {
+    let end = name.iter().position(|byte| *byte == 0).unwrap_or(NAME);
+    String::from_utf8_lossy(&name[..end]).into_owned()
+}
+
+impl Part for Jobs {
+    fn follow(&mut self, processes: &[u32]) {
+        if !processes.is_empty() {
+            self.used = Some(Instant::now());
+        }
+        let used = self.used.is_some_and(|at| at.elapsed() < HOLD);
+        if !used {
+            self.failed = false;
+        } else if self.live.is_none() && !self.failed {
+            self.load();
+        }
+    }
+
+    fn status(&self) -> (&[Hook], &[String]) {
+        (&self.hooks, &self.notes)
+    }
+
+    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<()> {
+        self.book(scope)?;
+        // After what it counted has been read: the map goes with it.
+        let used = self.used.is_some_and(|at| at.elapsed() < HOLD);
+        if !used && self.live.take().is_some() {
+            self.hooks.clear();
+            self.notes.clear();
+            for (reason, count) in std::mem::take(&mut self.losses) {
+                *self.lost.entry(reason).or_default() += count;
+            }
+            for ledger in self.accounts.values_mut() {
+                ledger.restart();
+            }
+        }
+        Ok(())
+    }
+
+    fn render(&self, families: &mut Families) {
+        for ((device, ring), ledger) in &self.accounts {
+            render(device, ring, ledger.accounts(), families);
+        }
+    }
+
+    fn attribution(&self) -> Attribution {
+        let ledgers = self.accounts.values().map(Ledger::attribution);
+        ledgers.fold(Attribution::default(), Attribution::plus)
+    }
+
+    fn lost(&self) -> Vec<(&'static str, u64)> {
+        let labels = exporter_common::Loss::LABELS.iter();
+        let count = |label| {
+            let now = self.losses.iter().find(|(reason, _)| *reason == label);
+            now.map_or(0, |(_, count)| *count) + self.lost.get(label).copied().unwrap_or(0)
+        };
+        labels.map(|(_, label)| (*label, count(*label))).collect()
+    }
+
+    fn runs(&self) -> Vec<(String, Runs)> {
+        self.runs.clone()
+    }
+}
+
+/// Renders the accounts of a ring by slot. Each histogram appears with its first job.
+pub fn render<'a>(
+    device: &str,
+    ring: &str,
+    accounts: impl IntoIterator<Item = (Labels, &'a [u64; SLOTS])>,
+    families: &mut Families,
+) {
+    for (owner, slots) in accounts {
+        let labels = [
+            &*owner.namespace,
+            &*owner.pod,
+            &*owner.container,
+            device,
+            ring,
+        ];
+        let (queued, run) = slots.split_at(JOB.slots());
+        for (desc, slots) in [(&QUEUE, queued), (&RUN, run)] {
+            if slots[..JOB.sum()].iter().any(|count| *count > 0) {
+                families.add_histogram(desc, &labels, JOB, slots);
+            }
+        }
+    }
+}
