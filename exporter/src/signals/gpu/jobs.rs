@@ -91,13 +91,12 @@ const PROGRAMS: &[Program] = &[
     },
 ];
 
-/// Sets where the records have their fields. A job is known by its fence's context and number, where all three tell it, and
-/// otherwise by its fence's address.
-fn resolve(constants: &mut Constants<'_>, tracefs: &Tracefs) {
+/// Where the records have their fields, by constant; or what is missing. A job is known by its fence's context and number, where
+/// all three records tell it, and otherwise by its fence's address.
+fn offsets(tracefs: &Tracefs) -> Vec<(&'static str, Result<u32, String>)> {
     let record = |program: &str| {
-        let program = PROGRAMS.iter().find(|each| each.name == program);
-        let mut names = program.map_or(&[][..], |each| each.functions).iter();
-        let name = names.find(|name| tracefs.has(name))?;
+        let program = PROGRAMS.iter().find(|each| each.name == program)?;
+        let name = program.functions.iter().find(|name| tracefs.has(name))?;
         Some((*name, tracefs.format(name).ok()?))
     };
     let records = ["job_queued", "job_runs", "job_done"].map(record);
@@ -106,29 +105,40 @@ fn resolve(constants: &mut Constants<'_>, tracefs: &Tracefs) {
         fields.iter().all(|field| format.offset(field).is_some())
     });
     let fence = if numbered { "fence_context" } else { "fence" };
-    for (record, fence_at, number_at) in [
-        (&records[0], "OFF_QUEUE_FENCE", "OFF_QUEUE_SEQNO"),
-        (&records[1], "OFF_RUN_FENCE", "OFF_RUN_SEQNO"),
-        (&records[2], "OFF_DONE_FENCE", "OFF_DONE_SEQNO"),
-    ] {
-        let Some((name, format)) = record else {
-            continue;
+    let mut offsets = Vec::new();
+    for ((name, format), [fence_at, number_at]) in records
+        .iter()
+        .zip([
+            ["OFF_QUEUE_FENCE", "OFF_QUEUE_SEQNO"],
+            ["OFF_RUN_FENCE", "OFF_RUN_SEQNO"],
+            ["OFF_DONE_FENCE", "OFF_DONE_SEQNO"],
+        ])
+        .filter_map(|(record, constants)| Some((record.as_ref()?, constants)))
+    {
+        let found = |field: &str| {
+            let offset = format.offset(field);
+            offset.ok_or_else(|| format!("{name} has no field {field}"))
         };
-        match format.offset(fence) {
-            Some(offset) => constants.set(fence_at, offset),
-            None => constants.lack(fence_at, format!("{name} has no field {fence}")),
+        offsets.push((fence_at, found(fence)));
+        if numbered {
+            offsets.push((number_at, found("fence_seqno")));
         }
-        if numbered && let Some(offset) = format.offset("fence_seqno") {
-            constants.set(number_at, offset);
+        if fence_at == "OFF_QUEUE_FENCE" {
+            offsets.push(("OFF_QUEUE_RING", found("name")));
+            // Only newer kernels tell it.
+            if let Some(offset) = format.offset("dev") {
+                offsets.push(("OFF_QUEUE_DEVICE", Ok(offset)));
+            }
         }
     }
-    if let Some((name, format)) = &records[0] {
-        match format.offset("name") {
-            Some(offset) => constants.set("OFF_QUEUE_RING", offset),
-            None => constants.lack("OFF_QUEUE_RING", format!("{name} has no field name")),
-        }
-        if let Some(offset) = format.offset("dev") {
-            constants.set("OFF_QUEUE_DEVICE", offset);
+    offsets
+}
+
+fn resolve(constants: &mut Constants<'_>, tracefs: &Tracefs) {
+    for (constant, offset) in offsets(tracefs) {
+        match offset {
+            Ok(offset) => constants.set(constant, offset),
+            Err(why) => constants.lack(constant, why),
         }
     }
 }
@@ -383,5 +393,97 @@ pub fn render<'a>(
                 families.add_histogram(desc, &labels, JOB, slots);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A kernel whose tracepoints have these fields, one after the other, eight bytes each, from 8 on.
+    fn tracefs(events: [(&str, &[&str]); 3]) -> (tempfile::TempDir, Tracefs) {
+        let folder = tempfile::tempdir().expect("a folder");
+        for (event, fields) in events {
+            let at = folder.path().join("events/gpu_scheduler").join(event);
+            std::fs::create_dir_all(&at).expect("made");
+            let field = |(i, field): (usize, &&str)| {
+                format!("\tfield:u64 {field};\toffset:{};\tsize:8;\n", 8 * (i + 1))
+            };
+            let fields: String = fields.iter().enumerate().map(field).collect();
+            std::fs::write(at.join("format"), fields).expect("written");
+            std::fs::write(at.join("id"), "1").expect("written");
+        }
+        let tracefs = Tracefs::at(folder.path()).expect("there");
+        (folder, tracefs)
+    }
+
+    #[test]
+    fn a_job_is_known_by_its_fence_as_all_records_tell_it() {
+        let (_old, old) = tracefs([
+            ("drm_sched_job", &["entity", "fence", "name"]),
+            ("drm_run_job", &["entity", "fence", "name"]),
+            ("drm_sched_process_job", &["fence"]),
+        ]);
+        let expected = [
+            ("OFF_QUEUE_FENCE", Ok(16)),
+            ("OFF_QUEUE_RING", Ok(24)),
+            ("OFF_RUN_FENCE", Ok(16)),
+            ("OFF_DONE_FENCE", Ok(8)),
+        ];
+        assert_eq!(offsets(&old), expected);
+
+        let numbers = ["fence_context", "fence_seqno"];
+        let (_new, new) = tracefs([
+            (
+                "drm_sched_job_queue",
+                &["name", "dev", "fence_context", "fence_seqno"],
+            ),
+            (
+                "drm_sched_job_run",
+                &["name", "dev", "fence_context", "fence_seqno"],
+            ),
+            ("drm_sched_job_done", &numbers),
+        ]);
+        let expected = [
+            ("OFF_QUEUE_FENCE", Ok(24)),
+            ("OFF_QUEUE_SEQNO", Ok(32)),
+            ("OFF_QUEUE_RING", Ok(8)),
+            ("OFF_QUEUE_DEVICE", Ok(16)),
+            ("OFF_RUN_FENCE", Ok(24)),
+            ("OFF_RUN_SEQNO", Ok(32)),
+            ("OFF_DONE_FENCE", Ok(8)),
+            ("OFF_DONE_SEQNO", Ok(16)),
+        ];
+        assert_eq!(offsets(&new), expected);
+
+        // One that does not tell the number: nothing that differs between records is compared.
+        let (_mixed, mixed) = tracefs([
+            (
+                "drm_sched_job_queue",
+                &["name", "fence_context", "fence_seqno"],
+            ),
+            (
+                "drm_sched_job_run",
+                &["fence", "fence_context", "fence_seqno"],
+            ),
+            ("drm_sched_job_done", &["fence"]),
+        ]);
+        let queue = "gpu_scheduler:drm_sched_job_queue has no field fence";
+        let expected = [
+            ("OFF_QUEUE_FENCE", Err(queue.to_owned())),
+            ("OFF_QUEUE_RING", Ok(8)),
+            ("OFF_RUN_FENCE", Ok(8)),
+            ("OFF_DONE_FENCE", Ok(8)),
+        ];
+        assert_eq!(offsets(&mixed), expected);
+    }
+
+    #[test]
+    fn a_name_ends_at_its_first_zero_or_its_room() {
+        let mut name = [0; NAME];
+        name[..4].copy_from_slice(b"rcs0");
+        assert_eq!(text(&name), "rcs0");
+        assert_eq!(text(&[b'x'; NAME]), "x".repeat(NAME));
+        assert_eq!(text(&[0; NAME]), "");
     }
 }
