@@ -6,6 +6,7 @@
 
 use std::{error::Error, fmt, io};
 
+use anyhow::Context;
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{Array, Map, MapError},
@@ -231,7 +232,7 @@ impl<'a> Constants<'a> {
 
 /// An object in the kernel. Dropping it detaches everything.
 pub struct Attached {
-    /// The object; maps are taken out of it by name.
+    /// The object.
     pub ebpf: Ebpf,
     lost: Array<aya::maps::MapData, u64>,
     values: Vec<(&'static str, u32)>,
@@ -404,6 +405,17 @@ impl Program {
 }
 
 impl Attached {
+    /// Takes a map out of the object.
+    ///
+    /// # Errors
+    /// When the object has no such map, or it is of another kind.
+    pub fn map<T: TryFrom<Map, Error = MapError>>(&mut self, name: &str) -> anyhow::Result<T> {
+        let map = self.ebpf.take_map(name);
+        let map = map.with_context(|| format!("the object has no map {name}"))?;
+        map.try_into()
+            .with_context(|| format!("use the map {name}"))
+    }
+
     /// Loads a kprobe's program and attaches it to every one of the functions that exists.
     fn attach_probe(
         &mut self,

@@ -435,16 +435,10 @@ struct Live {
 
 impl Live {
     fn build(mut attached: Attached) -> anyhow::Result<Self> {
-        let mut take = |name: &str| {
-            attached
-                .ebpf
-                .take_map(name)
-                .with_context(|| format!("the object has no map {name}"))
-        };
         Ok(Self {
-            flows: take("FLOWS")?.try_into()?,
-            interfaces: take("INTERFACES")?.try_into()?,
-            peers: take("PEERS")?.try_into()?,
+            flows: attached.map("FLOWS")?,
+            interfaces: attached.map("INTERFACES")?,
+            peers: attached.map("PEERS")?,
             attached,
         })
     }

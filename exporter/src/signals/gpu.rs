@@ -267,18 +267,12 @@ struct Live {
 
 impl Live {
     fn new(mut attached: Attached) -> anyhow::Result<Self> {
-        let mut take = |name: &str| {
-            attached
-                .ebpf
-                .take_map(name)
-                .with_context(|| format!("the object has no map {name}"))
-        };
         Ok(Self {
-            processes: take("PROCESSES")?.try_into()?,
-            threads: take("THREADS")?.try_into()?,
-            devices: take("DEVICES")?.try_into()?,
-            search: take("SEARCH")?.try_into()?,
-            delays: take("DELAYS")?.try_into()?,
+            processes: attached.map("PROCESSES")?,
+            threads: attached.map("THREADS")?,
+            devices: attached.map("DEVICES")?,
+            search: attached.map("SEARCH")?,
+            delays: attached.map("DELAYS")?,
             attached,
             number: 0,
             searched: None,

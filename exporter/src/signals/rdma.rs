@@ -647,26 +647,20 @@ impl Core {
             .values()
             .iter()
             .any(|(name, _)| *name == "OFF_DEVICE_NAME");
-        let mut take = |name: &str| {
-            attached
-                .ebpf
-                .take_map(name)
-                .with_context(|| format!("the object has no map {name}"))
-        };
         let pairs = PairMaps {
-            pairs: take("PAIRS")?.try_into()?,
-            old: take("OLD_PAIRS")?.try_into()?,
+            pairs: attached.map("PAIRS")?,
+            old: attached.map("OLD_PAIRS")?,
             missing: HashSet::new(),
             numbered,
         };
         let devices = DeviceMap {
-            devices: take("DEVICES")?.try_into()?,
+            devices: attached.map("DEVICES")?,
             named,
         };
         let live = Live {
-            usage: take("USAGE")?.try_into()?,
-            calls: take("CALLS")?.try_into()?,
-            resolving: take("RESOLVING")?.try_into()?,
+            usage: attached.map("USAGE")?,
+            calls: attached.map("CALLS")?,
+            resolving: attached.map("RESOLVING")?,
             attached,
             programs,
         };

@@ -7,7 +7,6 @@
 //! (no route, a full local queue): RetransSegs includes those. The owner is the cgroup in which the socket was made, or
 //! its listener was; the task that happens to run is mostly a bystander.
 
-use anyhow::Context;
 use aya::{
     include_bytes_aligned,
     maps::{HashMap, MapData},
@@ -73,11 +72,7 @@ fn attach(kernel: &Kernel, options: Options) -> Attempt {
     Attempt::of(
         probe::attach(OBJECT, PROGRAMS, kernel.types(), resolve, kernel),
         |mut attached| {
-            let map = attached
-                .ebpf
-                .take_map("RETRANSMITS")
-                .context("the object has no map RETRANSMITS")?;
-            let retransmits = HashMap::try_from(map).context("use the map RETRANSMITS")?;
+            let retransmits = attached.map("RETRANSMITS")?;
             Ok(Box::new(Tcp {
                 attached,
                 retransmits,

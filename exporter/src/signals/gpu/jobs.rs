@@ -12,7 +12,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Context;
 use aya::{
     include_bytes_aligned,
     maps::{self, MapData},
@@ -161,15 +160,9 @@ struct Live {
 
 impl Live {
     fn new(mut attached: Attached) -> anyhow::Result<Self> {
-        let mut take = |name: &str| {
-            attached
-                .ebpf
-                .take_map(name)
-                .with_context(|| format!("the object has no map {name}"))
-        };
         Ok(Self {
-            jobs: take("JOBS")?.try_into()?,
-            rings: take("RINGS")?.try_into()?,
+            jobs: attached.map("JOBS")?,
+            rings: attached.map("RINGS")?,
             attached,
             swept: Instant::now(),
         })
