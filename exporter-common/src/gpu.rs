@@ -140,7 +140,87 @@ pub struct Jobs {
 /// Nanoseconds of a [`Clock::window`], as a power of two: 134 ms.
 pub const WINDOW_BITS: u32 = 27;
 
+/// Calls of the CUDA driver that are timed: the labels, in the order of [`CudaCall`].
+pub const CUDA_CALLS: [&str; 6] = [
+    "launch",
+    "stream_synchronize",
+    "event_synchronize",
+    "context_synchronize",
+    "memcpy",
+    "graph_launch",
+];
+
+/// What a call of the CUDA driver does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum CudaCall {
+    /// It launches a kernel.
+    Launch = 0,
+    /// It waits for a stream.
+    StreamSynchronize = 1,
+    /// It waits for an event.
+    EventSynchronize = 2,
+    /// It waits for the whole device.
+    ContextSynchronize = 3,
+    /// It copies, and returns when that is done.
+    Memcpy = 4,
+    /// It launches a graph.
+    GraphLaunch = 5,
+}
+
+/// How long such a call takes: 4 µs to 4.2 s, by factors of four.
+pub const CUDA_CALL: Shape = Shape {
+    first: 4_000,
+    bounds: 11,
+    step: 2,
+};
+
+/// Slots of each of [`CUDA_CALLS`]: how long it took, and how long of that its thread was runnable and did not run.
+pub const CUDA_CALL_SLOTS: usize = 2 * CUDA_CALL.slots();
+
+/// Cgroups of those that call.
+pub const CUDA_OWNERS: u32 = 512;
+
+/// Calls in progress: at most one for each thread. One more counts as lost.
+pub const CUDA_IN_PROGRESS: u32 = 4096;
+
+/// The value of the map `CALLS`, whose key is a cgroup id (`u64`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct CudaCalls {
+    /// By [`CudaCall`], [`CUDA_CALL_SLOTS`] each: two histograms of [`CUDA_CALL`]. Only ever added to.
+    pub slots: [u64; CUDA_CALLS.len() * CUDA_CALL_SLOTS],
+}
+
+/// What names a call between entry and return: the key of the map `IN_PROGRESS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct CudaFrame {
+    /// Process (upper half) and thread.
+    pub thread: u64,
+    /// The address of its stack frame, which is one call's alone in a thread.
+    pub address: u64,
+}
+
+/// The value of the map `IN_PROGRESS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct CudaBegun {
+    /// CLOCK_MONOTONIC in nanoseconds.
+    pub at: u64,
+    /// What the thread had waited for a CPU since it began.
+    pub run_delay: u64,
+    /// A [`CudaCall`].
+    pub call: u64,
+}
+
 const _: () = {
+    assert!(
+        size_of::<CudaCalls>() == 8 * CUDA_CALLS.len() * CUDA_CALL_SLOTS,
+        "no padding"
+    );
+    assert!(size_of::<CudaFrame>() == 16, "no padding");
+    assert!(size_of::<CudaBegun>() == 24, "no padding");
     assert!(size_of::<Process>() == 16, "no padding");
     assert!(size_of::<Thread>() == 24, "no padding");
     assert!(size_of::<Delays>() == 8 * DELAY.slots(), "no padding");
@@ -164,4 +244,10 @@ mod user {
     unsafe impl aya::Pod for super::Job {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Jobs {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::CudaCalls {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::CudaFrame {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::CudaBegun {}
 }

@@ -111,6 +111,22 @@ pub struct Serve {
         value_parser = device_file
     )]
     pub gpu_devices: Vec<PathBuf>,
+    /// Time calls of the CUDA driver, in a sample of the time.
+    #[arg(
+        long = "cuda-calls",
+        env = "CHANDRA_CUDA_CALLS",
+        value_parser = clap::builder::BoolishValueParser::new()
+    )]
+    pub cuda_calls: bool,
+    /// The share of the time in which they are timed: above 0, at most 1. A call then takes about a microsecond longer.
+    #[arg(
+        long = "cuda-calls.budget",
+        value_name = "SHARE",
+        env = "CHANDRA_CUDA_CALLS_BUDGET",
+        default_value = "0.033",
+        value_parser = share
+    )]
+    pub cuda_budget: f64,
     /// What to log: error, warn, info, debug or trace, also by module.
     #[arg(
         long = "log.level",
@@ -128,6 +144,17 @@ impl Serve {
         self.pods
             .clone()
             .unwrap_or(if inside { Source::Kube } else { Source::None })
+    }
+}
+
+/// Reads a share of the time.
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        // One second in a day and a half: less would be never.
+        Ok(share) if (1e-5..=1.0).contains(&share) => Ok(share),
+        _ => Err(
+            "a share is a number from 0.00001 to 1, such as 0.033 for a second in 30".to_owned(),
+        ),
     }
 }
 
@@ -194,6 +221,15 @@ mod tests {
             "5µ",
         ] {
             assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn shares_are_above_0_and_at_most_1() {
+        assert_eq!(share("0.033"), Ok(0.033));
+        assert_eq!(share("1"), Ok(1.0));
+        for bad in ["", "0", "-0.1", "1.01", "3%", "nan", "inf"] {
+            assert!(share(bad).is_err(), "{bad}");
         }
     }
 

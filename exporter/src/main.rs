@@ -229,6 +229,7 @@ fn prepare(args: &Serve, pods: Arc<Pods>) -> Arc<Exporter> {
             },
             gpu: gpu::Settings {
                 devices: args.gpu_devices.clone(),
+                calls: args.cuda_calls.then_some(args.cuda_budget),
             },
         },
     );

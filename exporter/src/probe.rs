@@ -4,13 +4,17 @@
 //! Offsets are resolved from BTF, set as constants, and the programs loaded and attached one by one. A hook that is
 //! missing costs its own metrics and says why. Metric: `chandra_hook_info`.
 
-use std::{error::Error, fmt, io};
+use std::{error::Error, fmt, io, path::Path};
 
 use anyhow::Context;
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{Array, Map, MapError},
-    programs::{BtfTracePoint, Iter, KProbe, ProgramError, TracePoint, kprobe::KProbeLinkId},
+    programs::{
+        BtfTracePoint, Iter, KProbe, ProgramError, TracePoint, UProbe,
+        kprobe::KProbeLinkId,
+        uprobe::{UProbeLink, UProbeScope},
+    },
 };
 use exporter_common::Loss;
 
@@ -38,11 +42,15 @@ pub enum Method {
     Iter,
     /// A tracepoint with a record, which tracefs describes.
     Tracepoint,
+    /// A breakpoint in a file of user space, wherever that is mapped; attached when such a file is found.
+    Uprobe,
+    /// The same at a function's return.
+    Uretprobe,
 }
 
 impl Method {
     /// Every method, for the reference.
-    pub const LABELS: [&'static str; 7] = [
+    pub const LABELS: [&'static str; 9] = [
         "tp_btf",
         "inotify",
         "kprobe",
@@ -50,6 +58,8 @@ impl Method {
         "netlink",
         "iter",
         "tracepoint",
+        "uprobe",
+        "uretprobe",
     ];
 
     /// The label.
@@ -81,11 +91,13 @@ pub enum Reason {
     NoCgroupV2,
     /// The mount shows only a part of the hierarchy.
     PartOfHierarchy,
+    /// It would cost what is probed too much.
+    Expensive,
 }
 
 impl Reason {
     /// Every reason, for the reference.
-    pub const LABELS: [&'static str; 10] = [
+    pub const LABELS: [&'static str; 11] = [
         "attached",
         "no_btf",
         "no_hook",
@@ -96,6 +108,7 @@ impl Reason {
         "failed",
         "no_cgroup_v2",
         "part_of_hierarchy",
+        "expensive",
     ];
 
     /// The label.
@@ -346,6 +359,19 @@ pub fn attach(
             _ if program.method == Method::Tracepoint => {
                 attach_tracepoint(&mut attached.ebpf, program, kernel)
             }
+            _ if matches!(program.method, Method::Uprobe | Method::Uretprobe) => {
+                match load_for_files(&mut attached.ebpf, program) {
+                    Ok(()) => program.hooks(program.places(), Reason::Attached, ""),
+                    Err(error) => {
+                        let what = format!("load the program {}", program.name);
+                        program.hooks(
+                            program.places(),
+                            reason_of(&error),
+                            &explain(&what, &error, kernel),
+                        )
+                    }
+                }
+            }
             _ => attached.attach_probe(program, program.functions, &symbols, kernel),
         };
         let works = new.iter().any(|hook| hook.reason == Reason::Attached);
@@ -512,6 +538,32 @@ impl Attached {
         Ok(())
     }
 
+    /// Attaches a uprobe or uretprobe to a place in a file. Dropping the link detaches it.
+    ///
+    /// # Errors
+    /// Why it could not be attached, and what to do.
+    pub fn attach_to_file(
+        &mut self,
+        program: &'static str,
+        file: &Path,
+        offset: u64,
+        kernel: &Kernel,
+    ) -> Result<UProbeLink, (Reason, String)> {
+        let mut attach = || {
+            let probe: &mut UProbe = self
+                .ebpf
+                .program_mut(program)
+                .ok_or(ProgramError::NotLoaded)?
+                .try_into()?;
+            let id = probe.attach(offset, file, UProbeScope::AllProcesses)?;
+            probe.take_link(id)
+        };
+        attach().map_err(|error| {
+            let what = format!("attach {program} at {offset:#x}");
+            (reason_of(&error), explain(&what, &error, kernel))
+        })
+    }
+
     /// Attaches anew what went away with a module, and what came with one. Returns the hooks of all kprobes.
     pub fn follow_modules(&mut self, programs: &[Program], kernel: &Kernel) -> Vec<Hook> {
         let (dead, live): (Vec<_>, Vec<_>) =
@@ -630,6 +682,13 @@ fn attach_tracepoint(ebpf: &mut Ebpf, program: &Program, kernel: &Kernel) -> Vec
 /// What to do where tracepoints cannot be found.
 pub const NO_TRACEFS: &str =
     "tracefs is not to be seen: mount it at /sys/kernel/tracing (in a container, from the host)";
+
+/// Loads a program that is attached to files later.
+fn load_for_files(ebpf: &mut Ebpf, what: &Program) -> Result<(), ProgramError> {
+    let program = ebpf.program_mut(what.name).ok_or(ProgramError::NotLoaded)?;
+    let program: &mut UProbe = program.try_into()?;
+    program.load()
+}
 
 fn reason_of_object(error: &EbpfError) -> Reason {
     cause(error).map_or(Reason::Failed, reason_of_errno)
@@ -818,6 +877,7 @@ mod tests {
         assert_eq!(Reason::Attached.label(), "attached");
         assert_eq!(Reason::Failed.label(), "failed");
         assert_eq!(Reason::PartOfHierarchy.label(), "part_of_hierarchy");
-        assert_eq!(Reason::PartOfHierarchy as usize + 1, Reason::LABELS.len());
+        assert_eq!(Reason::Expensive.label(), "expensive");
+        assert_eq!(Reason::Expensive as usize + 1, Reason::LABELS.len());
     }
 }

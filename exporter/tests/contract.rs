@@ -106,6 +106,8 @@ fn the_declared_label_values_are_those_that_the_code_produces() {
         Method::Netlink,
         Method::Iter,
         Method::Tracepoint,
+        Method::Uprobe,
+        Method::Uretprobe,
     ];
     let produced = methods.map(|method| match method {
         Method::TpBtf
@@ -114,7 +116,9 @@ fn the_declared_label_values_are_those_that_the_code_produces() {
         | Method::Kretprobe
         | Method::Netlink
         | Method::Iter
-        | Method::Tracepoint => method.label(),
+        | Method::Tracepoint
+        | Method::Uprobe
+        | Method::Uretprobe => method.label(),
     });
     assert_eq!(declared("chandra_hook_info", "method"), produced);
 
@@ -129,6 +133,7 @@ fn the_declared_label_values_are_those_that_the_code_produces() {
         Reason::Failed,
         Reason::NoCgroupV2,
         Reason::PartOfHierarchy,
+        Reason::Expensive,
     ];
     let produced = reasons.map(|reason| match reason {
         Reason::Attached
@@ -140,7 +145,8 @@ fn the_declared_label_values_are_those_that_the_code_produces() {
         | Reason::Rejected
         | Reason::Failed
         | Reason::NoCgroupV2
-        | Reason::PartOfHierarchy => reason.label(),
+        | Reason::PartOfHierarchy
+        | Reason::Expensive => reason.label(),
     });
     assert_eq!(declared("chandra_hook_info", "reason"), produced);
 

@@ -11,7 +11,9 @@
 //!
 //! Devices are looked for all the time: a driver may be loaded late. As long as there has been none, nothing is attached.
 
+pub mod calls;
 pub mod jobs;
+mod library;
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -50,8 +52,15 @@ use crate::{
 pub const ENTRY: Entry = Entry {
     name: "gpu",
     question: "How long do the threads that drive a GPU wait for a CPU?",
-    descs: &[&PROCESSES, &RUNQUEUE_DELAY, &jobs::QUEUE, &jobs::RUN],
-    objects: &[OBJECT, jobs::OBJECT],
+    descs: &[
+        &PROCESSES,
+        &RUNQUEUE_DELAY,
+        &jobs::QUEUE,
+        &jobs::RUN,
+        &calls::CALL,
+        &calls::PREEMPTED,
+    ],
+    objects: &[OBJECT, jobs::OBJECT, calls::OBJECT],
     attach,
 };
 
@@ -87,6 +96,8 @@ static RUNQUEUE_DELAY: Desc = Desc {
 pub struct Settings {
     /// Device files that drive a GPU, besides those that are known.
     pub devices: Vec<PathBuf>,
+    /// In which share of the time calls of CUDA are timed; never, where there is none.
+    pub calls: Option<f64>,
 }
 
 const TASK: &[&str] = &[
@@ -491,7 +502,10 @@ impl Gpu {
         let status = core.status.clone();
         let core = Arc::new(Mutex::new(core));
         let stopped = Arc::new(AtomicBool::new(false));
-        let parts: Vec<Box<dyn Part>> = vec![Box::new(Jobs::new(options.max_owners))];
+        let mut parts: Vec<Box<dyn Part>> = vec![Box::new(Jobs::new(options.max_owners))];
+        if let Some(budget) = options.gpu.calls {
+            parts.push(Box::new(calls::Calls::new(budget, options.max_owners)));
+        }
         let parts = Arc::new(Mutex::new(parts));
         let (followed, told) = (Arc::clone(&core), Arc::clone(&stopped));
         let (seen, besides) = (Arc::clone(&core), Arc::clone(&parts));
