@@ -25,8 +25,13 @@ fn play(stage: &mut Stage) {
         stage.work(store, "traffic serve [::]:5201");
     }
     stage.work(&hog, &stores[0].steps_to(5201));
-    // More than an emulated machine encrypts would be lost in its queues, which is another alert.
+    // More than an emulated machine encrypts, or more at once after it has stood still, would be lost in its queues, which is
+    // another alert.
     stage.link(&hog, "rate 30mbit");
+    stage.work(
+        &hog,
+        "echo 4096 16384 65536 >/proc/sys/net/ipv4/tcp_wmem; sleep infinity",
+    );
     stage.healthy(minutes(2));
 
     stage.fault("checkpoint writes as much as its link takes, to four stores");

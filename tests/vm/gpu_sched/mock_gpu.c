@@ -8,8 +8,8 @@
  *   close              waits until this open file's jobs are done
  *
  * The "hardware" is a timer that runs one job at a time. Every open file has an entity (a queue) of its own. The module
- * parameter schedulers=N makes N such pieces of hardware, mock0, mock1, ...; open files go to them in turn. With one, the
- * default, its name is mock.
+ * parameter schedulers=N makes N such pieces of hardware, mock0, mock1, ...; open files go to them in turn. With one,
+ * the default, its name is mock.
  *
  * The MOCK_... macros come from ./build, which reads them off the kernel's headers: stable kernels take over changes
  * of this interface, so that the version alone does not tell.
