@@ -2,6 +2,9 @@
 //! `gpu` against what the kernel itself counts for the same threads (`/proc/PID/task/TID/schedstat`): each arrival on a CPU
 //! once, and at least the wait that it admits; exactly the processes that have a device open.
 
+#[path = "gpu/calls.rs"]
+mod calls;
+
 use std::{
     collections::BTreeMap,
     fs,

@@ -10,8 +10,10 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs::File,
+    io,
     os::fd::AsRawFd,
     path::Path,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
@@ -171,8 +173,8 @@ struct Library {
     sites: Result<Vec<Site>, String>,
     /// What came of each site in the present window, or in the last.
     outcomes: Vec<Result<(), (Reason, String)>>,
-    entries: Vec<UProbeLink>,
-    returns: Vec<UProbeLink>,
+    /// The probes, two for each site, that of the entry before that of the return.
+    links: Vec<UProbeLink>,
 }
 
 impl Library {
@@ -183,8 +185,7 @@ impl Library {
             path,
             file,
             outcomes: Vec::new(),
-            entries: Vec::new(),
-            returns: Vec::new(),
+            links: Vec::new(),
         }
     }
 
@@ -201,8 +202,7 @@ impl Library {
                 };
                 let returns = to(RETURN)?;
                 let entries = to(ENTRIES[site.call as usize])?;
-                self.returns.push(returns);
-                self.entries.push(entries);
+                self.links.extend([entries, returns]);
                 Ok(())
             };
             self.outcomes.push(match &site.place {
@@ -211,12 +211,25 @@ impl Library {
             });
         }
     }
+}
 
-    /// The other way round.
-    fn detach(&mut self) {
-        self.entries.clear();
-        self.returns.clear();
-    }
+/// Detaches probes, in the order of the list, beside everything else: the kernel takes about a tenth of a second for each.
+fn detach(links: Vec<UProbeLink>) -> io::Result<JoinHandle<()>> {
+    let thread = thread::Builder::new().name("cuda".to_owned());
+    thread.spawn(move || links.into_iter().for_each(drop))
+}
+
+/// Where the time goes.
+enum Window {
+    /// No probe is attached; from then on they may be.
+    Shut { due: Instant },
+    /// They have been since then.
+    Open { since: Instant },
+    /// They are being detached.
+    Closing {
+        since: Instant,
+        done: JoinHandle<()>,
+    },
 }
 
 /// Calls of the CUDA driver.
@@ -229,10 +242,7 @@ pub(super) struct Calls {
     lacks: Vec<String>,
     looks: HashMap<u32, Look>,
     libraries: BTreeMap<Identity, Library>,
-    /// Since when probes are attached.
-    opened: Option<Instant>,
-    /// From when they may be again.
-    due: Instant,
+    window: Window,
     swept: Instant,
     /// Why the last window was not as it should.
     trouble: Option<String>,
@@ -254,8 +264,7 @@ impl Calls {
             lacks: Vec::new(),
             looks: HashMap::new(),
             libraries: BTreeMap::new(),
-            opened: None,
-            due: now,
+            window: Window::Shut { due: now },
             swept: now,
             trouble: None,
             hooks: Vec::new(),
@@ -293,11 +302,19 @@ impl Calls {
         }
         let looks = self.looks.values();
         let used: BTreeSet<Identity> = looks.flat_map(|look| &look.libraries).copied().collect();
-        // Dropping a library detaches its probes.
+        let mut gone = Vec::new();
         self.libraries.retain(|identity, library| {
             let same = || Identity::of(&library.file).is_ok_and(|now| now == *identity);
-            used.contains(identity) && same()
+            let stays = used.contains(identity) && same();
+            if !stays {
+                gone.append(&mut library.links);
+            }
+            stays
         });
+        if !gone.is_empty() {
+            // Where no thread can be started, they are detached here.
+            let _ = detach(gone);
+        }
     }
 
     /// Loads the object when there is something to probe.
@@ -327,26 +344,39 @@ impl Calls {
         };
         let now = Instant::now();
         let rest = (1.0 - self.budget) / self.budget;
-        match self.opened {
-            None if now < self.due => return Ok(()),
+        match &self.window {
+            Window::Shut { due } if now < *due => return Ok(()),
+            Window::Shut { .. } => {}
             // Long enough that the time between two is not shorter than the shortest.
-            Some(opened)
-                if self.budget < 1.0
-                    && now - opened >= SHORTEST.max(SHORTEST.div_f64(rest.max(1e-6))) =>
-            {
-                self.libraries.values_mut().for_each(Library::detach);
-                self.opened = None;
-                let closed = Instant::now();
-                self.due = closed + (closed - opened).mul_f64(rest);
-                // Nothing runs any more that would write: a call that is entered later is never taken for one of these.
-                return live.forget(|_| true);
+            Window::Open { since } => {
+                let length = SHORTEST.max(SHORTEST.div_f64(rest.max(1e-6)));
+                if self.budget < 1.0 && now - *since >= length {
+                    let libraries = self.libraries.values_mut();
+                    let links = libraries.flat_map(|library| library.links.drain(..));
+                    let done = detach(links.collect()).context("start a thread")?;
+                    self.window = Window::Closing {
+                        since: *since,
+                        done,
+                    };
+                    return Ok(());
+                }
             }
-            _ => {}
+            Window::Closing { done, .. } if !done.is_finished() => return Ok(()),
+            Window::Closing { since, .. } => {
+                // Nothing runs any more that would write: no call of a later window is taken for one of these.
+                live.forget(|_| true)?;
+                self.window = Window::Shut {
+                    due: now + (now - *since).mul_f64(rest),
+                };
+                return Ok(());
+            }
         }
         for library in self.libraries.values_mut() {
-            if library.sites.is_ok() && library.entries.is_empty() {
-                self.opened.get_or_insert(now);
+            if library.sites.is_ok() && library.links.is_empty() {
                 library.attach(live);
+                if !library.links.is_empty() && matches!(self.window, Window::Shut { .. }) {
+                    self.window = Window::Open { since: now };
+                }
             }
         }
         if self.swept.elapsed() >= SWEEP_EVERY {
