@@ -548,7 +548,7 @@ fn what_it_serves_is_what_it_declares_and_it_ends_when_told() {
             let may_lack = absent.contains(&desc.name)
                 || desc.name == "chandra_pods_age_seconds"
                 // Not every host has RDMA or a GPU, and where it has, many series begin with their first event.
-                || ["chandra_rdma_", "chandra_gpu_", "chandra_encryption_"].iter().any(|of| desc.name.starts_with(of));
+                || ["chandra_rdma_", "chandra_gpu_", "chandra_cuda_", "chandra_encryption_"].iter().any(|of| desc.name.starts_with(of));
             assert!(met.contains(desc.name) || may_lack, "no {}", desc.name);
         }
     }

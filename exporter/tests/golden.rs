@@ -139,6 +139,14 @@ fn gpu_page() -> String {
     ] {
         gpu::jobs::render(device, ring, [(owner, slots)], &mut families);
     }
+    // Every slot its own number; an owner that only copies, on a kernel that does not tell what a thread waits.
+    let all = std::array::from_fn(|slot| slot as u64 + 1);
+    let mut some = [0; gpu::calls::SLOTS];
+    let memcpy = exporter_common::gpu::CudaCall::Memcpy as usize;
+    some[memcpy * exporter_common::gpu::CUDA_CALL_SLOTS] = 3;
+    let accounts = [(Labels::default(), some), (pod("vllm-0"), all)];
+    let borrowed = accounts.iter().map(|(labels, n)| (labels.clone(), n));
+    gpu::calls::render(borrowed, &mut families);
     encode(families)
 }
 

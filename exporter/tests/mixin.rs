@@ -22,24 +22,9 @@ use promql_parser::{
 };
 use serde_json::Value;
 
-/// Signals that have landed without all of their metrics.
-const IN_PARTS: &[&str] = &["gpu"];
-
 /// Metrics of signals whose exporter half is not there yet: name, kind, pod labels or not, labels beside them.
 /// Empty when the last signal lands.
 const PENDING: &[(&str, Kind, bool, &[&str])] = &[
-    (
-        "chandra_cuda_call_seconds",
-        Kind::Histogram,
-        true,
-        &["call"],
-    ),
-    (
-        "chandra_cuda_call_preempted_seconds",
-        Kind::Histogram,
-        true,
-        &["call"],
-    ),
     (
         "chandra_nccl_init_seconds",
         Kind::Histogram,
@@ -676,9 +661,8 @@ fn what_is_pending_is_not_exported_yet() {
             "{name} is exported: take it off the list"
         );
         let signal = name.split('_').nth(1).expect("chandra_<signal>");
-        let signal = if signal == "cuda" { "gpu" } else { signal };
         assert!(
-            IN_PARTS.contains(&signal) || SIGNALS.iter().all(|entry| entry.name != signal),
+            SIGNALS.iter().all(|entry| entry.name != signal),
             "{signal} has landed without {name}"
         );
     }
