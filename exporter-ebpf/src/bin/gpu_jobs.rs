@@ -28,6 +28,7 @@ constants!(
     OFF_QUEUE_SEQNO,
     OFF_QUEUE_DEVICE,
     OFF_QUEUE_RING,
+    RING_IS_POINTER,
     OFF_RUN_FENCE,
     OFF_RUN_SEQNO,
     OFF_DONE_FENCE,
@@ -76,12 +77,18 @@ fn key(
     Ok([read(ctx, fence)?, number])
 }
 
-/// Copies a string of a record (`__data_loc`: where it begins in the low half, how long it is in the high half).
+/// Where a string of a record is (`__data_loc`: it begins in the record where the low half says, and is as long as the high half
+/// says).
 #[inline(always)]
-fn copy(ctx: &TracePointContext, offset: &Global<u32>, to: &mut [u8; NAME]) -> Result<(), Loss> {
+fn string(ctx: &TracePointContext, offset: &Global<u32>) -> Result<*const u8, Loss> {
     let location: u32 = read(ctx, offset)?;
+    Ok(at(ctx, location & 0xffff))
+}
+
+#[inline(always)]
+fn copy(from: *const u8, to: &mut [u8; NAME]) -> Result<(), Loss> {
     // SAFETY: the helper checks the address, copies up to the first 0 and ends with one.
-    let copied = unsafe { bpf_probe_read_kernel_str_bytes(at(ctx, location & 0xffff), to) };
+    let copied = unsafe { bpf_probe_read_kernel_str_bytes(from, to) };
     copied.map(|_| ()).map_err(|_| Loss::Unreadable)
 }
 
@@ -113,9 +120,14 @@ fn queued(ctx: &TracePointContext) -> Result<(), Loss> {
         runs: 0,
     };
     if OFF_QUEUE_DEVICE.load() != ABSENT {
-        copy(ctx, &OFF_QUEUE_DEVICE, &mut job.ring.device)?;
+        copy(string(ctx, &OFF_QUEUE_DEVICE)?, &mut job.ring.device)?;
     }
-    copy(ctx, &OFF_QUEUE_RING, &mut job.ring.name)?;
+    let name = if RING_IS_POINTER.load() == 1 {
+        read::<u64>(ctx, &OFF_QUEUE_RING)? as *const u8
+    } else {
+        string(ctx, &OFF_QUEUE_RING)?
+    };
+    copy(name, &mut job.ring.name)?;
     let key = key(ctx, &OFF_QUEUE_FENCE, &OFF_QUEUE_SEQNO)?;
     JOBS.insert(&key, &job, 0).map_err(|_| Loss::MapFull)
 }

@@ -16,9 +16,17 @@ pub struct Tracefs {
     events: PathBuf,
 }
 
-/// A tracepoint's record: where each field begins, in bytes.
+/// A tracepoint's record: its fields by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Format(BTreeMap<String, u32>);
+pub struct Format(BTreeMap<String, Field>);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Field {
+    /// Where it begins, in bytes.
+    offset: u32,
+    /// The text before its name.
+    kind: String,
+}
 
 impl Tracefs {
     /// Finds it; `None` where it is not mounted, or may not be read.
@@ -56,17 +64,29 @@ impl Format {
     fn parse(text: &str) -> Self {
         let field = |line: &str| {
             let mut parts = line.trim().strip_prefix("field:")?.split(';');
-            let name = parts.next()?.split([' ', '*']).next_back()?;
-            let name = name.split('[').next()?;
+            let text = parts.next()?;
+            let whole = text.split([' ', '*']).next_back()?;
+            let name = whole.split('[').next()?;
+            let kind = text[..text.len() - whole.len()].trim_end();
             let offset = parts.find_map(|part| part.trim().strip_prefix("offset:"))?;
-            Some((name.to_owned(), offset.parse().ok()?))
+            let field = Field {
+                offset: offset.parse().ok()?,
+                kind: kind.to_owned(),
+            };
+            Some((name.to_owned(), field))
         };
         Self(text.lines().filter_map(field).collect())
     }
 
     /// Returns where a field begins; `None` where the record has no such field.
     pub fn offset(&self, field: &str) -> Option<u32> {
-        self.0.get(field).copied()
+        self.0.get(field).map(|field| field.offset)
+    }
+
+    /// Says if a field is a pointer, not the thing itself or where it lies in the record.
+    pub fn is_pointer(&self, field: &str) -> bool {
+        let field = self.0.get(field);
+        field.is_some_and(|field| field.kind.ends_with('*'))
     }
 }
 
@@ -97,6 +117,10 @@ mod tests {
             assert_eq!(format.offset(field), Some(offset), "{field}");
         }
         assert_eq!(format.offset("fence_context"), None);
+        assert!(format.is_pointer("fence"));
+        assert!(!format.is_pointer("name"));
+        let pointer = "field:const char * name;\toffset:24;\tsize:8;\tsigned:0;";
+        assert!(Format::parse(pointer).is_pointer("name"));
         assert_eq!(Format::parse(""), Format::default());
         assert_eq!(Format::parse("field:;offset:x;"), Format::default());
     }

@@ -124,6 +124,8 @@ fn offsets(tracefs: &Tracefs) -> Vec<(&'static str, Result<u32, String>)> {
         }
         if fence_at == "OFF_QUEUE_FENCE" {
             offsets.push(("OFF_QUEUE_RING", found("name")));
+            // 5.10 has the string's address, later kernels where it lies in the record.
+            offsets.push(("RING_IS_POINTER", Ok(format.is_pointer("name").into())));
             // Only newer kernels tell it.
             if let Some(offset) = format.offset("dev") {
                 offsets.push(("OFF_QUEUE_DEVICE", Ok(offset)));
@@ -413,13 +415,14 @@ mod tests {
     #[test]
     fn a_job_is_known_by_its_fence_as_all_records_tell_it() {
         let (_old, old) = tracefs([
-            ("drm_sched_job", &["entity", "fence", "name"]),
+            ("drm_sched_job", &["entity", "fence", "*name"]),
             ("drm_run_job", &["entity", "fence", "name"]),
             ("drm_sched_process_job", &["fence"]),
         ]);
         let expected = [
             ("OFF_QUEUE_FENCE", Ok(16)),
             ("OFF_QUEUE_RING", Ok(24)),
+            ("RING_IS_POINTER", Ok(1)),
             ("OFF_RUN_FENCE", Ok(16)),
             ("OFF_DONE_FENCE", Ok(8)),
         ];
@@ -441,6 +444,7 @@ mod tests {
             ("OFF_QUEUE_FENCE", Ok(24)),
             ("OFF_QUEUE_SEQNO", Ok(32)),
             ("OFF_QUEUE_RING", Ok(8)),
+            ("RING_IS_POINTER", Ok(0)),
             ("OFF_QUEUE_DEVICE", Ok(16)),
             ("OFF_RUN_FENCE", Ok(24)),
             ("OFF_RUN_SEQNO", Ok(32)),
@@ -465,6 +469,7 @@ mod tests {
         let expected = [
             ("OFF_QUEUE_FENCE", Err(queue.to_owned())),
             ("OFF_QUEUE_RING", Ok(8)),
+            ("RING_IS_POINTER", Ok(0)),
             ("OFF_RUN_FENCE", Ok(8)),
             ("OFF_DONE_FENCE", Ok(8)),
         ];
