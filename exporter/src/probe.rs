@@ -560,7 +560,14 @@ impl Attached {
         };
         attach().map_err(|error| {
             let what = format!("attach {program} at {offset:#x}");
-            (reason_of(&error), explain(&what, &error, kernel))
+            let reason = reason_of(&error);
+            // Since 2025 kernels, stable ones too, want it for uprobes, whatever kernel.perf_event_paranoid is.
+            let lacks = reason == Reason::NoPermission && !kernel.has("CAP_SYS_ADMIN");
+            if lacks && is_refused_probe(&error) {
+                let why = Chain(&error);
+                return (reason, format!("cannot {what}: {why}; add CAP_SYS_ADMIN"));
+            }
+            (reason, explain(&what, &error, kernel))
         })
     }
 

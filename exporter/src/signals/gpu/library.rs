@@ -121,7 +121,10 @@ impl Mapped {
         let exact = process.join("map_files").join(range);
         let refused = match open(&exact) {
             Ok(file) => return Ok(file),
-            Err(error) => anyhow::Error::new(error).context(format!("open {}", exact.display())),
+            Err(error) => anyhow::anyhow!(
+                "cannot open {}: {error}; add CAP_SYS_PTRACE and CAP_SYS_ADMIN",
+                exact.display()
+            ),
         };
         let named = process.join("root").join(self.path.trim_start_matches('/'));
         match open(&named) {
