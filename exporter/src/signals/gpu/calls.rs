@@ -10,7 +10,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs::File,
-    io,
+    io, mem,
     os::fd::AsRawFd,
     path::Path,
     thread::{self, JoinHandle},
@@ -415,7 +415,8 @@ impl Calls {
             reason,
             detail,
         };
-        self.hooks = hooks.into_iter().map(hook).collect();
+        let before = mem::replace(&mut self.hooks, hooks.into_iter().map(hook).collect());
+        let mut told: Vec<_> = before.into_iter().map(|hook| hook.detail).collect();
         self.hooks.extend(self.failed.iter().flatten().cloned());
 
         let mut notes = self.lacks.clone();
@@ -432,6 +433,13 @@ impl Calls {
         }
         for note in notes.iter().filter(|note| !self.notes.contains(note)) {
             tracing::warn!("signal gpu: {note}");
+        }
+        for hook in &self.hooks {
+            let new = |detail: &String| !detail.is_empty() && !told.contains(detail);
+            if new(&hook.detail) {
+                tracing::warn!("signal gpu: {}", hook.detail);
+                told.push(hook.detail.clone());
+            }
         }
         self.notes = notes;
     }
