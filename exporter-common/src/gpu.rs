@@ -92,7 +92,7 @@ pub struct Clock {
 pub const JOBS: u32 = 4096;
 
 /// Cgroups with the rings on which their jobs run. One more counts as lost.
-pub const RINGS: u32 = 1024;
+pub const RINGS: u32 = 512;
 
 /// Time of a job in its queue or on the hardware: 4 µs to 17 s, by factors of four.
 pub const JOB: Shape = Shape {
@@ -179,7 +179,7 @@ pub const CUDA_CALL: Shape = Shape {
 pub const CUDA_CALL_SLOTS: usize = 2 * CUDA_CALL.slots();
 
 /// Cgroups of those that call.
-pub const CUDA_OWNERS: u32 = 512;
+pub const CUDA_OWNERS: u32 = 192;
 
 /// Calls in progress: at most one for each thread. One more counts as lost.
 pub const CUDA_IN_PROGRESS: u32 = 4096;

@@ -4,7 +4,7 @@
 use crate::histogram::Shape;
 
 /// Cgroups that use RDMA at once. A node has one or a few for each NIC or GPU; this leaves a factor of a hundred.
-pub const OWNERS: u32 = 2048;
+pub const OWNERS: u32 = 1536;
 
 /// Queue pairs of user space that can exist at once. NCCL makes at most some thousand on a node; storage and MPI
 /// all-to-all some ten thousand.
@@ -20,7 +20,7 @@ pub const DEVICES: u32 = 128;
 pub const CALLS: u32 = 8192;
 
 /// Resolutions in progress.
-pub const RESOLUTIONS: u32 = 16384;
+pub const RESOLUTIONS: u32 = 8192;
 
 /// Bytes of a device's name (`IB_DEVICE_NAME_MAX`, unchanged since 2.6.11).
 pub const DEVICE_NAME: usize = 64;

@@ -8,7 +8,7 @@ use core::arch::asm;
 use aya_ebpf::{
     EbpfContext, Global,
     bindings::BPF_NOEXIST,
-    helpers::bpf_probe_read_kernel,
+    helpers::{bpf_probe_read_kernel, bpf_probe_read_user},
     maps::{Array, HashMap},
 };
 pub use exporter_common::{ABSENT, CGROUPS, Loss, NO_CGROUP};
@@ -56,6 +56,12 @@ constants!(
     ARM64,
 );
 
+/// Whether the kernel is one for arm64.
+#[inline(always)]
+pub fn is_arm64() -> bool {
+    ARM64.load() == 1
+}
+
 /// Returns a word of the registers that a probe was hit with.
 macro_rules! register {
     ($registers:expr, $offset:literal) => {{
@@ -84,16 +90,17 @@ impl Registers {
         Self(context.as_ptr().cast())
     }
 
-    /// Returns argument `N` (0 to 4).
+    /// Returns argument `N` (0 to 5).
     #[inline(always)]
     pub fn argument<const N: u32>(self) -> u64 {
-        if ARM64.load() == 1 {
+        if is_arm64() {
             match N {
                 0 => register!(self.0, "0"),
                 1 => register!(self.0, "8"),
                 2 => register!(self.0, "16"),
                 3 => register!(self.0, "24"),
-                _ => register!(self.0, "32"),
+                4 => register!(self.0, "32"),
+                _ => register!(self.0, "40"),
             }
         } else {
             match N {
@@ -101,8 +108,19 @@ impl Registers {
                 1 => register!(self.0, "104"),
                 2 => register!(self.0, "96"),
                 3 => register!(self.0, "88"),
-                _ => register!(self.0, "72"),
+                4 => register!(self.0, "72"),
+                _ => register!(self.0, "64"),
             }
+        }
+    }
+
+    /// Returns argument 6 of a function of user space: on x86-64 the first that is on the stack.
+    #[inline(always)]
+    pub fn seventh_argument(self) -> Result<u64, Loss> {
+        if is_arm64() {
+            Ok(register!(self.0, "48"))
+        } else {
+            read_user(self.frame() + 8)
         }
     }
 
@@ -110,7 +128,7 @@ impl Registers {
     /// stack frame, at the entry of the function.
     #[inline(always)]
     pub fn frame(self) -> u64 {
-        if ARM64.load() == 1 {
+        if is_arm64() {
             register!(self.0, "248")
         } else {
             register!(self.0, "152")
@@ -120,7 +138,7 @@ impl Registers {
     /// Returns the same at the return of the function. On x86-64 the return has taken the return address off the stack.
     #[inline(always)]
     pub fn returned_frame(self) -> u64 {
-        if ARM64.load() == 1 {
+        if is_arm64() {
             register!(self.0, "248")
         } else {
             register!(self.0, "152") - 8
@@ -130,7 +148,7 @@ impl Registers {
     /// Returns the return value.
     #[inline(always)]
     pub fn returned(self) -> u64 {
-        if ARM64.load() == 1 {
+        if is_arm64() {
             register!(self.0, "0")
         } else {
             register!(self.0, "80")
@@ -157,6 +175,13 @@ pub unsafe fn read<T: Copy>(base: *const u8, offset: &Global<u32>) -> Result<T, 
     // SAFETY: the helper checks the address and copies.
     unsafe { bpf_probe_read_kernel(base.add(offset.load() as usize).cast::<T>()) }
         .map_err(|_| Loss::Unreadable)
+}
+
+/// Reads from the memory of the process that runs. A page that is not there is an error: nothing is waited for.
+#[inline(always)]
+pub fn read_user<T: Copy>(address: u64) -> Result<T, Loss> {
+    // SAFETY: the helper checks the address and copies.
+    unsafe { bpf_probe_read_user(address as *const T) }.map_err(|_| Loss::Unreadable)
 }
 
 /// Returns the id of the cgroup that owns a socket: the one its creator was in at `socket()` or, for an accepted

@@ -50,6 +50,8 @@ pub struct Signal {
     pub hooks: Vec<Hook>,
     /// What works with less.
     pub notes: Vec<String>,
+    /// What it has found on this host, for people.
+    pub found: Vec<String>,
 }
 
 /// What came of a hook.
@@ -124,6 +126,7 @@ fn signal(running: Running) -> Signal {
         state: running.attempt.state.label(),
         hooks: hooks.collect(),
         notes: running.attempt.notes,
+        found: running.attempt.found,
     }
 }
 
@@ -297,6 +300,9 @@ pub fn table(report: &Report) -> String {
             if !hook.detail.is_empty() {
                 let _ = writeln!(text, "        {}", hook.detail);
             }
+        }
+        for found in &signal.found {
+            let _ = writeln!(text, "    {found}");
         }
         for note in &signal.notes {
             let _ = writeln!(text, "    works with less: {note}");

@@ -9,6 +9,7 @@ pub mod check;
 pub mod families;
 pub mod kernel;
 pub mod ledger;
+mod library;
 pub mod maps;
 pub mod page;
 pub mod pods;

@@ -118,6 +118,9 @@ fn write(
                 write!(page, "<br>{}", Text(&hook.detail))?;
             }
         }
+        for found in &running.attempt.found {
+            write!(page, "<tr><td>{name}<td colspan=3>{}", Text(found))?;
+        }
         for note in &running.attempt.notes {
             write!(
                 page,

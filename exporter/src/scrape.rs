@@ -195,6 +195,7 @@ impl Running {
             self.attempt.state = status.state;
             self.attempt.hooks = status.hooks;
             self.attempt.notes = status.notes;
+            self.attempt.found = status.found;
         }
     }
 

@@ -3,6 +3,7 @@
 
 pub mod encryption;
 pub mod gpu;
+pub mod nccl;
 pub mod rdma;
 pub mod tcp;
 
@@ -37,6 +38,7 @@ pub const SIGNALS: &[Entry] = &[
     tcp::ENTRY,
     rdma::ENTRY,
     gpu::ENTRY,
+    nccl::ENTRY,
     encryption::ENTRY,
 ];
 
@@ -77,6 +79,8 @@ pub struct Status {
     pub hooks: Vec<Hook>,
     /// What works with less, for people.
     pub notes: Vec<String>,
+    /// What it has found on this host, for people.
+    pub found: Vec<String>,
 }
 
 impl Status {
@@ -86,6 +90,7 @@ impl Status {
             state: State::Absent,
             hooks: Vec::new(),
             notes: Vec::new(),
+            found: Vec::new(),
         }
     }
 }
@@ -126,6 +131,8 @@ pub struct Attempt {
     pub hooks: Vec<Hook>,
     /// What works with less, for people.
     pub notes: Vec<String>,
+    /// What it has found on this host, for people.
+    pub found: Vec<String>,
     /// The signal, where it is up.
     pub signal: Option<Box<dyn Signal>>,
 }
@@ -137,6 +144,7 @@ impl Attempt {
             state,
             hooks: Vec::new(),
             notes: Vec::new(),
+            found: Vec::new(),
             signal: None,
         }
     }
@@ -167,6 +175,7 @@ impl Attempt {
             state,
             hooks,
             notes,
+            found: Vec::new(),
             signal,
         }
     }
@@ -182,6 +191,7 @@ impl Attempt {
                     state: status.state,
                     hooks: status.hooks,
                     notes: status.notes,
+                    found: status.found,
                     signal: Some(Box::new(signal)),
                 }
             }

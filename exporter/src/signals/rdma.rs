@@ -633,6 +633,7 @@ impl Core {
             },
             hooks: outcome.hooks,
             notes,
+            found: Vec::new(),
         };
         self.live = live;
     }

@@ -29,12 +29,13 @@ use exporter_common::gpu::{
 
 use super::{
     Part,
-    library::{self, Identity, Site},
+    library::{self, Site},
 };
 use crate::{
     families::{Desc, Families, Kind},
     kernel::Kernel,
     ledger::{Attribution, Ledger, Opening},
+    library::{self as files, Identity},
     pods::Labels,
     probe::{self, Attached, Constants, Hook, Method, Need, Program, Reason, Runs},
     signals::{Scope, entries},
@@ -452,11 +453,11 @@ fn find(
 ) -> anyhow::Result<Vec<Identity>> {
     let folder = format!("/proc/{process}");
     let folder = Path::new(&folder);
-    let Some(maps) = library::read_maps(folder)? else {
+    let Some(maps) = files::read_maps(folder)? else {
         return Ok(Vec::new());
     };
     let mut found = Vec::new();
-    for mapped in library::mapped(&maps) {
+    for mapped in files::mapped(&maps, |name| files::is_library(name, "libcuda")) {
         let file = mapped.open(folder)?;
         let identity = Identity::of(&file).with_context(|| format!("look at {}", mapped.path))?;
         if !libraries.contains_key(&identity) {

@@ -1,0 +1,993 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Is a job slow because of the network, or because one rank comes late, and which?
+//!
+//! Hooks: uprobes on libnccl, on the profiler plugin and on libcuda's launch of graphs. Metrics: `chandra_nccl_*`.
+//!
+//! Two tiers. The host tier compares when the ranks of a communicator on this node call NCCL; it needs nothing of the job. The
+//! profiler plugin, where a job has it, tells how long each collective took on the GPU: the rank for which it took the shortest came
+//! last, since all end together.
+//!
+//! Processes are looked at when they are new and now and then later; a library is probed once, whatever process or container it
+//! is found in. As long as no process has had NCCL, nothing is loaded.
+
+pub mod ranks;
+mod sites;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    fs::{self, File},
+    os::fd::AsRawFd,
+    path::Path,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use aya::{
+    include_bytes_aligned,
+    maps::{self, MapData, MapError},
+    programs::uprobe::UProbeLink,
+};
+use exporter_common::nccl::{
+    Arrivals, Begun, CALL, COLLECTIVES, Communicator, Frame, GRAPH_SLOT, GROUP_SEATS, Group,
+    Handle, INIT, Layout, Member, NUMBERED, OPERATIONS, Owner, PHASES, Pair, SLOTS, SOURCES, Seat,
+    Since, Source, Started, WAIT, call_slots, duration_slots, init_slots, wait_slots,
+};
+
+use ranks::{Ranks, Reading};
+use sites::{Kind as Library, Sites};
+
+use super::{
+    Attempt, Entry, Follower, Options, Scope, Signal, State, Status, entries, follow, no_losses,
+};
+use crate::{
+    families::{Desc, Families, Kind},
+    kernel::Kernel,
+    ledger::{Attribution, Ledger, Opening, UNKNOWN},
+    library::{self, Identity},
+    pods::{Labels, Resolution},
+    probe::{self, Attached, Hook, Method, Need, Program, Reason, Runs},
+};
+
+/// The signal.
+pub const ENTRY: Entry = Entry {
+    name: "nccl",
+    question: "Is a job slow because one rank comes late, and which?",
+    descs: &[
+        &INIT_SECONDS,
+        &ENQUEUE,
+        &ARRIVAL_WAIT,
+        &RANK_WAIT,
+        &RANK_COLLECTIVES,
+        &RANK_LAST,
+        &RANK_DURATION,
+        &COLLECTIVE,
+        &PENDING,
+        &GRAPHS,
+    ],
+    objects: &[OBJECT],
+    attach,
+};
+
+static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("CHANDRA_EBPF_OBJECTS"), "/nccl.o"));
+
+static INIT_SECONDS: Desc = Desc {
+    name: "chandra_nccl_init_seconds",
+    kind: Kind::Histogram,
+    help: "Seconds that communicators took to initialise, by phase.",
+    per_pod: true,
+    labels: &["phase"],
+    values: &[("phase", &PHASES)],
+    source: "uprobes on ncclCommInitRankFunc (total), bootstrapInit and bootstrapSplit (rendezvous), commAlloc, initTransportsRank; of a \
+             library without symbols only the total, of the exported functions, which return too early in a group and where they do not block",
+};
+
+static ENQUEUE: Desc = Desc {
+    name: "chandra_nccl_enqueue_seconds",
+    kind: Kind::Histogram,
+    help: "Seconds that calls of NCCL took on the host. This is not how long the collective took.",
+    per_pod: true,
+    labels: &["operation"],
+    values: &[("operation", &OPERATIONS)],
+    source: "uprobes on the exported functions, entry to return; not what a CUDA graph replays",
+};
+
+static ARRIVAL_WAIT: Desc = Desc {
+    name: "chandra_nccl_arrival_wait_seconds",
+    kind: Kind::Histogram,
+    help: "Seconds that ranks waited for the last one of this node to arrive at a collective.",
+    per_pod: true,
+    labels: &["operation", "source"],
+    values: &[("operation", &OPERATIONS), ("source", &SOURCES)],
+    source: "host: from a rank's call to the last rank's call; kernel: from the profiler plugin, how much longer the collective took the rank \
+             than the one that it took the shortest (all_gather, reduce_scatter, all_reduce)",
+};
+
+static RANK_WAIT: Desc = Desc {
+    name: "chandra_nccl_rank_wait_seconds_total",
+    kind: Kind::Counter,
+    help: "Seconds that a rank waited for the last one of this node.",
+    per_pod: true,
+    labels: &["communicator", "rank", "source"],
+    values: &[("source", &SOURCES)],
+    source: "as chandra_nccl_arrival_wait_seconds; communicator is NCCL's commHash, the same on all nodes; the 32 communicators of a container \
+             with most wait, the rest is other",
+};
+
+static RANK_COLLECTIVES: Desc = Desc {
+    name: "chandra_nccl_rank_collectives_total",
+    kind: Kind::Counter,
+    help: "Collectives at which all ranks of this node arrived.",
+    per_pod: true,
+    labels: &["communicator", "rank", "source"],
+    values: &[("source", &SOURCES)],
+    source: "as chandra_nccl_rank_wait_seconds_total",
+};
+
+static RANK_LAST: Desc = Desc {
+    name: "chandra_nccl_rank_last_arrivals_total",
+    kind: Kind::Counter,
+    help: "Those of them at which the rank was the last of this node.",
+    per_pod: true,
+    labels: &["communicator", "rank", "source"],
+    values: &[("source", &SOURCES)],
+    source: "as chandra_nccl_rank_wait_seconds_total",
+};
+
+static RANK_DURATION: Desc = Desc {
+    name: "chandra_nccl_rank_collective_seconds_total",
+    kind: Kind::Counter,
+    help: "Seconds that the collectives took on the rank's GPU: of several ranks the one with least came last, whatever node it is on.",
+    per_pod: true,
+    labels: &["communicator", "rank"],
+    values: &[],
+    source: "profiler plugin: all_gather, reduce_scatter, all_reduce",
+};
+
+static COLLECTIVE: Desc = Desc {
+    name: "chandra_nccl_collective_seconds",
+    kind: Kind::Histogram,
+    help: "Seconds that collectives took on the GPU, the wait for the last rank included.",
+    per_pod: true,
+    labels: &["operation", "source"],
+    values: &[("operation", &OPERATIONS), ("source", &["kernel"])],
+    source: "profiler plugin: from the first channel's start to the last one's stop, by the GPU's clock",
+};
+
+static PENDING: Desc = Desc {
+    name: "chandra_nccl_oldest_pending_seconds",
+    kind: Kind::Gauge,
+    help: "Age of the oldest collective that has been started and not finished.",
+    per_pod: true,
+    labels: &[],
+    values: &[],
+    source: "host: since the first rank of this node called it, while another has not; profiler plugin: since it was started, while it has not finished",
+};
+
+static GRAPHS: Desc = Desc {
+    name: "chandra_nccl_graph_launches_total",
+    kind: Kind::Counter,
+    help: "Launches of CUDA graphs by processes with NCCL: the collectives in them are not seen.",
+    per_pod: true,
+    labels: &[],
+    values: &[],
+    source: "uprobe on cuGraphLaunch",
+};
+
+fn programs() -> Vec<Program> {
+    let program = |(name, is_return)| Program {
+        name,
+        method: match is_return {
+            true => Method::Uretprobe,
+            false => Method::Uprobe,
+        },
+        functions: &[],
+        need: Need::Required,
+        needs: &[],
+    };
+    sites::programs().map(program).collect()
+}
+
+/// How often processes are looked for.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// How long a process is not looked at again: longer each time, since a library that comes comes soon.
+const RARELY: Duration = Duration::from_secs(16);
+
+/// Files that are probed at once. Nodes have some, each container image its own.
+const FILES: usize = 64;
+
+/// Files that are known to have nothing to do with NCCL.
+const STRANGERS: usize = 8192;
+
+/// How long a group without ranks is kept: one of them may be about to have its first.
+const GROUP_STAYS: Duration = Duration::from_secs(60);
+
+/// The object at work.
+struct Live {
+    attached: Attached,
+    /// For what to do about a refusal; without the types.
+    kernel: Kernel,
+    owners: maps::HashMap<MapData, u64, Owner>,
+    communicators: maps::HashMap<MapData, Communicator, Handle>,
+    groups: maps::HashMap<MapData, u64, Group>,
+    seats: maps::HashMap<MapData, Seat, Member>,
+    pairs: maps::HashMap<MapData, Pair, Arrivals>,
+    started: maps::HashMap<MapData, Started, Since>,
+    layouts: maps::HashMap<MapData, u32, Layout>,
+    in_progress: maps::HashMap<MapData, Frame, Begun>,
+    /// Groups that had no rank, and since when.
+    empty: HashMap<u64, Instant>,
+    /// Collectives that can never be complete: some rank's call was not seen.
+    unpaired: u64,
+}
+
+impl Live {
+    fn new(mut attached: Attached, kernel: Kernel) -> anyhow::Result<Self> {
+        Ok(Self {
+            owners: attached.map("OWNERS")?,
+            communicators: attached.map("COMMUNICATORS")?,
+            groups: attached.map("GROUPS")?,
+            seats: attached.map("SEATS")?,
+            pairs: attached.map("PAIRS")?,
+            started: attached.map("STARTED")?,
+            layouts: attached.map("LAYOUTS")?,
+            in_progress: attached.map("IN_PROGRESS")?,
+            attached,
+            kernel,
+            empty: HashMap::new(),
+            unpaired: 0,
+        })
+    }
+
+    /// Lets go of what belonged to processes that are gone, and of what can never end.
+    fn sweep(&mut self, there: &BTreeSet<u32>) -> anyhow::Result<()> {
+        let gone = |process: u64| !there.contains(&(process as u32));
+        for (process, _) in entries(&self.layouts)? {
+            if gone(process.into()) {
+                forget(&mut self.layouts, &process)?;
+            }
+        }
+        for (name, _) in entries(&self.started)? {
+            if gone(name.handle.process) {
+                forget(&mut self.started, &name)?;
+            }
+        }
+        for (frame, begun) in entries(&self.in_progress)? {
+            if gone(frame.thread >> 32) {
+                forget(&mut self.in_progress, &frame)?;
+                if begun.group != 0 {
+                    self.leave(begun.group)?;
+                }
+            }
+        }
+        for (name, handle) in entries(&self.communicators)? {
+            if gone(name.process) {
+                forget(&mut self.communicators, &name)?;
+                self.leave(handle.group)?;
+                let seat = Seat {
+                    group: handle.group,
+                    index: handle.seat,
+                };
+                if let Ok(mut member) = self.seats.get(&seat, 0) {
+                    member.ended = 1;
+                    self.seats.insert(seat, member, 0)?;
+                }
+            }
+        }
+        self.clear_pairs()?;
+        let groups = entries(&self.groups)?;
+        let now = Instant::now();
+        self.empty
+            .retain(|key, _| groups.iter().any(|(group, _)| group == key));
+        let seated: HashSet<u64> = entries(&self.seats)?
+            .into_iter()
+            .map(|(seat, _)| seat.group)
+            .collect();
+        for (key, group) in groups {
+            if group.members != 0 || seated.contains(&key) {
+                self.empty.remove(&key);
+            } else if now - *self.empty.entry(key).or_insert(now) > GROUP_STAYS {
+                forget(&mut self.groups, &key)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One rank of a group is gone without a word.
+    fn leave(&mut self, key: u64) -> anyhow::Result<()> {
+        if let Ok(mut group) = self.groups.get(&key, 0) {
+            group.members = group.members.saturating_sub(1);
+            self.groups.insert(key, group, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Removes collectives that can never be complete: those at which a rank is missing that has gone on, or that is gone.
+    fn clear_pairs(&mut self) -> anyhow::Result<()> {
+        let pairs = entries(&self.pairs)?;
+        if pairs.is_empty() {
+            return Ok(());
+        }
+        let made = self.made()?;
+        for (pair, arrivals) in pairs {
+            let fate = fate(&pair, &arrivals, &made);
+            if fate == Fate::Waits {
+                continue;
+            }
+            forget(&mut self.pairs, &pair)?;
+            self.unpaired += u64::from(fate == Fate::Missed);
+        }
+        Ok(())
+    }
+
+    /// What each rank of each group has made.
+    fn made(&self) -> anyhow::Result<HashMap<u64, Vec<Handle>>> {
+        let mut made: HashMap<u64, Vec<Handle>> = HashMap::new();
+        for (_, handle) in entries(&self.communicators)? {
+            made.entry(handle.group).or_default().push(handle);
+        }
+        Ok(made)
+    }
+}
+
+/// What is to become of a collective that is not complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    /// Some rank may still come.
+    Waits,
+    /// All who are missing are gone.
+    Orphan,
+    /// A rank that is missing has gone on: its call was not seen.
+    Missed,
+}
+
+fn fate(pair: &Pair, arrivals: &Arrivals, made: &HashMap<u64, Vec<Handle>>) -> Fate {
+    let members = made.get(&pair.group).map_or(&[][..], Vec::as_slice);
+    let arrived = |handle: &&Handle| arrivals.at[handle.seat as usize % GROUP_SEATS] != 0;
+    let mut missing = members.iter().filter(|handle| !arrived(handle)).peekable();
+    if missing.peek().is_none() {
+        return Fate::Orphan;
+    }
+    // What the plugin tells is not numbered by the kernel half.
+    let operation = pair.operation as usize;
+    let passed =
+        |handle: &Handle| operation < COLLECTIVES && handle.made[operation] > pair.sequence;
+    match missing.any(passed) {
+        // One that was late to be followed may have called it before.
+        true if members
+            .iter()
+            .any(|handle| handle.state & exporter_common::nccl::LATE != 0) =>
+        {
+            Fate::Orphan
+        }
+        true => Fate::Missed,
+        false => Fate::Waits,
+    }
+}
+
+/// Removes what may have gone by itself.
+fn forget<K: aya::Pod, V: aya::Pod>(
+    map: &mut maps::HashMap<MapData, K, V>,
+    key: &K,
+) -> anyhow::Result<()> {
+    match map.remove(key) {
+        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+        Err(error) => Err(error).context("remove an entry from a map"),
+    }
+}
+
+/// What is known of a process.
+struct Look {
+    files: Vec<Identity>,
+    next: Instant,
+    every: Duration,
+    /// Why it cannot be known.
+    trouble: Option<String>,
+    /// Whether the kernel half has been told what its communicators look like.
+    told: bool,
+}
+
+/// A file that processes have mapped and that has to do with NCCL.
+struct Probed {
+    path: String,
+    /// Its file: probes go to this and no other, whatever its path becomes.
+    file: File,
+    sites: Sites,
+    links: Vec<UProbeLink>,
+    /// What came of each site, once it has been probed.
+    outcomes: Vec<Result<(), (Reason, String)>>,
+}
+
+/// What follows processes and their libraries: used by scrapes, and by the thread that looks.
+struct Core {
+    live: Option<Live>,
+    status: Status,
+    /// Whether loading the object has been tried.
+    tried: bool,
+    looks: HashMap<u32, Look>,
+    files: BTreeMap<Identity, Probed>,
+    strangers: BTreeSet<Identity>,
+    /// Files that cannot be read, and why.
+    unread: BTreeMap<Identity, String>,
+    /// What of the object's loading works with less.
+    lacks: Vec<String>,
+    failed: Vec<Hook>,
+    trouble: Option<String>,
+}
+
+impl Follower for Core {
+    fn follow(&mut self, kernel: impl FnOnce() -> Kernel) {
+        let there = processes();
+        self.look(&there);
+        let nccl = |probed: &Probed| probed.sites.kind != Library::Cuda;
+        if !self.tried && self.files.values().any(nccl) {
+            self.tried = true;
+            self.load(kernel());
+        }
+        self.probe();
+        let swept = self.tell_layouts().and_then(|()| match &mut self.live {
+            Some(live) => live.sweep(&there),
+            None => Ok(()),
+        });
+        self.trouble = swept.err().map(|error| format!("{error:#}"));
+        self.tell();
+    }
+
+    fn status(&self) -> &Status {
+        &self.status
+    }
+}
+
+/// The processes that there are, in the initial namespace if this one is.
+fn processes() -> BTreeSet<u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let number = |entry: fs::DirEntry| entry.file_name().to_str()?.parse().ok();
+    entries.filter_map(number).collect()
+}
+
+/// Whether a file may have to do with NCCL, by its name.
+fn is_wanted(name: &str) -> bool {
+    // libnccl.so.2, libnccl-profiler.so.
+    name.starts_with("libnccl") && name.contains(".so")
+}
+
+impl Core {
+    fn new() -> Self {
+        Self {
+            live: None,
+            status: Status::absent(),
+            tried: false,
+            looks: HashMap::new(),
+            files: BTreeMap::new(),
+            strangers: BTreeSet::new(),
+            unread: BTreeMap::new(),
+            lacks: Vec::new(),
+            failed: Vec::new(),
+            trouble: None,
+        }
+    }
+
+    /// Looks for libraries in processes that are new, and now and then in the others; lets go of what nobody has any more.
+    fn look(&mut self, there: &BTreeSet<u32>) {
+        let now = Instant::now();
+        self.looks.retain(|process, _| there.contains(process));
+        for process in there {
+            let look = self.looks.get(process);
+            if look.is_some_and(|look| now < look.next) {
+                continue;
+            }
+            let found = self.find(*process);
+            let look = self.looks.entry(*process).or_insert(Look {
+                files: Vec::new(),
+                next: now,
+                every: LOOK_EVERY,
+                trouble: None,
+                told: false,
+            });
+            look.next = now + look.every;
+            look.every = RARELY.min(look.every * 2);
+            match found {
+                Ok(files) => {
+                    look.told &= look.files == files;
+                    look.files = files;
+                    look.trouble = None;
+                }
+                Err(error) => look.trouble = Some(format!("{error:#}")),
+            }
+        }
+        let looks = self.looks.values();
+        let used: BTreeSet<Identity> = looks.flat_map(|look| &look.files).copied().collect();
+        // Without its links the file is let go of beside everything else: the kernel takes a tenth of a second for each.
+        let mut gone = Vec::new();
+        self.files.retain(|identity, probed| {
+            let stays = used.contains(identity);
+            if !stays {
+                gone.append(&mut probed.links);
+            }
+            stays
+        });
+        if !gone.is_empty() {
+            let detach = move || gone.into_iter().for_each(drop);
+            // Where no thread can be started, they have been dropped with the closure.
+            let _ = thread::Builder::new()
+                .name("nccl-detach".to_owned())
+                .spawn(detach);
+        }
+        self.unread.retain(|identity, _| used.contains(identity));
+        if self.strangers.len() > STRANGERS {
+            self.strangers.clear();
+        }
+    }
+
+    /// Finds the files of a process that have to do with NCCL.
+    fn find(&mut self, process: u32) -> anyhow::Result<Vec<Identity>> {
+        let folder = format!("/proc/{process}");
+        let folder = Path::new(&folder);
+        let Some(maps) = library::read_maps(folder)? else {
+            return Ok(Vec::new());
+        };
+        // NCCL may be linked into anything that uses CUDA.
+        let cuda = maps.contains("/libcuda.so");
+        if !cuda && !maps.contains("/libnccl") {
+            return Ok(Vec::new());
+        }
+        let mut found = Vec::new();
+        for mapped in library::mapped(&maps, |name| cuda || is_wanted(name)) {
+            let file = match mapped.open(folder) {
+                Ok(file) => file,
+                Err(_) if !is_wanted(mapped.path.rsplit('/').next().unwrap_or_default()) => {
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            let Ok(identity) = Identity::of(&file) else {
+                continue;
+            };
+            if self.strangers.contains(&identity) {
+                continue;
+            }
+            found.push(identity);
+            if self.files.contains_key(&identity) || self.unread.contains_key(&identity) {
+                continue;
+            }
+            match Sites::of(&file) {
+                Ok(Some(sites)) if self.files.len() < FILES => {
+                    let probed = Probed {
+                        path: mapped.path,
+                        file,
+                        sites,
+                        links: Vec::new(),
+                        outcomes: Vec::new(),
+                    };
+                    self.files.insert(identity, probed);
+                }
+                Ok(Some(_)) => {
+                    let why = format!(
+                        "{} is one more than the {FILES} files that are probed at once",
+                        mapped.path
+                    );
+                    self.unread.insert(identity, why);
+                }
+                Err(error) if is_wanted(mapped.path.rsplit('/').next().unwrap_or_default()) => {
+                    let why = format!("cannot probe {}: {error:#}", mapped.path);
+                    self.unread.insert(identity, why);
+                }
+                Ok(None) | Err(_) => {
+                    found.pop();
+                    self.strangers.insert(identity);
+                }
+            }
+        }
+        // Launches of graphs say something only beside NCCL.
+        let kind = |identity: &Identity| self.files.get(identity).map(|probed| probed.sites.kind);
+        if !found.iter().any(|file| kind(file) == Some(Library::Nccl)) {
+            found.retain(|file| kind(file) != Some(Library::Cuda));
+        }
+        Ok(found)
+    }
+
+    fn load(&mut self, mut kernel: Kernel) {
+        let outcome = probe::attach(OBJECT, &programs(), kernel.types(), |_| {}, &kernel);
+        kernel.forget_types();
+        self.lacks = outcome.notes;
+        match outcome.attached.map(|attached| Live::new(attached, kernel)) {
+            Some(Ok(live)) => self.live = Some(live),
+            Some(Err(error)) => self.lacks.push(format!("{error:#}")),
+            None => self.failed = outcome.hooks,
+        }
+    }
+
+    /// Probes what is new.
+    fn probe(&mut self) {
+        let Some(live) = &mut self.live else {
+            return;
+        };
+        for probed in self.files.values_mut() {
+            if !probed.outcomes.is_empty() {
+                continue;
+            }
+            let path = format!("/proc/self/fd/{}", probed.file.as_raw_fd());
+            let path = Path::new(&path);
+            for site in &probed.sites.sites {
+                let mut attach = |program: &'static str| {
+                    let attached = &mut live.attached;
+                    attached.attach_to_file(program, path, site.place, &live.kernel)
+                };
+                // The return first: each entry that is seen is followed by a return that is.
+                let exit = site.probes.exit.map(&mut attach).transpose();
+                let outcome = exit.and_then(|exit| {
+                    let entry = attach(site.probes.entry)?;
+                    probed.links.push(entry);
+                    probed.links.extend(exit);
+                    Ok(())
+                });
+                probed.outcomes.push(outcome);
+            }
+        }
+    }
+
+    /// Tells the kernel half what communicators of each process look like.
+    fn tell_layouts(&mut self) -> anyhow::Result<()> {
+        let Some(live) = &mut self.live else {
+            return Ok(());
+        };
+        for (process, look) in &mut self.looks {
+            if look.told {
+                continue;
+            }
+            let mut files = look.files.iter().filter_map(|file| self.files.get(file));
+            let nccl = files.find(|probed| probed.sites.kind == Library::Nccl);
+            if let Some(probed) = nccl {
+                let layout = probed.sites.layout();
+                let told = live.layouts.insert(process, layout, 0);
+                told.context("enter a process into a map")?;
+            }
+            look.told = true;
+        }
+        Ok(())
+    }
+
+    /// Tells what has become of it.
+    fn tell(&mut self) {
+        let any = |kind| self.files.values().any(|probed| probed.sites.kind == kind);
+        let state = match (&self.live, self.tried) {
+            (Some(_), _) if any(Library::Nccl) || any(Library::Plugin) => State::Up,
+            (None, true) => State::Failed,
+            _ => State::Absent,
+        };
+        let mut hooks: BTreeMap<&'static str, (Reason, String)> = BTreeMap::new();
+        let mut found = Vec::new();
+        for probed in self.files.values() {
+            let build = match &probed.sites.build_id {
+                Some(id) => format!(", build id {id}"),
+                None => String::new(),
+            };
+            let path = &probed.path;
+            match (probed.sites.kind, probed.sites.version) {
+                (Library::Nccl, Some(version)) if version.is_known() => {
+                    found.push(format!("NCCL {version}: {path}{build}"));
+                }
+                (Library::Nccl, Some(version)) => found.push(format!(
+                    "NCCL {version}: {path}{build}; communicators are followed from their beginning only, since this version's are not known"
+                )),
+                (Library::Nccl, None) => found.push(format!(
+                    "NCCL of a version that it does not tell: {path}{build}; communicators are followed from their beginning only"
+                )),
+                (Library::Plugin, _) => found.push(format!("NCCL profiler plugin: {path}{build}")),
+                (Library::Cuda, _) => {}
+            }
+            for (site, outcome) in probed.sites.sites.iter().zip(&probed.outcomes) {
+                let (reason, detail) = match outcome {
+                    Ok(()) => (Reason::Attached, String::new()),
+                    Err((reason, why)) => (*reason, format!("{} of {path}: {why}", site.name)),
+                };
+                let known = hooks
+                    .entry(site.name)
+                    .or_insert((Reason::Attached, String::new()));
+                if known.0 == Reason::Attached {
+                    *known = (reason, detail);
+                }
+            }
+        }
+        let hook = |(name, (reason, detail))| Hook {
+            name,
+            method: Method::Uprobe,
+            reason,
+            detail,
+        };
+        let mut hooks: Vec<_> = hooks.into_iter().map(hook).collect();
+        hooks.extend(self.failed.iter().cloned());
+        let mut notes = self.lacks.clone();
+        notes.extend(self.trouble.clone());
+        notes.extend(self.unread.values().cloned());
+        let mut unseen = self.looks.values().filter_map(|look| look.trouble.as_ref());
+        if let Some(why) = unseen.next() {
+            let more = match unseen.count() {
+                0 => String::new(),
+                more => format!(" (and {more} processes more)"),
+            };
+            notes.push(format!("NCCL is not seen everywhere: {why}{more}"));
+        }
+        let new = Status {
+            state,
+            hooks,
+            notes,
+            found,
+        };
+        for (word, before, now) in [
+            ("found ", &self.status.found, &new.found),
+            ("works with less: ", &self.status.notes, &new.notes),
+        ] {
+            for text in now.iter().filter(|text| !before.contains(text)) {
+                tracing::info!("signal nccl: {word}{text}");
+            }
+        }
+        let told = |detail: &String| self.status.hooks.iter().any(|hook| hook.detail == *detail);
+        for hook in &new.hooks {
+            if !hook.detail.is_empty() && !told(&hook.detail) {
+                tracing::warn!("signal nccl: {}", hook.detail);
+            }
+        }
+        self.status = new;
+    }
+}
+
+fn attach(kernel: &Kernel, options: Options) -> Attempt {
+    Attempt::following(Nccl::new(kernel, &options))
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+struct Nccl {
+    core: Arc<Mutex<Core>>,
+    stopped: Arc<AtomicBool>,
+    status: Status,
+    ledger: Ledger<u64, SLOTS>,
+    ranks: Ranks,
+    pending: BTreeMap<Labels, f64>,
+    lost: Vec<(&'static str, u64)>,
+    runs: Vec<(String, Runs)>,
+}
+
+impl Nccl {
+    fn new(kernel: &Kernel, options: &Options) -> anyhow::Result<Self> {
+        let mut core = Core::new();
+        core.follow(|| kernel.clone());
+        let status = core.status.clone();
+        let core = Arc::new(Mutex::new(core));
+        let stopped = Arc::new(AtomicBool::new(false));
+        let (followed, told) = (Arc::clone(&core), Arc::clone(&stopped));
+        let wait = || thread::sleep(LOOK_EVERY);
+        thread::Builder::new()
+            .name("nccl".to_owned())
+            .spawn(move || follow("nccl", &followed, &told, wait))
+            .context("start the thread that looks for NCCL")?;
+        Ok(Self {
+            core,
+            stopped,
+            status,
+            ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
+            ranks: Ranks::new(options.max_owners),
+            pending: BTreeMap::new(),
+            lost: no_losses(),
+            runs: Vec::new(),
+        })
+    }
+}
+
+impl Drop for Nccl {
+    fn drop(&mut self) {
+        self.stopped.store(true, Ordering::Relaxed);
+        // The thread may hold it for another second: the programs are gone at once.
+        let mut core = lock(&self.core);
+        core.files.clear();
+        core.live = None;
+    }
+}
+
+/// Which tier tells of a communicator: an index of [`SOURCES`].
+fn source(handle: &Communicator) -> usize {
+    ((handle.process >> 32) as usize).min(SOURCES.len() - 1)
+}
+
+impl Nccl {
+    /// Finds for how long whose collectives have been pending.
+    fn find_pending(&mut self, live: &Live, scope: &Scope<'_>) -> anyhow::Result<()> {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        let now = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
+        let age = |since: u64| now.saturating_sub(since) as f64 / 1e9;
+        let mut pending: HashMap<u64, f64> = HashMap::new();
+        let mut note = |cgroup: u64, age: f64| {
+            let oldest = pending.entry(cgroup).or_default();
+            *oldest = oldest.max(age);
+        };
+        let seats: HashMap<Seat, Member> = entries(&live.seats)?.into_iter().collect();
+        for member in seats.values().filter(|member| member.ended == 0) {
+            note(member.cgroup, 0.0);
+        }
+        let made = live.made()?;
+        for (pair, arrivals) in entries(&live.pairs)? {
+            // What the plugin tells are finished collectives, of which others have not been told: nothing hangs by that.
+            let waits = fate(&pair, &arrivals, &made) == Fate::Waits;
+            for (index, at) in arrivals.at.iter().enumerate() {
+                let seat = Seat {
+                    group: pair.group,
+                    index: index as u64,
+                };
+                let member = seats.get(&seat).filter(|_| *at != 0 && waits);
+                if let Some(member) = member
+                    && source(&member.handle) == Source::Host as usize
+                {
+                    note(member.cgroup, age(arrivals.since));
+                }
+            }
+        }
+        for (_, since) in entries(&live.started)? {
+            note(since.cgroup, age(since.at));
+        }
+        self.pending.clear();
+        for (cgroup, age) in pending {
+            let labels = match scope.resolve(cgroup) {
+                Resolution::Owner(owner) | Resolution::Pending(Some(owner)) => owner.labels,
+                Resolution::Host => Labels::default(),
+                Resolution::Pending(None) | Resolution::Unknown => Labels::only_pod(UNKNOWN),
+            };
+            let oldest = self.pending.entry(labels).or_default();
+            *oldest = oldest.max(age);
+        }
+        Ok(())
+    }
+
+    /// Books what ranks have counted, and clears the seats of those that have ended.
+    fn book_ranks(&mut self, live: &mut Live, scope: &Scope<'_>) -> anyhow::Result<()> {
+        let groups: HashMap<u64, Group> = entries(&live.groups)?.into_iter().collect();
+        let seats = entries(&live.seats)?;
+        let readings: Vec<Reading> = seats
+            .into_iter()
+            .map(|(seat, member)| {
+                let hash = groups.get(&seat.group).map_or(0, |group| group.hash);
+                Reading {
+                    seat,
+                    member,
+                    communicator: if hash == 0 { seat.group } else { hash },
+                    source: source(&member.handle),
+                }
+            })
+            .collect();
+        let resolve = |cgroup| scope.resolve(cgroup);
+        let owners = scope.pods.owners();
+        let ended = self
+            .ranks
+            .book(&owners, &readings, resolve, scope.retention, scope.now);
+        for seat in ended {
+            forget(&mut live.seats, &seat)?;
+        }
+        Ok(())
+    }
+}
+
+impl Signal for Nccl {
+    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<()> {
+        let shared = Arc::clone(&self.core);
+        let mut core = lock(&shared);
+        self.status = core.status.clone();
+        let Some(live) = &mut core.live else {
+            return Ok(());
+        };
+        scope.book(&mut self.ledger, &mut live.owners, |owner| owner.slots)?;
+        self.book_ranks(live, scope)?;
+        self.find_pending(live, scope)?;
+        self.lost = live.attached.lost()?;
+        let (_, label) = exporter_common::Loss::LABELS[exporter_common::Loss::Untimed as usize];
+        for (reason, count) in &mut self.lost {
+            if *reason == label {
+                *count += live.unpaired;
+            }
+        }
+        self.runs = live.attached.runs();
+        Ok(())
+    }
+
+    fn render(&self, families: &mut Families) {
+        if self.status.state != State::Absent {
+            render(self.ledger.accounts(), &self.ranks, &self.pending, families);
+        }
+    }
+
+    fn attribution(&self) -> Attribution {
+        self.ledger.attribution()
+    }
+
+    fn lost(&self) -> anyhow::Result<Vec<(&'static str, u64)>> {
+        Ok(self.lost.clone())
+    }
+
+    fn runs(&self) -> Vec<(String, Runs)> {
+        self.runs.clone()
+    }
+
+    fn status(&self) -> Option<Status> {
+        Some(self.status.clone())
+    }
+}
+
+/// How many calls, durations and initialisations there were.
+fn units(slots: &[u64; SLOTS]) -> u64 {
+    let calls = (0..OPERATIONS.len()).map(|i| (call_slots(i), CALL));
+    let durations = (0..COLLECTIVES).map(|i| (duration_slots(i), WAIT));
+    let inits = (0..PHASES.len()).map(|i| (init_slots(i), INIT));
+    let all = calls.chain(durations).chain(inits);
+    all.flat_map(|(first, shape)| &slots[first..first + shape.sum()])
+        .sum()
+}
+
+/// Renders accounts by slot, ranks, and ages of what is pending. Each appears with its first.
+pub fn render<'a>(
+    accounts: impl IntoIterator<Item = (Labels, &'a [u64; SLOTS])>,
+    ranks: &Ranks,
+    pending: &BTreeMap<Labels, f64>,
+    families: &mut Families,
+) {
+    for (owner, slots) in accounts {
+        let owner = [&*owner.namespace, &*owner.pod, &*owner.container];
+        let mut histogram =
+            |desc, labels: &[&str], first: usize, shape: exporter_common::histogram::Shape| {
+                let slots = &slots[first..first + shape.slots()];
+                if slots[..shape.sum()].iter().any(|count| *count > 0) {
+                    families.add_histogram(desc, &[&owner[..], labels].concat(), shape, slots);
+                }
+            };
+        for (index, phase) in PHASES.iter().enumerate() {
+            histogram(&INIT_SECONDS, &[phase], init_slots(index), INIT);
+        }
+        for (index, operation) in OPERATIONS.iter().enumerate() {
+            histogram(&ENQUEUE, &[operation], call_slots(index), CALL);
+        }
+        let [host, kernel] = SOURCES;
+        for (index, operation) in OPERATIONS[..COLLECTIVES].iter().enumerate() {
+            histogram(
+                &COLLECTIVE,
+                &[operation, kernel],
+                duration_slots(index),
+                WAIT,
+            );
+            let place = wait_slots(Source::Host as usize, index);
+            histogram(&ARRIVAL_WAIT, &[operation, host], place, WAIT);
+        }
+        for (index, operation) in OPERATIONS[..NUMBERED].iter().enumerate() {
+            let place = wait_slots(Source::Kernel as usize, index);
+            histogram(&ARRIVAL_WAIT, &[operation, kernel], place, WAIT);
+        }
+        if slots[GRAPH_SLOT] > 0 {
+            families.add(&GRAPHS, &owner, slots[GRAPH_SLOT] as f64);
+        }
+    }
+    ranks.each(|owner, communicator, rank, source, counts| {
+        let labels = [
+            &*owner.namespace,
+            &*owner.pod,
+            &*owner.container,
+            communicator,
+            rank,
+            source,
+        ];
+        let [wait, collectives, last, duration] = *counts;
+        families.add(&RANK_WAIT, &labels, wait as f64 / 1e9);
+        families.add(&RANK_COLLECTIVES, &labels, collectives as f64);
+        families.add(&RANK_LAST, &labels, last as f64);
+        if source == SOURCES[Source::Kernel as usize] {
+            families.add(&RANK_DURATION, &labels[..5], duration as f64 / 1e9);
+        }
+    });
+    for (owner, age) in pending {
+        let labels = [&*owner.namespace, &*owner.pod, &*owner.container];
+        families.add(&PENDING, &labels, *age);
+    }
+}

@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What of a library's functions is probed, by which program, and what is known of its version?
+
+use std::{collections::BTreeMap, fs::File};
+
+use anyhow::bail;
+use exporter_common::{ABSENT, nccl::Layout};
+use object::elf::EM_X86_64;
+
+use crate::library::{self, cheap};
+
+/// What is done at a function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Probes {
+    /// The program at its entry.
+    pub(super) entry: &'static str,
+    /// The program at its return.
+    pub(super) exit: Option<&'static str>,
+}
+
+const fn probes(entry: &'static str, exit: &'static str) -> Probes {
+    Probes {
+        entry,
+        exit: Some(exit),
+    }
+}
+
+const fn only(entry: &'static str) -> Probes {
+    Probes { entry, exit: None }
+}
+
+const RETURN: &str = "nccl_return";
+const INIT_RETURN: &str = "nccl_init_return";
+const PHASE_RETURN: &str = "nccl_phase_return";
+
+/// What libnccl exports. Not ncclBcast, which calls ncclBroadcast.
+#[rustfmt::skip] // one function a line
+const API: &[(&str, Probes)] = &[
+    ("ncclAllReduce", probes("nccl_all_reduce", RETURN)),
+    ("ncclReduceScatter", probes("nccl_reduce_scatter", RETURN)),
+    ("ncclAllGather", probes("nccl_all_gather", RETURN)),
+    ("ncclBroadcast", probes("nccl_broadcast", RETURN)),
+    ("ncclReduce", probes("nccl_reduce", RETURN)),
+    ("ncclAlltoAll", probes("nccl_all_to_all", RETURN)),
+    ("ncclGather", probes("nccl_gather", RETURN)),
+    ("ncclScatter", probes("nccl_scatter", RETURN)),
+    ("ncclSend", probes("nccl_send", RETURN)),
+    ("ncclRecv", probes("nccl_recv", RETURN)),
+    ("ncclCommInitRank", probes("nccl_init", INIT_RETURN)),
+    ("ncclCommInitRankConfig", probes("nccl_init", INIT_RETURN)),
+    ("ncclCommInitRankScalable", probes("nccl_init_scalable", INIT_RETURN)),
+    ("ncclCommInitAll", probes("nccl_init_all", "nccl_init_all_return")),
+    ("ncclCommSplit", probes("nccl_split", INIT_RETURN)),
+    ("ncclCommShrink", probes("nccl_shrink", INIT_RETURN)),
+    ("ncclCommDestroy", only("nccl_end")),
+    ("ncclCommAbort", only("nccl_end")),
+];
+
+/// Functions that make a communicator, for libraries without symbols of what is inside of them.
+const INITS: &[&str] = &[
+    "ncclCommInitRank",
+    "ncclCommInitRankConfig",
+    "ncclCommInitRankScalable",
+    "ncclCommSplit",
+    "ncclCommShrink",
+];
+
+/// What is inside, by the beginnings of C++'s names of it. The whole comes first.
+const TOTAL: (&str, Probes) = ("ncclCommInitRankFunc", probes("nccl_total", PHASE_RETURN));
+const PHASES: &[(&str, Probes)] = &[
+    TOTAL,
+    ("bootstrapInit", probes("nccl_rendezvous", PHASE_RETURN)),
+    ("bootstrapSplit", probes("nccl_rendezvous", PHASE_RETURN)),
+    ("commAlloc", probes("nccl_allocate", PHASE_RETURN)),
+    (
+        "initTransportsRank",
+        probes("nccl_transports", PHASE_RETURN),
+    ),
+];
+
+/// What the profiler plugin exports.
+const PLUGIN: &[(&str, Probes)] = &[
+    ("chandra_nccl_opened", only("plugin_opened")),
+    ("chandra_nccl_started", only("plugin_started")),
+    ("chandra_nccl_finished", only("plugin_finished")),
+    ("chandra_nccl_closed", only("plugin_closed")),
+];
+
+/// What libcuda exports.
+const GRAPHS: &[(&str, Probes)] = &[
+    ("cuGraphLaunch", only("nccl_graph")),
+    ("cuGraphLaunch_ptsz", only("nccl_graph")),
+];
+
+/// Every program, for the object.
+pub(super) fn programs() -> impl Iterator<Item = (&'static str, bool)> {
+    let all = [API, PHASES, PLUGIN, GRAPHS].into_iter().flatten();
+    let mut seen = Vec::new();
+    let programs = all.flat_map(|(_, probes)| {
+        let exit = probes.exit.map(|exit| (exit, true));
+        [(probes.entry, false)].into_iter().chain(exit)
+    });
+    programs.filter(move |program| {
+        let new = !seen.contains(program);
+        seen.push(*program);
+        new
+    })
+}
+
+/// A place in a file, and what is done there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Site {
+    /// The function, as people know it.
+    pub(super) name: &'static str,
+    pub(super) probes: Probes,
+    /// Where it is probed.
+    pub(super) place: u64,
+}
+
+/// What a file is to NCCL.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// NCCL, or something that has it linked in.
+    Nccl,
+    /// The profiler plugin.
+    Plugin,
+    /// CUDA's driver.
+    Cuda,
+}
+
+/// A file that is probed.
+#[derive(Clone, Debug)]
+pub(super) struct Sites {
+    pub(super) kind: Kind,
+    pub(super) sites: Vec<Site>,
+    pub(super) version: Option<Version>,
+    pub(super) build_id: Option<String>,
+}
+
+impl Sites {
+    /// Finds what there is to probe in a file. `None` if it has nothing to do with NCCL.
+    ///
+    /// # Errors
+    /// When it cannot be read as an ELF file.
+    pub(super) fn of(file: &File) -> anyhow::Result<Option<Self>> {
+        let contents = library::contents(file, known)?;
+        let mut places: BTreeMap<u64, Site> = BTreeMap::new();
+        for function in contents.functions {
+            let (name, probes) = function.what;
+            // Where nothing is cheap the beginning will do: these are not called a million times a second.
+            let skipped = match contents.machine {
+                EM_X86_64 => cheap(&function.code).unwrap_or_default(),
+                _ => 0,
+            };
+            places.entry(function.at).or_insert(Site {
+                name,
+                probes,
+                place: function.at + skipped,
+            });
+        }
+        let mut sites: Vec<_> = places.into_values().collect();
+        let has = |sites: &[Site], name: &str| sites.iter().any(|site| site.name == name);
+        let kind = if has(&sites, "ncclAllReduce") || has(&sites, "ncclCommInitRank") {
+            Kind::Nccl
+        } else if has(&sites, "chandra_nccl_finished") {
+            Kind::Plugin
+        } else if has(&sites, "cuGraphLaunch") {
+            Kind::Cuda
+        } else {
+            return Ok(None);
+        };
+        if kind == Kind::Nccl && !has(&sites, TOTAL.0) {
+            let inits = sites.iter().filter(|site| INITS.contains(&site.name));
+            let totals: Vec<_> = inits
+                .map(|site| Site {
+                    probes: TOTAL.1,
+                    ..site.clone()
+                })
+                .collect();
+            sites.extend(totals);
+        }
+        let version = match kind {
+            Kind::Nccl => Version::of(file)?,
+            _ => None,
+        };
+        Ok(Some(Self {
+            kind,
+            sites,
+            version,
+            build_id: contents.build_id,
+        }))
+    }
+
+    /// What is known of the communicators that it makes.
+    pub(super) fn layout(&self) -> Layout {
+        self.version.map_or(UNKNOWN, Version::layout)
+    }
+}
+
+/// Which function has this name.
+fn known(name: &[u8]) -> Option<(&'static str, Probes)> {
+    let exact = [API, PLUGIN, GRAPHS].into_iter().flatten();
+    let mut exact = exact.filter(|(known, _)| known.as_bytes() == name);
+    if let Some(found) = exact.next() {
+        return Some(*found);
+    }
+    // _Z13bootstrapInit…, and _ZL9commAlloc… where it is static. What follows are arguments, and for a copy that the compiler has
+    // specialised .isra or .constprop; .cold is a part of it.
+    let rest = name.strip_prefix(b"_Z")?;
+    let rest = rest.strip_prefix(b"L").unwrap_or(rest);
+    let digits = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    let length: usize = std::str::from_utf8(&rest[..digits]).ok()?.parse().ok()?;
+    let plain = rest.get(digits..digits.checked_add(length)?)?;
+    if memchr::memmem::find(name, b".cold").is_some() {
+        return None;
+    }
+    let mut phases = PHASES.iter();
+    phases.find(|(known, _)| known.as_bytes() == plain).copied()
+}
+
+/// A version of NCCL.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Version(pub(super) u32, pub(super) u32, pub(super) u32);
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}.{}", self.0, self.1, self.2)
+    }
+}
+
+/// Nothing is known.
+const UNKNOWN: Layout = Layout {
+    hash: ABSENT,
+    rank: ABSENT,
+    ranks: ABSENT,
+    sequence: ABSENT,
+};
+
+/// `commHash`, `rank`, `nRanks` and `seqNumber` of `struct ncclComm`, from the debug information of the packages nvidia-nccl-cu12.
+#[rustfmt::skip] // a table
+const LAYOUTS: &[(Version, [u32; 4])] = &[
+    (Version(2, 21, 5), [13528, 13536, 13540, ABSENT]),
+    (Version(2, 23, 4), [246944, 246952, 246956, 252568]),
+    (Version(2, 24, 3), [246944, 246952, 246956, 252536]),
+    (Version(2, 26, 2), [492720, 492728, 492732, 501008]),
+    (Version(2, 27, 5), [1066160, 1066168, 1066172, 1074512]),
+    (Version(2, 28, 9), [1066184, 1066192, 1066196, 1075728]),
+    (Version(2, 29, 7), [1181392, 1181400, 1181404, 1191544]),
+    (Version(2, 30, 7), [1181416, 1181424, 1181428, 1191576]),
+    (Version(2, 32, 3), [1181408, 1181416, 1181420, 1193800]),
+];
+
+impl Version {
+    /// What the library says of itself: `NCCL version 2.27.5+cuda12.9`.
+    fn of(file: &File) -> anyhow::Result<Option<Self>> {
+        let is_part = |byte: u8| byte.is_ascii_digit() || byte == b'.';
+        let text = library::text_after(file, b"NCCL version ", is_part)?;
+        let Some(text) = text else {
+            return Ok(None);
+        };
+        let numbers: Result<Vec<u32>, _> = text.split('.').map(str::parse).collect();
+        match numbers.as_deref() {
+            Ok([major, minor, patch]) => Ok(Some(Self(*major, *minor, *patch))),
+            _ => bail!("it calls itself NCCL version {text:?}"),
+        }
+    }
+
+    fn layout(self) -> Layout {
+        let known = LAYOUTS.iter().find(|(version, _)| *version == self);
+        known.map_or(UNKNOWN, |(_, [hash, rank, ranks, sequence])| Layout {
+            hash: *hash,
+            rank: *rank,
+            ranks: *ranks,
+            sequence: *sequence,
+        })
+    }
+
+    /// Whether communicators that were there before the exporter can be followed.
+    pub(super) fn is_known(self) -> bool {
+        self.layout().sequence != ABSENT
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn functions_are_known_by_their_names_and_by_the_names_of_cpp() {
+        let program = |name: &str| known(name.as_bytes()).map(|(_, probes)| probes.entry);
+        for (name, expected) in [
+            ("ncclAllReduce", Some("nccl_all_reduce")),
+            ("pncclAllReduce", None),
+            ("ncclBcast", None),
+            ("ncclAllReduce_", None),
+            ("chandra_nccl_started", Some("plugin_started")),
+            ("cuGraphLaunch_ptsz", Some("nccl_graph")),
+            (
+                "_Z20ncclCommInitRankFuncP12ncclAsyncJob",
+                Some("nccl_total"),
+            ),
+            ("_ZL9commAllocP8ncclCommS0_ii", Some("nccl_allocate")),
+            ("_ZL9commAllocP8ncclCommS0_ii.isra.0", Some("nccl_allocate")),
+            ("_ZL9commAllocP8ncclCommS0_ii.cold", None),
+            ("_Z13bootstrapInitiPvP8ncclComm", Some("nccl_rendezvous")),
+            (
+                "_Z14bootstrapSplitmP8ncclCommS0_iiPi",
+                Some("nccl_rendezvous"),
+            ),
+            ("_ZL18initTransportsRankP8ncclComm", Some("nccl_transports")),
+            ("_Z99commAlloc", None),
+            ("_Z18446744073709551615commAlloc", None),
+            ("_Zcomm", None),
+            ("", None),
+        ] {
+            assert_eq!(program(name), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn versions_are_told_apart() {
+        assert!(Version(2, 27, 5).is_known());
+        assert!(!Version(2, 21, 5).is_known());
+        assert!(!Version(2, 27, 6).is_known());
+        assert_eq!(Version(2, 99, 1).layout(), UNKNOWN);
+        assert_eq!(Version(2, 27, 5).to_string(), "2.27.5");
+    }
+
+    #[test]
+    fn each_program_is_named_once() {
+        let all: Vec<_> = programs().collect();
+        let unique: std::collections::BTreeSet<_> = all.iter().collect();
+        assert_eq!(unique.len(), all.len());
+        assert!(all.contains(&("nccl_phase_return", true)), "{all:?}");
+    }
+}
