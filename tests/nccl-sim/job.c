@@ -21,8 +21,8 @@
 //   --straggler R --delay-us D              this rank sleeps longer before each step
 //   --random-us R --seed S                  each rank sleeps up to that long before each step
 //   --sync-every S        steps between waits for the streams (1)
-//   --drop R --drop-at K --drop-how stop|exit|abort   this rank leaves at its K-th step: sleeps for ever, or exits, or, with abort,
-//                         sleeps while a watchdog of each rank aborts its communicators after --abort-after-ms (1000); the job
+//   --drop R --drop-at K --drop-how stop|exit|abort   this rank leaves after K collectives of each communicator: it sleeps for
+//                         ever, or exits, or, with abort, sleeps while a watchdog of each rank aborts its communicators after --abort-after-ms (1000); the job
 //                         says `left` once a rank has left, also where it was killed from outside
 //   --end destroy|abort|exit                what the ranks do with their communicators at the end (destroy)
 //   --hold SECONDS        how long they live on before; where a rank has left, how long the rest hangs (1)
@@ -124,6 +124,7 @@ struct rank_state {
   _Atomic int state;
   _Atomic uint64_t step;
   int pid, tid, slots;
+  bool left;
   _Atomic uint64_t errors;
   struct slot slot[SLOTS];
 };
@@ -199,19 +200,22 @@ static void make(struct rank *rank, int m) {
     how = options.blocking ? options.init : "config";
   } else if (options.communicators >= 3 && m == 1) {
     result = nccl.CommSplit(rank->comm[0], number % 2, ranks - number, &comm, options.blocking ? NULL : &config);
-    return made(rank, m, polled(result, rank->comm[0]), comm, since);
+    result = polled(result, rank->comm[0]);  // until then a child is NULL
+    return made(rank, m, result, comm, since);
   } else if (options.communicators >= 3 && m == 2) {
     return;  // the other half of that split
   } else if (m == 4) {
     how = "scalable";
   } else if (m == 5) {
     result = nccl.CommSplit(rank->comm[0], number < (ranks + 1) / 2 ? 7 : -1, number, &comm, NULL);
-    return made(rank, m, polled(result, rank->comm[0]), comm, since);
+    result = polled(result, rank->comm[0]);  // until then a child is NULL
+    return made(rank, m, result, comm, since);
   } else if (m == 6) {
     int last = ranks - 1;
     if (number == last || ranks == 1) return;
     result = nccl.CommShrink(rank->comm[0], &last, 1, &comm, NULL, 0);
-    return made(rank, m, polled(result, rank->comm[0]), comm, since);
+    result = polled(result, rank->comm[0]);  // until then a child is NULL
+    return made(rank, m, result, comm, since);
   }
   if (!strcmp(how, "all")) {
     if (number == 0) {
@@ -235,7 +239,8 @@ static void make(struct rank *rank, int m) {
   } else {
     result = nccl.CommInitRank(&comm, ranks, shared->ids[m][0], number);
   }
-  made(rank, m, polled(result, comm), comm, since);
+  result = polled(result, comm);
+  made(rank, m, result, comm, since);
 }
 
 static uint64_t next_random(struct rank *rank) {
@@ -306,8 +311,9 @@ static bool some_collective(void) {
 // How many collectives of each communicator step number `step` has: the same in all ranks.
 static uint64_t of_step(uint64_t step, uint64_t done) {
   uint64_t count = options.groups && step % 5 == 4 ? 2 + step % 2 : 1;
-  uint64_t left = options.collectives - done;
-  return options.forever || count < left ? count : left;
+  uint64_t left = options.forever ? ~0ull : options.collectives - done;
+  if (options.drop >= 0 && done < options.drop_at && options.drop_at - done < left) left = options.drop_at - done;
+  return count < left ? count : left;
 }
 
 // One step. False once a communicator has been aborted.
@@ -404,7 +410,8 @@ static void *run(void *argument) {
       if (atomic_load(&shared->leave)) break;
     }
     if (!options.forever && done >= options.collectives) break;
-    if (number == options.drop && i == options.drop_at) {
+    if (number == options.drop && done >= options.drop_at) {
+      state->left = true;
       atomic_store(&state->state, DROPPED);
       if (!strcmp(options.drop_how, "exit")) {
         if (options.threads) pthread_exit(NULL);
@@ -464,7 +471,7 @@ static void child(int first, int count) {
 // The first process.
 
 struct communicator {
-  uint64_t hash, collected, mismatched, skew, longest, hung;
+  uint64_t hash, collected, mismatched, skew, longest;
   struct sim_segment *segment;
   struct {
     struct {
@@ -590,7 +597,7 @@ static void print_truth(void) {
   uint64_t errors = 0, left = 0;
   for (int rank = 0; rank < options.ranks; rank++) {
     errors += shared->rank[rank].errors;
-    left += shared->rank[rank].state == DROPPED || shared->rank[rank].state == DEAD;
+    left += shared->rank[rank].left || shared->rank[rank].state == DEAD;
   }
   printf("{\"type\":\"job\",\"version\":%d,\"ranks\":%d,\"communicators\":%d,\"ranks_left\":%lu,\"errors\":%lu,\"bounds\":[",
          shared->version, options.ranks, count_of_communicators, left, errors);

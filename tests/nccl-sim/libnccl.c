@@ -147,16 +147,25 @@ static long from_environment(const char *name, long otherwise) {
   return value && *value ? atol(value) : otherwise;
 }
 
-static int version(void) { return from_environment("SIM_NCCL_VERSION", SIM_VERSION); }
+// What the environment says when the library is loaded.
+static struct {
+  int version;
+  long transfer, alloc, transports, enqueue;
+  const struct row *row;
+} settings;
 
-static const struct row *row(void) {
-  int number = version();
+__attribute__((constructor)) static void set(void) {
+  settings.version = from_environment("SIM_NCCL_VERSION", SIM_VERSION);
+  settings.transfer = from_environment("SIM_TRANSFER_US", 200);
+  settings.alloc = from_environment("SIM_ALLOC_US", 2000);
+  settings.transports = from_environment("SIM_TRANSPORT_US", 5000);
+  settings.enqueue = from_environment("SIM_ENQUEUE_US", 0);
+  settings.row = &unknown;
   for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
-    if (rows[i].version == number) return &rows[i];
-  return &unknown;
+    if (rows[i].version == settings.version) settings.row = &rows[i];
 }
 
-static bool has_magic(void) { return version() >= 22100; }
+static bool has_magic(void) { return settings.version >= 22100; }
 
 static struct own *of(ncclComm_t comm) { return (struct own *)((char *)comm + COMM_OWN); }
 
@@ -203,7 +212,6 @@ static int gate(struct own *own) {
 static void *gpu(void *argument) {
   struct own *own = argument;
   struct sim_segment *segment = own->segment;
-  long transfer = from_environment("SIM_TRANSFER_US", 200);
   uint32_t collectives = 0;
   for (;;) {
     pthread_mutex_lock(&own->lock);
@@ -224,7 +232,7 @@ static void *gpu(void *argument) {
         futex_wait(&segment->ready, now);
       }
     }
-    sim_sleep(transfer);
+    sim_sleep(settings.transfer);
     pthread_mutex_lock(&own->lock);
     own->done++;
     pthread_cond_broadcast(&own->changed);
@@ -292,7 +300,7 @@ int comm_alloc(ncclComm_t comm, ncclComm_t parent, int ranks, int rank) {
   put(comm, own->row->rank, rank);
   put(comm, own->row->ranks, ranks);
   put(comm, own->row->device, own->device);
-  sim_sleep(from_environment("SIM_ALLOC_US", 2000));
+  sim_sleep(settings.alloc);
   return SUCCESS;
 }
 
@@ -307,7 +315,7 @@ int transports(ncclComm_t comm, ncclComm_t parent, uint64_t *timers) {
   }
   put(comm, own->row->local_rank, own->me->local_rank = local_rank);
   put(comm, own->row->local_ranks, own->me->local_ranks = local_ranks);
-  sim_sleep(from_environment("SIM_TRANSPORT_US", 5000));
+  sim_sleep(settings.transports);
   return SUCCESS;
 }
 
@@ -433,7 +441,7 @@ static ncclComm_t new_comm(int blocking) {
   if (!comm) return NULL;
   if (has_magic()) *(uint64_t *)comm = MAGIC;
   struct own *own = of(comm);
-  own->row = row();
+  own->row = settings.row;
   own->device = device;
   own->blocking = blocking;
   own->state = IN_PROGRESS;
@@ -460,7 +468,7 @@ static int blocks(const ncclConfig_t *config, int otherwise) {
 
 API(ncclGetVersion, int *number) {
   if (!number) return INVALID_ARGUMENT;
-  *number = version();
+  *number = settings.version;
   return SUCCESS;
 }
 
@@ -653,7 +661,7 @@ int enqueue_check(struct ncclInfo *info) {
     atomic_store(&segment->arrival[sim_cell(n, own->rank)], info->arrival);
     atomic_store(&me->arrivals, n + 1);
   }
-  sim_sleep(from_environment("SIM_ENQUEUE_US", 0));
+  sim_sleep(settings.enqueue);
   if (!depth) return launch(comm, info->coll);
   if (pending_count == pending_room) pending = realloc(pending, (pending_room += 64) * sizeof *pending);
   pending[pending_count++] = (struct pending){comm, info->coll};
