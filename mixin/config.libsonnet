@@ -31,7 +31,7 @@
     image: 'ghcr.io/chandra-exporter/chandra:0.1.0',
     port: 9970,
     // Signals that cannot work in a sidecar, which has no hostPID.
-    sidecarDisable: ['gpu'],
+    sidecarDisable: ['gpu', 'nccl'],
 
     // Dashboards: the datasource variable's first choice, tags, how old the view is and how often it is renewed.
     grafana: { datasource: 'default', tags: ['chandra', 'chandra-mixin'], from: 'now-1h', refresh: '30s' },

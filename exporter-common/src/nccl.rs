@@ -100,24 +100,24 @@ pub enum Phase {
     Total = 3,
 }
 
-/// How long a call takes on the host: 4 µs to 4.2 s, by factors of four.
+/// How long a call takes on the host: 32 µs to 131 ms, by factors of sixteen.
 pub const CALL: Shape = Shape {
-    first: 4_000,
-    bounds: 11,
-    step: 2,
+    first: 32_000,
+    bounds: 4,
+    step: 4,
 };
 
-/// How long a rank waits for the last one, or a collective takes: 4 µs to 17 s, by factors of four.
+/// How long a rank waits for the last one, or a collective takes: 16 µs to 262 ms, by factors of four.
 pub const WAIT: Shape = Shape {
-    first: 4_000,
-    bounds: 12,
+    first: 16_000,
+    bounds: 8,
     step: 2,
 };
 
-/// How long an initialisation takes: 3.9 ms to 1024 s, by factors of four, 64 s among them.
+/// How long an initialisation takes: 250 ms to 256 s, by factors of four, 64 s among them.
 pub const INIT: Shape = Shape {
-    first: 3_906_250,
-    bounds: 10,
+    first: 250_000_000,
+    bounds: 6,
     step: 2,
 };
 

@@ -10,17 +10,21 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use chandra::{
     args::Args,
     families::{Desc, Families, Kind, POD},
     kernel::{Hierarchy, Kernel},
-    pods::{Labels, Pods},
+    pods::{Labels, Owner, Pods, Resolution},
     scrape::{self, Exporter, VERSION},
     server::Site,
-    signals::{Options, SIGNALS, encryption, gpu, rdma, tcp},
+    signals::{
+        Options, SIGNALS, encryption, gpu, nccl,
+        nccl::ranks::{Ranks, Reading},
+        rdma, tcp,
+    },
 };
 use clap::Parser;
 
@@ -29,10 +33,11 @@ use common::skip;
 type Make = fn() -> String;
 
 /// The committed pages, by name, and what makes each.
-const PAGES: [(&str, Make); 5] = [
+const PAGES: [(&str, Make); 6] = [
     ("gpu", gpu_page),
     ("encryption", encryption_page),
     ("exporter", exporter_page),
+    ("nccl", nccl_page),
     ("rdma", rdma_page),
     ("tcp", tcp_page),
 ];
@@ -147,6 +152,62 @@ fn gpu_page() -> String {
     let accounts = [(Labels::default(), some), (pod("vllm-0"), all)];
     let borrowed = accounts.iter().map(|(labels, n)| (labels.clone(), n));
     gpu::calls::render(borrowed, &mut families);
+    encode(families)
+}
+
+fn nccl_page() -> String {
+    let pod = Labels {
+        namespace: "training".into(),
+        pod: "worker-0".into(),
+        container: "main".into(),
+    };
+    // Every slot its own number; the host has launched a graph.
+    let all = std::array::from_fn(|slot| slot as u64 + 1);
+    let mut some = [0; exporter_common::nccl::SLOTS];
+    some[exporter_common::nccl::GRAPH_SLOT] = 7;
+    let accounts = [(Labels::default(), some), (pod.clone(), all)];
+    // Beyond 32 communicators they are `other`; of the plugin one, of a rank that is not known one.
+    let reading = |communicator: u64, rank: u64, source: usize| {
+        let handle = exporter_common::nccl::Communicator {
+            process: (source as u64) << 32,
+            address: communicator,
+        };
+        let seat = exporter_common::nccl::Seat {
+            group: communicator,
+            index: source as u64,
+        };
+        let member = exporter_common::nccl::Member {
+            cgroup: 1,
+            handle,
+            rank,
+            wait: 1_000_000 * (40 - communicator),
+            collectives: 100 + communicator,
+            last: communicator,
+            duration: 2_000_000_000 * source as u64,
+            ended: 0,
+        };
+        Reading {
+            seat,
+            member,
+            communicator,
+            source,
+        }
+    };
+    let mut readings: Vec<_> = (0..34).map(|number| reading(number, 5, 0)).collect();
+    readings.push(reading(0, 5, 1));
+    readings.push(reading(1, exporter_common::nccl::NO_RANK, 1));
+    let owner = Owner {
+        labels: pod.clone(),
+        uid: "uid".into(),
+    };
+    let mut ranks = Ranks::new(10);
+    let resolve = |_| Resolution::Owner(owner.clone());
+    let (retention, now) = (Duration::from_secs(300), Instant::now());
+    ranks.book(&[owner.clone()].into(), &readings, resolve, retention, now);
+    let pending = [(Labels::default(), 0.0), (pod, 121.5)];
+    let mut families = Families::default();
+    let borrowed = accounts.iter().map(|(labels, n)| (labels.clone(), n));
+    nccl::render(borrowed, &ranks, &pending.into(), &mut families);
     encode(families)
 }
 

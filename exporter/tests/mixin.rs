@@ -22,59 +22,6 @@ use promql_parser::{
 };
 use serde_json::Value;
 
-/// Metrics of signals whose exporter half is not there yet: name, kind, pod labels or not, labels beside them.
-/// Empty when the last signal lands.
-const PENDING: &[(&str, Kind, bool, &[&str])] = &[
-    (
-        "chandra_nccl_init_seconds",
-        Kind::Histogram,
-        true,
-        &["phase"],
-    ),
-    (
-        "chandra_nccl_enqueue_seconds",
-        Kind::Histogram,
-        true,
-        &["operation"],
-    ),
-    (
-        "chandra_nccl_arrival_wait_seconds",
-        Kind::Histogram,
-        true,
-        &["operation", "source"],
-    ),
-    (
-        "chandra_nccl_rank_wait_seconds_total",
-        Kind::Counter,
-        true,
-        &["communicator", "rank", "source"],
-    ),
-    (
-        "chandra_nccl_rank_collectives_total",
-        Kind::Counter,
-        true,
-        &["communicator", "rank", "source"],
-    ),
-    (
-        "chandra_nccl_rank_last_arrivals_total",
-        Kind::Counter,
-        true,
-        &["communicator", "rank", "source"],
-    ),
-    (
-        "chandra_nccl_collective_seconds",
-        Kind::Histogram,
-        true,
-        &["operation", "source"],
-    ),
-    (
-        "chandra_nccl_oldest_pending_seconds",
-        Kind::Gauge,
-        true,
-        &[],
-    ),
-];
-
 /// Metrics of others, with the labels that they have when helm-values/cilium.yaml is applied.
 ///
 /// Hubble: pkg/hubble/metrics in Cilium 1.19. Agent: pkg/metrics. `cilium_ipsec_xfrm_error` is a gauge that mirrors a
@@ -220,9 +167,6 @@ fn catalogue() -> Catalogue {
             desc.labels,
             values.collect(),
         );
-    }
-    for (name, kind, per_pod, labels) in PENDING {
-        add(name, *kind, *per_pod, labels, BTreeMap::new());
     }
     for (name, kind, labels) in OTHERS {
         let values = match *name {
@@ -646,25 +590,9 @@ fn everything_that_is_read_is_exported_with_its_labels() {
         "recorded, and read by nothing: {unread:?}"
     );
     let others = OTHERS.iter().map(|(name, ..)| *name);
-    for name in others.chain(PENDING.iter().map(|(name, ..)| *name)) {
+    for name in others {
         let read = checked.read.iter().any(|read| read.starts_with(name));
         assert!(read, "{name} is listed, and read by nothing");
-    }
-}
-
-#[test]
-fn what_is_pending_is_not_exported_yet() {
-    let exported: BTreeSet<_> = descs().map(|desc| desc.name).collect();
-    for (name, ..) in PENDING {
-        assert!(
-            !exported.contains(name),
-            "{name} is exported: take it off the list"
-        );
-        let signal = name.split('_').nth(1).expect("chandra_<signal>");
-        assert!(
-            SIGNALS.iter().all(|entry| entry.name != signal),
-            "{signal} has landed without {name}"
-        );
     }
 }
 

@@ -89,7 +89,7 @@ static INIT_SECONDS: Desc = Desc {
 static ENQUEUE: Desc = Desc {
     name: "chandra_nccl_enqueue_seconds",
     kind: Kind::Histogram,
-    help: "Seconds that calls of NCCL took on the host. This is not how long the collective took.",
+    help: "Seconds that calls of NCCL took on the host, which is not how long the collective took.",
     per_pod: true,
     labels: &["operation"],
     values: &[("operation", &OPERATIONS)],
@@ -114,7 +114,7 @@ static RANK_WAIT: Desc = Desc {
     per_pod: true,
     labels: &["communicator", "rank", "source"],
     values: &[("source", &SOURCES)],
-    source: "as chandra_nccl_arrival_wait_seconds; communicator is NCCL's commHash, the same on all nodes; the 32 communicators of a container \
+    source: "as the histogram of waits; communicator is NCCL's commHash, the same on all nodes; the 32 communicators of a container \
              with most wait, the rest is other",
 };
 
@@ -125,7 +125,7 @@ static RANK_COLLECTIVES: Desc = Desc {
     per_pod: true,
     labels: &["communicator", "rank", "source"],
     values: &[("source", &SOURCES)],
-    source: "as chandra_nccl_rank_wait_seconds_total",
+    source: "as the waits of ranks",
 };
 
 static RANK_LAST: Desc = Desc {
@@ -135,7 +135,7 @@ static RANK_LAST: Desc = Desc {
     per_pod: true,
     labels: &["communicator", "rank", "source"],
     values: &[("source", &SOURCES)],
-    source: "as chandra_nccl_rank_wait_seconds_total",
+    source: "as the waits of ranks",
 };
 
 static RANK_DURATION: Desc = Desc {

@@ -80,10 +80,10 @@ const PHASES: &[(&str, Probes)] = &[
 
 /// What the profiler plugin exports.
 const PLUGIN: &[(&str, Probes)] = &[
-    ("chandra_nccl_opened", only("plugin_opened")),
-    ("chandra_nccl_started", only("plugin_started")),
-    ("chandra_nccl_finished", only("plugin_finished")),
-    ("chandra_nccl_closed", only("plugin_closed")),
+    ("nccl_profiler_opened", only("plugin_opened")),
+    ("nccl_profiler_started", only("plugin_started")),
+    ("nccl_profiler_finished", only("plugin_finished")),
+    ("nccl_profiler_closed", only("plugin_closed")),
 ];
 
 /// What libcuda exports.
@@ -162,7 +162,7 @@ impl Sites {
         let has = |sites: &[Site], name: &str| sites.iter().any(|site| site.name == name);
         let kind = if has(&sites, "ncclAllReduce") || has(&sites, "ncclCommInitRank") {
             Kind::Nccl
-        } else if has(&sites, "chandra_nccl_finished") {
+        } else if has(&sites, "nccl_profiler_finished") {
             Kind::Plugin
         } else if has(&sites, "cuGraphLaunch") {
             Kind::Cuda
@@ -293,7 +293,7 @@ mod tests {
             ("pncclAllReduce", None),
             ("ncclBcast", None),
             ("ncclAllReduce_", None),
-            ("chandra_nccl_started", Some("plugin_started")),
+            ("nccl_profiler_started", Some("plugin_started")),
             ("cuGraphLaunch_ptsz", Some("nccl_graph")),
             (
                 "_Z20ncclCommInitRankFuncP12ncclAsyncJob",
