@@ -195,11 +195,12 @@ pub struct Handle {
     pub group: u64,
     /// Its seat there.
     pub seat: u64,
-    /// Bits: [`LATE`], [`LEARNT`].
+    /// Bits: [`LATE`], [`LEARNT`], [`ANCHORED`].
     pub state: u64,
     /// Communicators that were split from it.
     pub children: u64,
-    /// Collectives that it was called for, by [`Operation`].
+    /// The number of its next collective, by [`Operation`]. Those of the first [`NUMBERED`] are counted, as NCCL does; of the others
+    /// it is how many of the first there were, and in the low 16 bits how many of its own since the last of these.
     pub made: [u64; COLLECTIVES],
 }
 
@@ -208,6 +209,9 @@ pub const LATE: u64 = 1;
 
 /// Of a communicator that has been asked for its number and its rank, or cannot be.
 pub const LEARNT: u64 = 2;
+
+/// Of a late communicator of which a collective with a number has been seen since.
+pub const ANCHORED: u64 = 4;
 
 /// The value of the map `GROUPS`, whose key is a number that all ranks of a communicator agree on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

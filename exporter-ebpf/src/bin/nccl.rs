@@ -22,11 +22,11 @@ use aya_ebpf::{
 };
 use exporter_common::{
     nccl::{
-        Arrivals, Begun, CALL, CLAIMS, COLLECTIVES, COMMUNICATORS, Communicator, Frame, GRAPH_SLOT,
-        GROUP_SEATS, GROUPS, Group, Handle, IN_PROGRESS, INIT, LATE, LEARNT, Layout, MAGIC, Member,
-        NO_RANK, NUMBERED, OWNERS, Operation, Owner, PAIRS, PROCESSES, Pair, Phase, SLOTS, STARTED,
-        Seat, Since, Source, Started, TOGETHER, WAIT, call_slots, duration_slots, init_slots,
-        wait_slots,
+        ANCHORED, Arrivals, Begun, CALL, CLAIMS, COLLECTIVES, COMMUNICATORS, Communicator, Frame,
+        GRAPH_SLOT, GROUP_SEATS, GROUPS, Group, Handle, IN_PROGRESS, INIT, LATE, LEARNT, Layout,
+        MAGIC, Member, NO_RANK, NUMBERED, OWNERS, Operation, Owner, PAIRS, PROCESSES, Pair, Phase,
+        SLOTS, STARTED, Seat, Since, Source, Started, TOGETHER, WAIT, call_slots, duration_slots,
+        init_slots, wait_slots,
     },
     nccl_profiler::{FINE, Told},
 };
@@ -451,17 +451,30 @@ fn collective(operation: Operation, address: u64, at: u64) -> Result<(), Loss> {
             learn(&name, known)?;
         }
         if (*known).state & LATE != 0 {
-            if index >= NUMBERED {
-                return Ok(());
-            }
             let Some(layout) = LAYOUTS.get_ptr(&(process() as u32)) else {
                 return Ok(());
             };
-            // It grows at the end of a group: within one ours is ahead.
-            let place = u64::from((*layout).sequence) + 8 * index as u64;
-            let made: u64 = read_user(address + place)?;
-            if made > (*known).made[index] {
-                (*known).made[index] = made;
+            // They grow at the end of a group: within one ours are ahead.
+            let place = address + u64::from((*layout).sequence);
+            // Where the page is away for a moment, ours are right: this is for what was not seen.
+            if let Ok(made) = read_user::<[u64; NUMBERED]>(place) {
+                for (known, made) in (*known).made.iter_mut().zip(made) {
+                    if made > *known {
+                        *known = made;
+                    }
+                }
+            }
+            if index < NUMBERED {
+                (*known).state |= ANCHORED;
+            } else if (*known).state & ANCHORED == 0 {
+                return Err(Loss::Unreadable);
+            }
+        }
+        if index >= NUMBERED {
+            let numbered: u64 = (&(*known).made)[..NUMBERED].iter().sum();
+            let least = numbered << 16;
+            if (*known).made[index] < least {
+                (*known).made[index] = least;
             }
         }
         let pair = Pair {
@@ -641,8 +654,14 @@ fn hash(id: u64) -> Result<u64, Loss> {
     for word in 0..UNIQUE_ID as u64 / 8 {
         let bytes: u64 = read_user(id + 8 * word)?;
         for byte in 0..8 {
-            let byte = (bytes >> (8 * byte)) as i8;
-            hash = (hash << 5).wrapping_add(hash) ^ byte as i64 as u64;
+            let byte = bytes >> (8 * byte);
+            // A `char` has a sign on x86-64 and none on arm64.
+            let byte = if is_arm64() {
+                byte & 0xff
+            } else {
+                byte as i8 as i64 as u64
+            };
+            hash = (hash << 5).wrapping_add(hash) ^ byte;
         }
     }
     Ok(hash)
@@ -742,6 +761,18 @@ pub fn nccl_shrink(ctx: ProbeContext) -> u32 {
     0
 }
 
+/// Takes the seat of a communicator that has been told. False if it will be told later, as where a split does not block: it is
+/// found at its first collective.
+#[inline(always)]
+fn made(begun: &Begun) -> Result<bool, Loss> {
+    let address: u64 = read_user(begun.told_at)?;
+    if address == 0 {
+        return Ok(false);
+    }
+    sit(begun.group, handle(address), begun.rank, 0)?;
+    Ok(true)
+}
+
 #[uretprobe]
 pub fn nccl_init_return(ctx: RetProbeContext) -> u32 {
     let registers = Registers::of(&ctx);
@@ -750,21 +781,17 @@ pub fn nccl_init_return(ctx: RetProbeContext) -> u32 {
     };
     let result = registers.returned() as u32 as u64;
     let made = if result == SUCCESS || result == NCCL_IN_PROGRESS {
-        read_user::<u64>(begun.told_at)
-            .and_then(|address| sit(begun.group, handle(address), begun.rank, 0))
+        made(&begun)
     } else {
-        Err(Loss::Unreadable)
+        Ok(false)
     };
-    if let Err(loss) = made {
-        if let Some(group) = GROUPS_.get_ptr_mut(&begun.group) {
-            // SAFETY: a map value.
-            unsafe { add(addr_of_mut!((*group).members), u64::MAX) };
-        }
-        // One that NCCL refused is no loss.
-        if result == SUCCESS || result == NCCL_IN_PROGRESS {
-            lose(&LOST, loss);
-        }
+    if made != Ok(true)
+        && let Some(group) = GROUPS_.get_ptr_mut(&begun.group)
+    {
+        // SAFETY: a map value.
+        unsafe { add(addr_of_mut!((*group).members), u64::MAX) };
     }
+    or_lose!(made);
     0
 }
 

@@ -222,7 +222,9 @@ struct Live {
     in_progress: maps::HashMap<MapData, Frame, Begun>,
     /// Groups that had no rank, and since when.
     empty: HashMap<u64, Instant>,
-    /// Collectives that can never be complete: some rank's call was not seen.
+    /// Collectives that can never be complete, as it seemed at the last look.
+    suspects: HashSet<Pair>,
+    /// Collectives that were never complete: some rank's call was not seen.
     unpaired: u64,
 }
 
@@ -240,6 +242,7 @@ impl Live {
             attached,
             kernel,
             empty: HashMap::new(),
+            suspects: HashSet::new(),
             unpaired: 0,
         })
     }
@@ -309,19 +312,23 @@ impl Live {
 
     /// Removes collectives that can never be complete: those at which a rank is missing that has gone on, or that is gone.
     fn clear_pairs(&mut self) -> anyhow::Result<()> {
-        let pairs = entries(&self.pairs)?;
-        if pairs.is_empty() {
-            return Ok(());
-        }
+        // What they have made is read before who has arrived: a rank that has gone on meanwhile has arrived too.
         let made = self.made()?;
-        for (pair, arrivals) in pairs {
+        let mut suspects = HashSet::new();
+        for (pair, arrivals) in entries(&self.pairs)? {
             let fate = fate(&pair, &arrivals, &made);
             if fate == Fate::Waits {
+                continue;
+            }
+            // It may be about to be completed.
+            if !self.suspects.contains(&pair) {
+                suspects.insert(pair);
                 continue;
             }
             forget(&mut self.pairs, &pair)?;
             self.unpaired += u64::from(fate == Fate::Missed);
         }
+        self.suspects = suspects;
         Ok(())
     }
 
