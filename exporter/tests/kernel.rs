@@ -12,6 +12,8 @@ mod churn;
 mod encryption;
 #[path = "kernel/gpu.rs"]
 mod gpu;
+#[path = "kernel/nccl.rs"]
+mod nccl;
 #[path = "kernel/process.rs"]
 mod process;
 #[path = "kernel/rdma.rs"]

@@ -34,8 +34,8 @@ use aya::{
 };
 use exporter_common::nccl::{
     Arrivals, Begun, CALL, COLLECTIVES, Communicator, Frame, GRAPH_SLOT, GROUP_SEATS, Group,
-    Handle, INIT, Layout, Member, NUMBERED, OPERATIONS, Owner, PHASES, Pair, SLOTS, SOURCES, Seat,
-    Since, Source, Started, WAIT, call_slots, duration_slots, init_slots, wait_slots,
+    Handle, INIT, LATE, Layout, Member, NUMBERED, OPERATIONS, Owner, PHASES, Pair, SLOTS, SOURCES,
+    Seat, Since, Source, Started, WAIT, call_slots, duration_slots, init_slots, wait_slots,
 };
 
 use ranks::{Ranks, Reading};
@@ -310,7 +310,7 @@ impl Live {
         Ok(())
     }
 
-    /// Removes collectives that can never be complete: those at which a rank is missing that has gone on, or that is gone.
+    /// Removes collectives for which nobody waits, and those that can never be complete since a rank has gone on.
     fn clear_pairs(&mut self) -> anyhow::Result<()> {
         // What they have made is read before who has arrived: a rank that has gone on meanwhile has arrived too.
         let made = self.made()?;
@@ -345,36 +345,32 @@ impl Live {
 /// What is to become of a collective that is not complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
-    /// Some rank may still come.
+    /// Ranks wait for others, which may have died: then it hangs.
     Waits,
-    /// All who are missing are gone.
-    Orphan,
+    /// Nobody waits any more.
+    Over,
     /// A rank that is missing has gone on: its call was not seen.
     Missed,
 }
 
+/// `made` are the ranks of each group that there are.
 fn fate(pair: &Pair, arrivals: &Arrivals, made: &HashMap<u64, Vec<Handle>>) -> Fate {
     let members = made.get(&pair.group).map_or(&[][..], Vec::as_slice);
     let arrived = |handle: &&Handle| arrivals.at[handle.seat as usize % GROUP_SEATS] != 0;
-    let mut missing = members.iter().filter(|handle| !arrived(handle)).peekable();
-    if missing.peek().is_none() {
-        return Fate::Orphan;
+    let (waiting, missing): (Vec<_>, Vec<_>) = members.iter().partition(arrived);
+    if waiting.is_empty() || arrivals.count >= arrivals.expected {
+        return Fate::Over;
     }
     // What the plugin tells is not numbered by the kernel half.
     let operation = pair.operation as usize;
     let passed =
-        |handle: &Handle| operation < COLLECTIVES && handle.made[operation] > pair.sequence;
-    match missing.any(passed) {
-        // One that was late to be followed may have called it before.
-        true if members
-            .iter()
-            .any(|handle| handle.state & exporter_common::nccl::LATE != 0) =>
-        {
-            Fate::Orphan
-        }
-        true => Fate::Missed,
-        false => Fate::Waits,
+        |handle: &&Handle| operation < COLLECTIVES && handle.made[operation] > pair.sequence;
+    if !missing.iter().any(passed) {
+        return Fate::Waits;
     }
+    // One that was late to be followed may have called it before.
+    let late = members.iter().any(|handle| handle.state & LATE != 0);
+    if late { Fate::Over } else { Fate::Missed }
 }
 
 /// Removes what may have gone by itself.
@@ -996,5 +992,68 @@ pub fn render<'a>(
     for (owner, age) in pending {
         let labels = [&*owner.namespace, &*owner.pod, &*owner.container];
         families.add(&PENDING, &labels, *age);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAIR: Pair = Pair {
+        group: 1,
+        operation: 4,
+        sequence: 7,
+    };
+
+    fn handle(seat: u64, made: u64, state: u64) -> Handle {
+        let mut all = [0; COLLECTIVES];
+        all[PAIR.operation as usize] = made;
+        Handle {
+            group: PAIR.group,
+            seat,
+            state,
+            children: 0,
+            made: all,
+        }
+    }
+
+    fn arrivals(seats: &[usize]) -> Arrivals {
+        let mut at = [0; GROUP_SEATS];
+        for seat in seats {
+            at[*seat] = 100;
+        }
+        Arrivals {
+            expected: 3,
+            count: seats.len() as u64,
+            since: 100,
+            at,
+        }
+    }
+
+    #[test]
+    fn a_collective_waits_as_long_as_some_rank_does() {
+        let of = |seats: &[usize], handles: Vec<Handle>| {
+            let made = HashMap::from([(PAIR.group, handles)]);
+            fate(&PAIR, &arrivals(seats), &made)
+        };
+        let (gone_on, waits) = (|seat| handle(seat, 9, 0), |seat| handle(seat, 8, 0));
+        let behind = |seat| handle(seat, 7, 0);
+        // The third has not come yet; it is dead.
+        assert_eq!(
+            of(&[0, 1], vec![waits(0), waits(1), behind(2)]),
+            Fate::Waits
+        );
+        assert_eq!(of(&[0, 1], vec![waits(0), waits(1)]), Fate::Waits);
+        // Those who waited are dead; all are.
+        assert_eq!(of(&[0, 1], vec![behind(2)]), Fate::Over);
+        assert_eq!(of(&[0, 1], Vec::new()), Fate::Over);
+        // All have come: it is being reckoned.
+        let all = vec![waits(0), waits(1), waits(2)];
+        assert_eq!(of(&[0, 1, 2], all), Fate::Over);
+        // The third has gone on without having been seen here; it may have been before it was followed.
+        let passed = vec![waits(0), waits(1), gone_on(2)];
+        assert_eq!(of(&[0, 1], passed), Fate::Missed);
+        let late = vec![waits(0), waits(1), handle(2, 9, LATE)];
+        assert_eq!(of(&[0, 1], late), Fate::Over);
     }
 }

@@ -1,0 +1,428 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `nccl` against a job that knows when its ranks arrive: a stand-in for NCCL with its interface, in tests/nccl-sim.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{BufRead, BufReader, Write},
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::{Child, ChildStdout, Command, Stdio},
+    thread,
+    time::Duration,
+};
+
+use serde_json::Value;
+
+use super::{alone, can_trace, common::*, in_vm, skip};
+
+const COLLECTIVES: &str = "chandra_nccl_rank_collectives_total";
+const WAIT: &str = "chandra_nccl_rank_wait_seconds_total";
+const LAST: &str = "chandra_nccl_rank_last_arrivals_total";
+const PENDING: &str = "chandra_nccl_oldest_pending_seconds";
+
+/// The folder with the stand-in and the job, built by the compiler of this host. In a VM they are those that a run outside of it
+/// has built.
+fn built(version: &str, flags: &str) -> Option<PathBuf> {
+    let folder = build().join("nccl-sim").join(version);
+    if in_vm() {
+        let there = folder.join("job").exists();
+        if !there {
+            println!("SKIPPED: nothing that a run outside of the VM has built");
+        }
+        return there.then_some(folder);
+    }
+    if !succeeds("cc --version") {
+        skip("needs a C compiler");
+        return None;
+    }
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/nccl-sim/build");
+    run(&format!(
+        "CFLAGS='{flags}' {} {}",
+        script.display(),
+        folder.display()
+    ));
+    Some(folder)
+}
+
+/// The version that the stand-in is by default, whose communicators the exporter knows.
+fn known() -> Option<PathBuf> {
+    can_trace().then(|| built("2.27.5", "")).flatten()
+}
+
+/// One that it does not know.
+fn unknown() -> Option<PathBuf> {
+    let flags = r#"-DSIM_VERSION=29999 -DSIM_VERSION_TEXT="\"2.99.99+cuda99.9\"""#;
+    can_trace().then(|| built("2.99.99", flags)).flatten()
+}
+
+/// A job at work. Killed when dropped.
+struct Job {
+    child: Child,
+    says: BufReader<ChildStdout>,
+}
+
+impl Job {
+    fn start(folder: &Path, arguments: &str) -> Self {
+        let mut child = Command::new(folder.join("job"))
+            .arg("--library")
+            .arg(folder.join("libnccl.so.2"))
+            .args(arguments.split_whitespace())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the job starts");
+        let says = BufReader::new(child.stdout.take().expect("piped"));
+        Self { child, says }
+    }
+
+    fn tell(&self, line: &str) {
+        writeln!(self.child.stdin.as_ref().expect("piped"), "{line}").expect("it listens");
+    }
+
+    /// What it says until a word, or its end.
+    fn hear(&mut self, word: &str) -> Vec<Value> {
+        let mut said = Vec::new();
+        loop {
+            let mut line = String::new();
+            let read = self.says.read_line(&mut line).expect("it speaks");
+            if read == 0 || line.trim() == word {
+                return said;
+            }
+            said.extend(serde_json::from_str::<Value>(&line).ok());
+        }
+    }
+
+    /// Lets it end, and returns what each rank of each communicator did.
+    fn truth(&mut self) -> Vec<Value> {
+        let mut said = self.hear("done");
+        said.retain(|line| line["type"] == "rank");
+        assert!(!said.is_empty(), "it says what was");
+        said
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// An exporter that has found the library, in a process that does nothing with it.
+fn exporter(folder: &Path, flags: &[&str]) -> (Exporter, Job) {
+    let idle = Job::start(folder, "--ranks 1 --communicators 1 --collectives 1 --wait");
+    let exporter = Exporter::start(flags);
+    found(&exporter);
+    (exporter, idle)
+}
+
+fn found(exporter: &Exporter) {
+    exporter.scrape_until("the library is probed", |scrape| {
+        let attached = [
+            ("signal", "nccl"),
+            ("hook", "ncclAllReduce"),
+            ("reason", "attached"),
+        ];
+        scrape.sum("chandra_hook_info", &attached) == 1.0
+    });
+}
+
+fn number(value: &Value) -> f64 {
+    value.as_f64().expect("a number")
+}
+
+/// What was counted of a rank.
+fn of_rank(scrape: &Scrape, metric: &str, rank: &Value) -> f64 {
+    let labels = [
+        ("communicator", rank["communicator"].as_str().expect("told")),
+        ("rank", &*rank["rank"].to_string()),
+        ("source", "host"),
+    ];
+    scrape.sum(metric, &labels)
+}
+
+fn lost(scrape: &Scrape) -> f64 {
+    scrape.sum("chandra_lost_events_total", &[("signal", "nccl")])
+}
+
+/// Holds what was counted against what the job knows, exactly as to counts. Returns the share of last arrivals that agree.
+fn agrees(scrape: &Scrape, truth: &[Value]) -> f64 {
+    let (mut wait, mut seen, mut last, mut same) = (0.0, 0.0, 0.0, 0.0);
+    for rank in truth {
+        let collectives = of_rank(scrape, COLLECTIVES, rank);
+        assert_eq!(
+            collectives,
+            number(&rank["collectives"]),
+            "{rank}\n{}",
+            scrape.text
+        );
+        wait += number(&rank["wait_seconds"]);
+        seen += of_rank(scrape, WAIT, rank);
+        last += number(&rank["last_arrivals"]);
+        same += of_rank(scrape, LAST, rank).min(number(&rank["last_arrivals"]));
+    }
+    println!(
+        "{} ranks of communicators: waited {wait:.4} s, seen {seen:.4} s ({:.4}); last arrivals {same} of {last}",
+        truth.len(),
+        seen / wait
+    );
+    assert!((seen / wait - 1.0).abs() < 0.02, "{seen} s of {wait} s");
+    same / last
+}
+
+/// Numbers of things by operation, over all ranks.
+fn by_operation(truth: &[Value], what: &str) -> BTreeMap<String, f64> {
+    let mut sums = BTreeMap::new();
+    for rank in truth {
+        for (operation, counts) in rank["by_operation"].as_object().expect("told") {
+            *sums.entry(operation.clone()).or_default() += number(&counts[what]);
+        }
+    }
+    sums
+}
+
+/// A VM is an emulator.
+fn at_most(collectives: usize) -> usize {
+    if in_vm() {
+        collectives / 10
+    } else {
+        collectives
+    }
+}
+
+#[test]
+fn each_wait_is_its_ranks_and_the_straggler_comes_last() {
+    let _alone = alone();
+    let Some(folder) = known() else { return };
+    let place = tempfile::tempdir().expect("a folder");
+    let file = place.path().join("pods.json");
+    let pods = [
+        Pod::new("training", "worker-0", 1),
+        Pod::new("training", "worker-1", 2),
+    ];
+    write_pods(&file, &pods);
+    let root = cgroup_root();
+    for rank in 0..8 {
+        let cgroup = root.join(pods[rank / 4].cgroup(0));
+        fs::create_dir_all(&cgroup).expect("a cgroup");
+        symlink(cgroup, place.path().join(format!("rank-{rank}"))).expect("a link");
+    }
+    let (exporter, _idle) = exporter(&folder, &["--pods", file.to_str().expect("UTF-8")]);
+    let collectives = at_most(2500);
+    let mut job = Job::start(
+        &folder,
+        &format!(
+            "--ranks 8 --communicators 4 --collectives {collectives} --straggler 3 --delay-us 3000 --wait --cgroup {}/rank-%d",
+            place.path().display()
+        ),
+    );
+    job.hear("ready");
+    job.tell("");
+    let truth = job.truth();
+    let scrape = exporter.scrape();
+    let share = agrees(&scrape, &truth);
+    assert!(share > 0.99, "{share}");
+    assert_eq!(lost(&scrape), 0.0, "{}", scrape.text);
+    for rank in &truth {
+        // Ranks of the world are those of the job; a split's are not.
+        let pod = ["worker-0", "worker-1"][number(&rank["job_rank"]) as usize / 4];
+        let number_ = rank["rank"].to_string();
+        let labels = [
+            ("namespace", "training"),
+            ("pod", pod),
+            ("container", "main"),
+            ("communicator", rank["communicator"].as_str().expect("told")),
+            ("rank", &*number_),
+        ];
+        let counted = scrape.sum(COLLECTIVES, &labels);
+        assert_eq!(counted, number(&rank["collectives"]), "{rank}");
+    }
+    for (operation, made) in by_operation(&truth, "collectives") {
+        let labels = [("operation", &*operation), ("source", "host")];
+        let counted = scrape.sum("chandra_nccl_arrival_wait_seconds_count", &labels);
+        assert_eq!(counted, made, "{operation}");
+    }
+    let seconds = by_operation(&truth, "call_seconds");
+    for (operation, made) in by_operation(&truth, "calls") {
+        let labels = [("operation", &*operation)];
+        let counted = scrape.sum("chandra_nccl_enqueue_seconds_count", &labels);
+        assert_eq!(counted, made, "{operation}");
+        let took = scrape.sum("chandra_nccl_enqueue_seconds_sum", &labels);
+        assert!(
+            took > 0.0 && took < seconds[&operation],
+            "{operation}: {took} s"
+        );
+    }
+    // Each made each of its communicators once; the job's first process makes none.
+    for phase in ["rendezvous", "allocate", "transports", "total"] {
+        let labels = [("namespace", "training"), ("phase", phase)];
+        let made = scrape.sum("chandra_nccl_init_seconds_count", &labels);
+        assert_eq!(made, truth.len() as f64, "{phase}\n{}", scrape.text);
+    }
+    let waits = scrape.sum(PENDING, &[]);
+    assert_eq!(waits, 0.0, "nothing is pending");
+    job.tell("");
+    job.child.wait().expect("it ends");
+    // Their counters outlive the ranks.
+    thread::sleep(Duration::from_secs(3));
+    agrees(&exporter.scrape(), &truth);
+}
+
+#[test]
+fn a_job_is_followed_from_its_middle() {
+    let _alone = alone();
+    let Some(folder) = known() else { return };
+    let mut job = Job::start(
+        &folder,
+        "--ranks 8 --communicators 4 --straggler 5 --delay-us 3000 --forever",
+    );
+    job.hear("ready");
+    thread::sleep(Duration::from_secs(1));
+    let exporter = Exporter::start(&["--pods", "none"]);
+    found(&exporter);
+    exporter.scrape_until("each rank is followed", |scrape| {
+        let ranks = |rank: u32| scrape.sum(COLLECTIVES, &[("rank", &*rank.to_string())]) > 20.0;
+        (0..8).all(ranks)
+    });
+    job.tell("mark");
+    job.hear("marked");
+    let before = exporter.scrape();
+    thread::sleep(Duration::from_secs(if in_vm() { 20 } else { 10 }));
+    job.tell("stop");
+    let truth = job.truth();
+    let after = exporter.scrape();
+    let (mut wait, mut seen, mut made, mut counted) = (0.0, 0.0, 0.0, 0.0);
+    for rank in &truth {
+        let grew = |metric| of_rank(&after, metric, rank) - of_rank(&before, metric, rank);
+        let all = number(&rank["collectives"]);
+        // The job goes on between its mark and the scrape.
+        let missing = all - grew(COLLECTIVES);
+        assert!(
+            (0.0..=0.02 * all + 20.0).contains(&missing),
+            "{missing} of {rank}"
+        );
+        wait += number(&rank["wait_seconds"]);
+        made += all;
+        seen += grew(WAIT);
+        counted += grew(COLLECTIVES);
+        if rank["communicator"] == truth[0]["communicator"] {
+            let share = grew(LAST) / grew(COLLECTIVES);
+            let straggler = rank["rank"] == 5;
+            assert!(
+                if straggler {
+                    share > 0.98
+                } else {
+                    share < 0.02
+                },
+                "{share}: {rank}"
+            );
+        }
+    }
+    let (wait, seen) = (wait / made, seen / counted);
+    println!(
+        "{counted} of {made}; waited {:.1} µs, seen {:.1} µs",
+        wait * 1e6,
+        seen * 1e6
+    );
+    assert!((seen / wait - 1.0).abs() < 0.03, "{seen} of {wait}");
+}
+
+#[test]
+fn every_kind_of_communicator_is_followed() {
+    let _alone = alone();
+    let Some(folder) = known() else { return };
+    let (exporter, _idle) = exporter(&folder, &["--pods", "none"]);
+    let collectives = at_most(1000);
+    for how in [
+        "--ranks 8 --communicators 7 --threads --init all",
+        "--ranks 8 --communicators 5 --init scalable",
+        "--ranks 6 --communicators 3 --threads --init group",
+        "--ranks 2 --communicators 7 --init config",
+        "--ranks 64 --communicators 2",
+    ] {
+        println!("{how}");
+        let few = if how.contains("64") {
+            collectives / 10
+        } else {
+            collectives
+        };
+        let mut job = Job::start(
+            &folder,
+            &format!("{how} --collectives {few} --straggler 1 --delay-us 3000 --wait"),
+        );
+        job.hear("ready");
+        job.tell("");
+        let mut truth = job.truth();
+        // A communicator of one rank waits for nobody.
+        truth.retain(|rank| number(&rank["nranks"]) > 1.0);
+        let scrape = exporter.scrape();
+        agrees(&scrape, &truth);
+        assert_eq!(lost(&scrape), 0.0, "{}", scrape.text);
+    }
+}
+
+#[test]
+fn a_version_that_is_not_known_is_followed_from_its_beginning() {
+    let _alone = alone();
+    let Some(folder) = unknown() else { return };
+    let (exporter, _idle) = exporter(&folder, &["--pods", "none"]);
+    let collectives = at_most(1000);
+    let mut job = Job::start(
+        &folder,
+        &format!("--ranks 4 --communicators 4 --collectives {collectives} --wait"),
+    );
+    job.hear("ready");
+    job.tell("");
+    let truth = job.truth();
+    let scrape = exporter.scrape();
+    let all: f64 = truth.iter().map(|rank| number(&rank["collectives"])).sum();
+    assert_eq!(scrape.sum(COLLECTIVES, &[]), all, "{}", scrape.text);
+    // Splits have a number and no rank, the others NCCL's own.
+    let world = |rank: &&Value| number(&rank["nranks"]) == 4.0;
+    for rank in truth.iter().filter(world) {
+        let counted = of_rank(&scrape, COLLECTIVES, rank);
+        assert_eq!(
+            counted,
+            number(&rank["collectives"]),
+            "{rank}\n{}",
+            scrape.text
+        );
+    }
+    assert_eq!(lost(&scrape), 0.0, "{}", scrape.text);
+}
+
+#[test]
+fn what_hangs_is_pending_until_nobody_waits_any_more() {
+    let _alone = alone();
+    let Some(folder) = known() else { return };
+    let (exporter, _idle) = exporter(&folder, &["--pods", "none"]);
+    for how in ["stop", "exit"] {
+        let mut job = Job::start(
+            &folder,
+            &format!(
+                "--ranks 4 --communicators 3 --drop 2 --drop-at 20 --drop-how {how} --hold 600"
+            ),
+        );
+        job.hear("left");
+        let scrape = exporter.scrape_until("it hangs", |scrape| scrape.sum(PENDING, &[]) > 4.0);
+        let age = scrape.sum(PENDING, &[]);
+        thread::sleep(Duration::from_secs(2));
+        let later = exporter.scrape().sum(PENDING, &[]);
+        assert!((later - age - 2.0).abs() < 1.0, "{later} s after {age} s");
+        // The ranks die with the process that started them.
+        drop(job);
+        exporter.scrape_until("nobody waits", |scrape| scrape.sum(PENDING, &[]) == 0.0);
+    }
+    let mut job = Job::start(
+        &folder,
+        "--ranks 4 --communicators 3 --drop 2 --drop-at 20 --drop-how abort --abort-after-ms 4000 --wait --hold 1",
+    );
+    job.hear("ready");
+    job.tell("");
+    exporter.scrape_until("it hangs", |scrape| scrape.sum(PENDING, &[]) > 1.0);
+    job.truth();
+    exporter.scrape_until("it is aborted", |scrape| scrape.sum(PENDING, &[]) == 0.0);
+    let scrape = exporter.scrape();
+    assert_eq!(lost(&scrape), 0.0, "{}", scrape.text);
+}
