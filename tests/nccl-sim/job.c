@@ -18,7 +18,7 @@
 //   --groups 0            no groups; else every third step is a group over communicators and every fifth one of two or three
 //                         collectives of the same communicator
 //   --interval-us I       each rank sleeps that long before each step (1000)
-//   --straggler R --delay-us D              this rank sleeps longer before each step
+//   --straggler R --delay-us D              this rank sleeps longer before each step; with --on-signal from SIGUSR1 to SIGUSR2
 //   --random-us R --seed S                  each rank sleeps up to that long before each step
 //   --sync-every S        steps between waits for the streams (1)
 //   --drop R --drop-at K --drop-how stop|exit|abort   this rank leaves after K collectives of each communicator: it sleeps for
@@ -46,6 +46,7 @@
 #include <linux/futex.h>
 #include <poll.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -82,7 +83,7 @@ static const char *const names[OPERATIONS] = {"broadcast", "reduce", "all_gather
 
 static struct {
   const char *library, *cgroup, *init, *drop_how, *end;
-  int ranks, threads, hosts, communicators, blocking, init_delay_rank, straggler, drop, groups, sync_every, wait, forever;
+  int ranks, threads, hosts, communicators, blocking, init_delay_rank, straggler, drop, groups, sync_every, wait, forever, on_signal;
   long collectives, init_delay, interval, delay, random, seed, drop_at, hold, abort_after;
   bool kinds[OPERATIONS];
 } options = {.library = "libnccl.so.2", .init = "rank", .drop_how = "stop", .end = "destroy", .ranks = 8, .hosts = 1,
@@ -287,8 +288,15 @@ static bool collective(struct rank *rank, int slot, uint64_t n) {
   return call(rank, slot, kinds[i], i == 7, 0);
 }
 
+static volatile sig_atomic_t is_late;
+
+static void become(int signal) {
+  is_late = signal == SIGUSR1;
+}
+
 static void pause_before(struct rank *rank) {
-  sim_sleep(options.interval + (rank->number == options.straggler ? options.delay : 0));
+  bool late = rank->number == options.straggler && (!options.on_signal || is_late);
+  sim_sleep(options.interval + (late ? options.delay : 0));
   if (options.random) sim_sleep(next_random(rank) % (options.random + 1));
 }
 
@@ -741,6 +749,7 @@ static void parse(int count, char **arguments) {
     NUMBER("--abort-after-ms", abort_after);
     NUMBER("--hold", hold);
     FLAG("--threads", threads);
+    FLAG("--on-signal", on_signal);
     FLAG("--wait", wait);
     FLAG("--forever", forever);
     else fail("%s is no option", name);
@@ -764,6 +773,8 @@ static void parse(int count, char **arguments) {
 
 int main(int count, char **arguments) {
   parse(count, arguments);
+  signal(SIGUSR1, become);
+  signal(SIGUSR2, become);
   shared = mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   communicators = calloc(COMMUNICATORS, sizeof *communicators);
   if (shared == MAP_FAILED || !communicators) fail("no memory");

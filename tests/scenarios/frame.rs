@@ -617,6 +617,36 @@ scrape_configs:
         self.works.entry(name.clone()).or_default().push(child);
     }
 
+    /// Starts a job that calls NCCL for ever, with a rank in each of these pods; the first also has the process that starts the
+    /// others. `tests/nccl-sim/job.c` says what it can be told.
+    pub(crate) fn job(&mut self, pods: &[&Pod], arguments: &str) {
+        let links = self.scratch(&format!("ranks-{}", pods[0].pod.name));
+        fs::create_dir(&links).expect("a new folder");
+        for (rank, pod) in pods.iter().enumerate() {
+            run(&format!("mkdir -p {}", pod.cgroup()));
+            self.works.entry(pod.pod.name.clone()).or_default();
+            let link = format!("{links}/{rank}");
+            std::os::unix::fs::symlink(pod.cgroup(), link).expect("a link");
+        }
+        self.list_pods();
+        let nccl = self.folder.with_file_name("nccl");
+        let nccl = nccl.canonicalize().expect("built by tools/scenario");
+        let (nccl, ranks) = (nccl.display(), pods.len());
+        // It ends with its input.
+        let line = format!(
+            "sleep infinity | {nccl}/job --library {nccl}/libnccl.so.2 --ranks {ranks} --cgroup {links}/%d --forever {arguments}"
+        );
+        self.work(pods[0], &line);
+    }
+
+    /// Sends a signal to the processes of a pod.
+    pub(crate) fn signal(&self, pod: &Pod, signal: &str) {
+        run(&format!(
+            "kill -{signal} $(cat {}/cgroup.procs)",
+            pod.cgroup()
+        ));
+    }
+
     /// Ends a pod: its work, its cgroup, its place in the list.
     pub(crate) fn end(&mut self, pod: &Pod) {
         let cgroup = pod.cgroup();

@@ -10,6 +10,7 @@ mod frame;
 
 mod cpu_contention;
 mod encryption_hog;
+mod hang;
 mod healthy;
 mod ipsec_rotation;
 mod job_start;
@@ -17,6 +18,8 @@ mod loss;
 mod qp_churn;
 mod qp_errors;
 mod rekey_storm;
+mod slow_init;
+mod straggler;
 
 use std::{
     env,
@@ -26,7 +29,7 @@ use std::{
 
 use frame::Scenario;
 
-const SCENARIOS: [Scenario; 9] = [
+const SCENARIOS: [Scenario; 12] = [
     healthy::SCENARIO,
     loss::SCENARIO,
     qp_churn::SCENARIO,
@@ -36,6 +39,9 @@ const SCENARIOS: [Scenario; 9] = [
     encryption_hog::SCENARIO,
     ipsec_rotation::SCENARIO,
     cpu_contention::SCENARIO,
+    straggler::SCENARIO,
+    hang::SCENARIO,
+    slow_init::SCENARIO,
 ];
 
 /// usage: `scenarios --names`, or with `CHANDRA_SCENARIOS` (where to keep what is worth a look) set by `tools/scenario`:

@@ -52,7 +52,7 @@ fn known() -> Option<PathBuf> {
 
 /// One that it does not know.
 fn unknown() -> Option<PathBuf> {
-    let flags = r#"-DSIM_VERSION=29999 -DSIM_VERSION_TEXT="\"2.99.99+cuda99.9\"""#;
+    let flags = r#"-DSIM_VERSION=29999 -DSIM_VERSION_TEXT="2.99.99+cuda99.9""#;
     can_trace().then(|| built("2.99.99", flags)).flatten()
 }
 
@@ -167,7 +167,10 @@ fn agrees(scrape: &Scrape, truth: &[Value]) -> f64 {
         truth.len(),
         seen / wait
     );
-    assert!((seen / wait - 1.0).abs() < 0.02, "{seen} s of {wait} s");
+    // The job reads its clock when the probe is through, which for the last rank reckons what all have waited: in an emulator
+    // that is some 40 of 3000 µs.
+    let off = if in_vm() { 0.04 } else { 0.02 };
+    assert!((seen / wait - 1.0).abs() < off, "{seen} s of {wait} s");
     same / last
 }
 
@@ -306,18 +309,9 @@ fn a_job_is_followed_from_its_middle() {
         made += all;
         seen += grew(WAIT);
         counted += grew(COLLECTIVES);
-        if rank["communicator"] == truth[0]["communicator"] {
-            let share = grew(LAST) / grew(COLLECTIVES);
-            let straggler = rank["rank"] == 5;
-            assert!(
-                if straggler {
-                    share > 0.98
-                } else {
-                    share < 0.02
-                },
-                "{share}: {rank}"
-            );
-        }
+        let last = number(&rank["last_arrivals"]) / all;
+        let share = grew(LAST) / grew(COLLECTIVES);
+        assert!((share - last).abs() < 0.02, "{share}: {rank}");
     }
     let (wait, seen) = (wait / made, seen / counted);
     println!(
