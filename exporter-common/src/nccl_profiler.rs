@@ -1,25 +1,78 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the NCCL profiler plugin hands to the functions that the exporter probes.
+//! NCCL: what the profiler plugin hands, in the process that uses NCCL, to the functions that the exporter probes.
 
-/// What the plugin tells of: handed by address, as first argument, to the exported functions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Exported by the plugin: a communicator was made. `sequence`, `duration`, `operation` and `outcome` are 0.
+pub const OPENED: &str = "chandra_nccl_opened";
+/// Exported by the plugin: a collective was handed to the GPU's queue. `duration` and `outcome` are 0.
+pub const STARTED: &str = "chandra_nccl_started";
+/// Exported by the plugin: all channels of a collective have stopped, or no more is learned of it: see [`Told::outcome`].
+pub const FINISHED: &str = "chandra_nccl_finished";
+/// Exported by the plugin: a communicator was closed. `sequence`, `duration`, `operation` and `outcome` are 0. Of its
+/// collectives that were still open nothing more is told.
+pub const CLOSED: &str = "chandra_nccl_closed";
+
+/// What the plugin tells of: handed by address, as first argument, to the exported functions. Valid during the call.
+///
+/// A collective is told of as started once; then as finished once, unless its communicator closes first. NCCL loses the
+/// times of a channel now and then (its own rings hold 64 per channel), so that a collective stays open although it has
+/// ended: one hangs only if nothing that started later in its communicator has finished either.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Told {
-    /// NCCL's own number of the communicator (commHash of ABI v4, commId of v5 and newer), the same in all ranks.
+    /// NCCL's own number of the communicator (`commHash` of ABI v4, `commId` of v5 and newer): the same in all ranks.
     pub communicator: u64,
-    /// Which one of its operation in the communicator (NCCL's seqNumber).
+    /// Which one of its operation in the communicator (NCCL's `seqNumber`): the same in all ranks.
     pub sequence: u64,
-    /// When finished: nanoseconds of the GPU's clock from the first channel's start to the last one's stop; else 0.
+    /// Finished: nanoseconds of the GPU's clock from the first channel's start to the last one's stop; else 0.
     pub duration: u64,
-    /// Its rank.
+    /// This rank.
     pub rank: u32,
     /// Ranks of the communicator.
     pub ranks: u32,
-    /// A [`crate::nccl::Operation`].
+    /// An index into [`OPERATIONS`].
     pub operation: u32,
-    /// When finished: [`FINE`], or why not to be used.
+    /// Finished: [`FINE`], [`IMPOSSIBLE`] or [`OVERWRITTEN`].
     pub outcome: u32,
 }
 
-/// The duration can be used.
+/// The duration is true.
 pub const FINE: u32 = 0;
+/// A channel stopped before it started, or never reported both times, or the duration is over an hour: not to be used.
+pub const IMPOSSIBLE: u32 = 1;
+/// The plugin needed its place before it ended: nothing is known.
+pub const OVERWRITTEN: u32 = 2;
+
+/// Operations, as labels: the index is the value of [`Told::operation`].
+pub const OPERATIONS: [&str; 11] = [
+    "broadcast",
+    "reduce",
+    "all_gather",
+    "reduce_scatter",
+    "all_reduce",
+    "all_to_all",
+    "gather",
+    "scatter",
+    "send",
+    "recv",
+    "other",
+];
+
+/// Versions of NCCL that the plugin must not be used with. No ABI of the plugin tells it NCCL's version: the exporter,
+/// which reads it from the library, can warn; the plugin cannot refuse.
+pub const DENIED: &[(u32, u32, u32)] = &[
+    // Crashes with events of kernel channels were reported.
+    (2, 27, 7),
+    // Segmentation fault of an all-to-all between nodes, with any profiler plugin: https://github.com/NVIDIA/nccl/issues/2112
+    (2, 30, 3),
+    // Events of kernel channels cost 4 to 13 % of an all-reduce of 128 KiB to 4 MiB, because they also switch on the times
+    // of each kernel's phases: https://github.com/NVIDIA/nccl/issues/2355
+    (2, 31, 2),
+];
+
+const _: () = assert!(size_of::<Told>() == 3 * 8 + 4 * 4, "no padding");
+
+#[cfg(feature = "user")]
+mod user {
+    // SAFETY: `repr(C)` of integers without padding (asserted above), so every bit pattern is valid.
+    unsafe impl aya::Pod for super::Told {}
+}

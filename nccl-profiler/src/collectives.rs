@@ -1,0 +1,359 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Collectives in flight, in a ring: their channels, and what comes of their times.
+
+use core::ptr;
+use core::sync::atomic::{
+    AtomicPtr, AtomicU32, AtomicU64,
+    Ordering::{AcqRel, Acquire, Relaxed, Release},
+};
+
+use exporter_common::nccl_profiler::{FINE, IMPOSSIBLE, OPERATIONS, OVERWRITTEN, Told};
+
+use crate::{chandra_nccl_finished, chandra_nccl_started, communicators::Communicator};
+
+/// Collectives that can be in flight at once, a power of two. CUDA queues some 1024 kernels of a stream before a launch
+/// waits. At 1088 bytes each, the ring takes 2.2 MB of a process that uses it.
+const RING: usize = 2048;
+
+/// Channels of a collective: NCCL's `MAXCHANNELS`.
+const CHANNELS: usize = 64;
+
+/// A longer duration, in nanoseconds, is taken for a broken clock: an hour. NCCL's own watchdogs end a job earlier.
+const LONGEST: i64 = 3_600_000_000_000;
+
+/// The number of a collective among all of this process. Its place in the ring is the number modulo [`RING`].
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ticket(pub(crate) u64);
+
+impl Ticket {
+    fn place(self) -> &'static Collective {
+        &COLLECTIVES[self.0 as usize % RING]
+    }
+
+    /// How often the place was used, in the 16 bits that [`Stamp`] has for it.
+    fn generation(self) -> u64 {
+        (self.0 / RING as u64) & 0xffff
+    }
+}
+
+/// The next ticket. The first generation is 1, as a stamp of 0 is none.
+static NEXT: AtomicU64 = AtomicU64::new(RING as u64);
+
+static COLLECTIVES: [Collective; RING] = [const { Collective::new() }; RING];
+
+/// A place for a collective.
+///
+/// Whoever brings `state` to [`WRITING`] has the place for itself, but for stamps: a thread that found its collective there may
+/// stamp a channel late, when the place is another's. Such a stamp has another generation, and is not taken for a time.
+#[repr(C, align(64))]
+struct Collective {
+    /// The ticket, shifted by 8; below it the channels that have not stopped: 0 when it is over, or [`WRITING`].
+    state: AtomicU64,
+    communicator: AtomicPtr<Communicator>,
+    number: AtomicU64,
+    sequence: AtomicU64,
+    rank: AtomicU32,
+    ranks: AtomicU32,
+    operation: AtomicU32,
+    channels: AtomicU32,
+    times: [Times; CHANNELS],
+}
+
+/// When a channel started, and when it stopped.
+struct Times {
+    start: Stamp,
+    stop: Stamp,
+}
+
+/// [`Collective::state`]: the count that means that one thread has it.
+const WRITING: u64 = 0xff;
+
+const _: () = {
+    assert!(RING.is_power_of_two());
+    assert!((CHANNELS as u64) < WRITING);
+    assert!(size_of::<Collective>() == 64 + 16 * CHANNELS);
+};
+
+/// A time of the GPU's clock with the generation of the place that it was written for, in one word: 48 bits of
+/// nanoseconds, which turn over every 78 hours, and 16 of the generation. 0 is none.
+struct Stamp(AtomicU64);
+
+impl Stamp {
+    const TIME_BITS: u32 = 48;
+
+    fn set(&self, ticket: Ticket, time: u64) {
+        let time = time & ((1 << Self::TIME_BITS) - 1);
+        self.0
+            .store(ticket.generation() << Self::TIME_BITS | time, Relaxed);
+    }
+
+    /// Clears it, and returns the time if it was of this generation.
+    fn take(&self, ticket: Ticket) -> Option<u64> {
+        let stamp = self.0.load(Relaxed);
+        if stamp == 0 {
+            return None;
+        }
+        self.0.store(0, Relaxed);
+        (stamp >> Self::TIME_BITS == ticket.generation()).then_some(stamp)
+    }
+
+    /// Nanoseconds between two stamps of one generation.
+    fn between(from: u64, to: u64) -> i64 {
+        let unused = u64::BITS - Self::TIME_BITS;
+        (to.wrapping_sub(from) << unused) as i64 >> unused
+    }
+}
+
+impl Collective {
+    const fn new() -> Self {
+        Self {
+            state: AtomicU64::new(0),
+            communicator: AtomicPtr::new(ptr::null_mut()),
+            number: AtomicU64::new(0),
+            sequence: AtomicU64::new(0),
+            rank: AtomicU32::new(0),
+            ranks: AtomicU32::new(0),
+            operation: AtomicU32::new(0),
+            channels: AtomicU32::new(0),
+            times: [const {
+                Times {
+                    start: Stamp(AtomicU64::new(0)),
+                    stop: Stamp(AtomicU64::new(0)),
+                }
+            }; CHANNELS],
+        }
+    }
+
+    /// What is told of it, by the one who has it.
+    fn told(&self, duration: u64, outcome: u32) -> Told {
+        Told {
+            communicator: self.number.load(Relaxed),
+            sequence: self.sequence.load(Relaxed),
+            duration,
+            rank: self.rank.load(Relaxed),
+            ranks: self.ranks.load(Relaxed),
+            operation: self.operation.load(Relaxed),
+            outcome,
+        }
+    }
+
+    /// Whether the collective with this ticket is there and not over.
+    fn has(&self, ticket: Ticket) -> bool {
+        let state = self.state.load(Acquire);
+        state >> 8 == ticket.0 && state & 0xff != 0
+    }
+
+    /// Takes the times of all channels. Returns the duration in nanoseconds, and what it is worth.
+    fn take(&self, ticket: Ticket) -> (u64, u32) {
+        let channels = self.channels.load(Relaxed);
+        let mut found = 0;
+        let mut outcome = FINE;
+        let mut origin = 0;
+        let mut first = i64::MAX;
+        let mut last = i64::MIN;
+        for times in &self.times {
+            if found == channels {
+                break;
+            }
+            let (start, stop) = match (times.start.take(ticket), times.stop.take(ticket)) {
+                (Some(start), Some(stop)) => (start, stop),
+                (None, None) => continue,
+                _ => {
+                    outcome = IMPOSSIBLE;
+                    continue;
+                }
+            };
+            if found == 0 {
+                origin = start;
+            }
+            found += 1;
+            let (start, stop) = (Stamp::between(origin, start), Stamp::between(origin, stop));
+            if stop < start {
+                outcome = IMPOSSIBLE;
+            }
+            first = first.min(start);
+            last = last.max(stop);
+        }
+        if found != channels || !(0..=LONGEST).contains(&last.wrapping_sub(first)) {
+            outcome = IMPOSSIBLE;
+        }
+        if outcome == FINE {
+            ((last - first) as u64, FINE)
+        } else {
+            (0, outcome)
+        }
+    }
+
+    fn clear(&self) {
+        for times in &self.times {
+            times.start.0.store(0, Relaxed);
+            times.stop.0.store(0, Relaxed);
+        }
+    }
+}
+
+/// [`OTHER`]'s label is the last.
+pub(crate) const OTHER: u32 = OPERATIONS.len() as u32 - 1;
+
+/// Returns the index of an operation into [`OPERATIONS`], by NCCL's name of it: its bytes, the last one lowest.
+pub(crate) fn operation(name: u128) -> u32 {
+    const NAMES: [u128; 10] = [
+        packed("Broadcast"),
+        packed("Reduce"),
+        packed("AllGather"),
+        packed("ReduceScatter"),
+        packed("AllReduce"),
+        packed("AlltoAll"),
+        packed("Gather"),
+        packed("Scatter"),
+        packed("Send"),
+        packed("Recv"),
+    ];
+    NAMES
+        .iter()
+        .position(|known| *known == name)
+        .map_or(OTHER, |index| index as u32)
+}
+
+const fn packed(name: &str) -> u128 {
+    let (bytes, mut packed, mut index) = (name.as_bytes(), 0, 0);
+    while index < bytes.len() {
+        packed = packed << 8 | bytes[index] as u128;
+        index += 1;
+    }
+    packed
+}
+
+/// Finds a place for a collective and tells of it. Returns none if it cannot be followed: NCCL counts no channels for
+/// collectives of CollNet, of symmetric kernels and of copy engines.
+pub(crate) fn start(
+    communicator: &'static Communicator,
+    operation: u32,
+    sequence: u64,
+    channels: u8,
+) -> Option<Ticket> {
+    if channels == 0 || usize::from(channels) > CHANNELS {
+        return None;
+    }
+    let ticket = Ticket(NEXT.fetch_add(1, Relaxed));
+    let place = ticket.place();
+    let mut state = place.state.load(Relaxed);
+    loop {
+        // Another thread has it at this moment, or this one slept while the ring went round.
+        if state & 0xff == WRITING || state >> 8 > ticket.0 {
+            return None;
+        }
+        match place
+            .state
+            .compare_exchange_weak(state, ticket.0 << 8 | WRITING, AcqRel, Relaxed)
+        {
+            Ok(_) => break,
+            Err(now) => state = now,
+        }
+    }
+    let overwritten = (state & 0xff != 0).then(|| {
+        place.clear();
+        place.told(0, OVERWRITTEN)
+    });
+    let told = Told {
+        sequence,
+        operation,
+        ..communicator.told()
+    };
+    place
+        .communicator
+        .store(ptr::from_ref(communicator).cast_mut(), Relaxed);
+    place.number.store(told.communicator, Relaxed);
+    place.sequence.store(sequence, Relaxed);
+    place.rank.store(told.rank, Relaxed);
+    place.ranks.store(told.ranks, Relaxed);
+    place.operation.store(operation, Relaxed);
+    place.channels.store(u32::from(channels), Relaxed);
+    place
+        .state
+        .store(ticket.0 << 8 | u64::from(channels), Release);
+    if let Some(overwritten) = overwritten {
+        chandra_nccl_finished(&overwritten);
+    }
+    chandra_nccl_started(&told);
+    Some(ticket)
+}
+
+/// A channel has started, at a time of the GPU's clock in nanoseconds; 0 is none. Returns whether its collective is still
+/// followed.
+pub(crate) fn channel_started(ticket: Ticket, channel: u8, time: u64) -> bool {
+    let place = ticket.place();
+    let Some(times) = place.times.get(usize::from(channel)) else {
+        return false;
+    };
+    if !place.has(ticket) {
+        return false;
+    }
+    if time != 0 {
+        times.start.set(ticket, time);
+    }
+    true
+}
+
+/// NCCL has the time at which a channel stopped.
+pub(crate) fn channel_ended(ticket: Ticket, channel: u8, time: u64) {
+    let place = ticket.place();
+    if let Some(times) = place.times.get(usize::from(channel))
+        && time != 0
+        && place.has(ticket)
+    {
+        times.stop.set(ticket, time);
+    }
+}
+
+/// A channel has stopped. With the last one the collective is over, and is told of.
+pub(crate) fn channel_stopped(ticket: Ticket) {
+    let place = ticket.place();
+    let mut state = place.state.load(Relaxed);
+    loop {
+        let left = state & 0xff;
+        if state >> 8 != ticket.0 || left == 0 || left == WRITING {
+            return;
+        }
+        let next = if left == 1 {
+            ticket.0 << 8 | WRITING
+        } else {
+            state - 1
+        };
+        match place
+            .state
+            .compare_exchange_weak(state, next, AcqRel, Relaxed)
+        {
+            Ok(_) if left == 1 => break,
+            Ok(_) => return,
+            Err(now) => state = now,
+        }
+    }
+    let (duration, outcome) = place.take(ticket);
+    let told = place.told(duration, outcome);
+    place.state.store(ticket.0 << 8, Release);
+    chandra_nccl_finished(&told);
+}
+
+/// Drops what is open of a communicator: nothing more is told of it.
+pub(crate) fn forget(communicator: &'static Communicator) {
+    for place in &COLLECTIVES {
+        let mut state = place.state.load(Acquire);
+        while state & 0xff != 0
+            && state & 0xff != WRITING
+            && ptr::eq(place.communicator.load(Relaxed), communicator)
+        {
+            match place
+                .state
+                .compare_exchange_weak(state, state | WRITING, AcqRel, Acquire)
+            {
+                Ok(_) => {
+                    place.clear();
+                    place.state.store(state & !0xff, Release);
+                    break;
+                }
+                Err(now) => state = now,
+            }
+        }
+    }
+}
