@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Collectives in flight, in a ring: their channels, and what comes of their times.
+//! Collectives in flight: their channels, and what comes of their times.
 
 use core::ptr;
 use core::sync::atomic::{
@@ -11,9 +11,9 @@ use exporter_common::nccl_profiler::{FINE, IMPOSSIBLE, OPERATIONS, OVERWRITTEN, 
 
 use crate::{chandra_nccl_finished, chandra_nccl_started, communicators::Communicator};
 
-/// Collectives that can be in flight at once, a power of two. CUDA queues some 1024 kernels of a stream before a launch
-/// waits. At 1088 bytes each, the ring takes 2.2 MB of a process that uses it.
-const RING: usize = 2048;
+/// Collectives that can be in flight at once. CUDA queues some 1024 kernels of a stream before a launch waits. A place has
+/// 1088 bytes, and only as many are ever touched as were in flight together: 2.2 MB at most.
+const PLACES: usize = 2048;
 
 /// Channels of a collective: NCCL's `MAXCHANNELS`.
 const CHANNELS: usize = 64;
@@ -21,33 +21,35 @@ const CHANNELS: usize = 64;
 /// A longer duration, in nanoseconds, is taken for a broken clock: an hour. NCCL's own watchdogs end a job earlier.
 const LONGEST: i64 = 3_600_000_000_000;
 
-/// The number of a collective among all of this process. Its place in the ring is the number modulo [`RING`].
+/// A place and how often it was used, in 48 bits: generation × [`PLACES`] + place. No two collectives of a process have the same.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Ticket(pub(crate) u64);
 
 impl Ticket {
-    fn place(self) -> &'static Collective {
-        &COLLECTIVES[self.0 as usize % RING]
+    fn index(self) -> usize {
+        self.0 as usize % PLACES
     }
 
-    /// How often the place was used, in the 16 bits that [`Stamp`] has for it.
+    fn place(self) -> &'static Place {
+        &ALL[self.index()]
+    }
+
+    /// The 16 bits of the generation that [`Stamp`] has for it.
     fn generation(self) -> u64 {
-        (self.0 / RING as u64) & 0xffff
+        (self.0 / PLACES as u64) & 0xffff
     }
 }
 
-/// The next ticket. The first generation is 1, as a stamp of 0 is none.
-static NEXT: AtomicU64 = AtomicU64::new(RING as u64);
-
-static COLLECTIVES: [Collective; RING] = [const { Collective::new() }; RING];
+static ALL: [Place; PLACES] = [const { Place::new() }; PLACES];
 
 /// A place for a collective.
 ///
-/// Whoever brings `state` to [`WRITING`] has the place for itself, but for stamps: a thread that found its collective there may
-/// stamp a channel late, when the place is another's. Such a stamp has another generation, and is not taken for a time.
+/// It is live while channels are left in its state. Whoever brings them to 0 has the place for itself until it frees it, but
+/// for stamps: a thread that found its collective there may stamp a channel late, when the place is another's. Such a
+/// stamp has another generation, and is not taken for a time; the other's channel, if its stamp was lost, makes it impossible.
 #[repr(C, align(64))]
-struct Collective {
-    /// The ticket, shifted by 8; below it the channels that have not stopped: 0 when it is over, or [`WRITING`].
+struct Place {
+    /// The ticket, shifted by 8; below it the channels that have not stopped.
     state: AtomicU64,
     communicator: AtomicPtr<Communicator>,
     number: AtomicU64,
@@ -56,8 +58,13 @@ struct Collective {
     ranks: AtomicU32,
     operation: AtomicU32,
     channels: AtomicU32,
+    /// While it is free: the free place below it, by [`link`].
+    below: AtomicU32,
     times: [Times; CHANNELS],
 }
+
+/// The channels left in a state.
+const LEFT: u64 = 0xff;
 
 /// When a channel started, and when it stopped.
 struct Times {
@@ -65,13 +72,10 @@ struct Times {
     stop: Stamp,
 }
 
-/// [`Collective::state`]: the count that means that one thread has it.
-const WRITING: u64 = 0xff;
-
 const _: () = {
-    assert!(RING.is_power_of_two());
-    assert!((CHANNELS as u64) < WRITING);
-    assert!(size_of::<Collective>() == 64 + 16 * CHANNELS);
+    assert!(PLACES.is_power_of_two());
+    assert!((CHANNELS as u64) <= LEFT);
+    assert!(size_of::<Place>() == 64 + 16 * CHANNELS);
 };
 
 /// A time of the GPU's clock with the generation of the place that it was written for, in one word: 48 bits of
@@ -104,7 +108,7 @@ impl Stamp {
     }
 }
 
-impl Collective {
+impl Place {
     const fn new() -> Self {
         Self {
             state: AtomicU64::new(0),
@@ -115,6 +119,7 @@ impl Collective {
             ranks: AtomicU32::new(0),
             operation: AtomicU32::new(0),
             channels: AtomicU32::new(0),
+            below: AtomicU32::new(0),
             times: [const {
                 Times {
                     start: Stamp(AtomicU64::new(0)),
@@ -122,6 +127,21 @@ impl Collective {
                 }
             }; CHANNELS],
         }
+    }
+
+    /// Ends it if `of` says so of it, whatever channels are left: then the caller has the place.
+    fn end(&self, of: impl Fn(&Self) -> bool) -> bool {
+        let mut state = self.state.load(Acquire);
+        while state & LEFT != 0 && of(self) {
+            match self
+                .state
+                .compare_exchange_weak(state, state & !LEFT, AcqRel, Acquire)
+            {
+                Ok(_) => return true,
+                Err(now) => state = now,
+            }
+        }
+        false
     }
 
     /// What is told of it, by the one who has it.
@@ -140,7 +160,7 @@ impl Collective {
     /// Whether the collective with this ticket is there and not over.
     fn has(&self, ticket: Ticket) -> bool {
         let state = self.state.load(Acquire);
-        state >> 8 == ticket.0 && state & 0xff != 0
+        state >> 8 == ticket.0 && state & LEFT != 0
     }
 
     /// Takes the times of all channels. Returns the duration in nanoseconds, and what it is worth.
@@ -224,6 +244,58 @@ const fn packed(name: &str) -> u128 {
     packed
 }
 
+/// The topmost free place that was used before, by [`link`], and above it a count of all changes: so that a thread that slept
+/// between reading and changing it notices.
+static FREE: AtomicU64 = AtomicU64::new(0);
+/// Places that were never used begin here. Once it is [`PLACES`] there are none.
+static FRESH: AtomicU32 = AtomicU32::new(0);
+/// The place that is overwritten next when none is free.
+static VICTIM: AtomicU32 = AtomicU32::new(0);
+/// Places that are tried when none is free: those that another thread has just then are passed over.
+const TRIES: u32 = 16;
+
+/// How a place is named in a list whose end is 0.
+const fn link(index: u32) -> u32 {
+    index + 1
+}
+
+fn free(index: usize) {
+    let mut top = FREE.load(Relaxed);
+    loop {
+        ALL[index % PLACES].below.store(top as u32, Relaxed);
+        let new = ((top >> 32) + 1) << 32 | u64::from(link(index as u32));
+        match FREE.compare_exchange_weak(top, new, Release, Relaxed) {
+            Ok(_) => return,
+            Err(now) => top = now,
+        }
+    }
+}
+
+/// Takes the place that was freed last, else one that was never used.
+fn unused() -> Option<usize> {
+    let mut top = FREE.load(Acquire);
+    while let Some(index) = (top as u32).checked_sub(1) {
+        let below = ALL[index as usize % PLACES].below.load(Relaxed);
+        let new = ((top >> 32) + 1) << 32 | u64::from(below);
+        match FREE.compare_exchange_weak(top, new, Acquire, Acquire) {
+            Ok(_) => return Some(index as usize),
+            Err(now) => top = now,
+        }
+    }
+    let fresh = FRESH.fetch_update(Relaxed, Relaxed, |fresh| {
+        ((fresh as usize) < PLACES).then_some(fresh + 1)
+    });
+    fresh.ok().map(|fresh| fresh as usize)
+}
+
+/// Takes a place from a collective that is still open.
+fn overwrite() -> Option<usize> {
+    (0..TRIES).find_map(|_| {
+        let index = VICTIM.fetch_add(1, Relaxed) as usize % PLACES;
+        ALL[index].end(|_| true).then_some(index)
+    })
+}
+
 /// Finds a place for a collective and tells of it. Returns none if it cannot be followed: NCCL counts no channels for
 /// collectives of CollNet, of symmetric kernels and of copy engines.
 pub(crate) fn start(
@@ -235,26 +307,17 @@ pub(crate) fn start(
     if channels == 0 || usize::from(channels) > CHANNELS {
         return None;
     }
-    let ticket = Ticket(NEXT.fetch_add(1, Relaxed));
-    let place = ticket.place();
-    let mut state = place.state.load(Relaxed);
-    loop {
-        // Another thread has it at this moment, or this one slept while the ring went round.
-        if state & 0xff == WRITING || state >> 8 > ticket.0 {
-            return None;
+    let (index, overwritten) = match unused() {
+        Some(index) => (index % PLACES, None),
+        None => {
+            let index = overwrite()?;
+            ALL[index].clear();
+            (index, Some(ALL[index].told(0, OVERWRITTEN)))
         }
-        match place
-            .state
-            .compare_exchange_weak(state, ticket.0 << 8 | WRITING, AcqRel, Relaxed)
-        {
-            Ok(_) => break,
-            Err(now) => state = now,
-        }
-    }
-    let overwritten = (state & 0xff != 0).then(|| {
-        place.clear();
-        place.told(0, OVERWRITTEN)
-    });
+    };
+    let place = &ALL[index];
+    let generation = (place.state.load(Relaxed) >> 8) / PLACES as u64 + 1;
+    let ticket = Ticket(generation * PLACES as u64 + index as u64);
     let told = Told {
         sequence,
         operation,
@@ -311,49 +374,31 @@ pub(crate) fn channel_stopped(ticket: Ticket) {
     let place = ticket.place();
     let mut state = place.state.load(Relaxed);
     loop {
-        let left = state & 0xff;
-        if state >> 8 != ticket.0 || left == 0 || left == WRITING {
+        if state >> 8 != ticket.0 || state & LEFT == 0 {
             return;
         }
-        let next = if left == 1 {
-            ticket.0 << 8 | WRITING
-        } else {
-            state - 1
-        };
         match place
             .state
-            .compare_exchange_weak(state, next, AcqRel, Relaxed)
+            .compare_exchange_weak(state, state - 1, AcqRel, Relaxed)
         {
-            Ok(_) if left == 1 => break,
+            Ok(_) if state & LEFT == 1 => break,
             Ok(_) => return,
             Err(now) => state = now,
         }
     }
     let (duration, outcome) = place.take(ticket);
     let told = place.told(duration, outcome);
-    place.state.store(ticket.0 << 8, Release);
+    free(ticket.index());
     chandra_nccl_finished(&told);
 }
 
 /// Drops what is open of a communicator: nothing more is told of it.
 pub(crate) fn forget(communicator: &'static Communicator) {
-    for place in &COLLECTIVES {
-        let mut state = place.state.load(Acquire);
-        while state & 0xff != 0
-            && state & 0xff != WRITING
-            && ptr::eq(place.communicator.load(Relaxed), communicator)
-        {
-            match place
-                .state
-                .compare_exchange_weak(state, state | WRITING, AcqRel, Acquire)
-            {
-                Ok(_) => {
-                    place.clear();
-                    place.state.store(state & !0xff, Release);
-                    break;
-                }
-                Err(now) => state = now,
-            }
+    let used = FRESH.load(Relaxed) as usize;
+    for (index, place) in ALL.iter().enumerate().take(used) {
+        if place.end(|place| ptr::eq(place.communicator.load(Relaxed), communicator)) {
+            place.clear();
+            free(index);
         }
     }
 }

@@ -55,8 +55,12 @@ impl Heard {
         let one = locked(&ONE);
         let library = plugin::open(name);
         locked(&CALLS).clear();
-        let listeners: [(_, unsafe extern "C" fn(*const Told)); 4] =
-            [(OPENED, opened), (STARTED, started), (FINISHED, finished), (CLOSED, closed)];
+        let listeners: [(_, unsafe extern "C" fn(*const Told)); 4] = [
+            (OPENED, opened),
+            (STARTED, started),
+            (FINISHED, finished),
+            (CLOSED, closed),
+        ];
         for (name, listener) in listeners {
             jump(plugin::symbol(library, name), listener as *const c_void);
         }
@@ -77,7 +81,11 @@ impl Heard {
 fn jump(function: *mut c_void, target: *const c_void) {
     const NOP5_RET: [u8; 6] = [0x0f, 0x1f, 0x44, 0x00, 0x00, 0xc3];
     let address = function as usize;
-    assert_eq!(address % 16, 0, "aligned, so that 16 bytes are its own and no nop straddles two pages");
+    assert_eq!(
+        address % 16,
+        0,
+        "aligned, so that 16 bytes are its own and no nop straddles two pages"
+    );
     // SAFETY: code of the library, 16 bytes of which are this function's.
     assert_eq!(unsafe { *function.cast::<[u8; 6]>() }, NOP5_RET);
     let mut code = [0x48, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xe0];
@@ -96,7 +104,13 @@ const NOW: u64 = 1_790_000_000_123_456_789;
 const HOUR: u64 = 3_600_000_000_000;
 
 /// Runs a collective whose channels have these times, and returns what is told of its end.
-fn run(heard: &Heard, plugin: Plugin, context: Handle, sequence: u64, times: &[(u64, u64)]) -> Vec<Call> {
+fn run(
+    heard: &Heard,
+    plugin: Plugin,
+    context: Handle,
+    sequence: u64,
+    times: &[(u64, u64)],
+) -> Vec<Call> {
     let collective = plugin.collective(context, c"AllReduce", sequence, times.len() as u8);
     let channels: Vec<_> = times
         .iter()
@@ -112,7 +126,9 @@ fn run(heard: &Heard, plugin: Plugin, context: Handle, sequence: u64, times: &[(
 
 #[track_caller]
 fn outcome(calls: &[Call]) -> (u64, u32) {
-    let [(FINISHED, told)] = calls else { panic!("one end, but {calls:?}") };
+    let [(FINISHED, told)] = calls else {
+        panic!("one end, but {calls:?}")
+    };
     (told.duration, told.outcome)
 }
 
@@ -143,7 +159,14 @@ fn every_version_tells_a_collective_from_start_to_end() {
         assert_eq!(heard.calls(), [(STARTED, told)], "version {version}");
 
         let channels: Vec<_> = (0..24)
-            .map(|channel| plugin.channel(context, collective, channel, NOW + 1000 * u64::from(channel)))
+            .map(|channel| {
+                plugin.channel(
+                    context,
+                    collective,
+                    channel,
+                    NOW + 1000 * u64::from(channel),
+                )
+            })
             .collect();
         for (index, channel) in (0..).zip(&channels) {
             assert_eq!(heard.calls(), []);
@@ -184,8 +207,12 @@ fn other_events_get_no_handle_and_are_not_told() {
         let (context, _) = plugin.init(NUMBER, 8, 3);
         heard.calls();
         let kinds = KINDS.into_iter().filter(|kind| version > 4 || *kind < 256);
-        for kind in kinds.filter(|kind| GROUP | COLLECTIVE | KERNEL_CHANNEL & kind == 0) {
-            assert_eq!(plugin.start_kind(context, kind), Handle::NULL, "kind {kind}");
+        for kind in kinds.filter(|kind| ![GROUP, COLLECTIVE, KERNEL_CHANNEL].contains(kind)) {
+            assert_eq!(
+                plugin.start_kind(context, kind),
+                Handle::NULL,
+                "kind {kind}"
+            );
         }
         assert_eq!(plugin.start_kind(context, P2P), Handle::NULL);
         // Channels of a send, and of what was not followed; a pointer that is not the plugin's.
@@ -195,7 +222,10 @@ fn other_events_get_no_handle_and_are_not_told() {
         }
         // NCCL counts no channels of CollNet, and has no more than 64.
         for channels in [0, 65, 255] {
-            assert_eq!(plugin.collective(context, c"AllReduce", 1, channels), Handle::NULL);
+            assert_eq!(
+                plugin.collective(context, c"AllReduce", 1, channels),
+                Handle::NULL
+            );
         }
         for handle in [Handle::NULL, stray, context] {
             plugin.channel_stop(handle, NOW);
@@ -234,7 +264,11 @@ fn operations_have_their_label() {
     ] {
         heard.calls();
         plugin.collective(context, name, 0, 1);
-        assert_eq!(OPERATIONS[heard.calls()[0].1.operation as usize], label, "{name:?}");
+        assert_eq!(
+            OPERATIONS[heard.calls()[0].1.operation as usize],
+            label,
+            "{name:?}"
+        );
     }
 }
 
@@ -267,7 +301,11 @@ fn channels_may_come_in_any_order() {
     for channel in channels {
         plugin.channel_stop(channel, NOW + 100);
     }
-    let ends: Vec<_> = heard.calls().iter().map(|(_, told)| (told.sequence, told.duration)).collect();
+    let ends: Vec<_> = heard
+        .calls()
+        .iter()
+        .map(|(_, told)| (told.sequence, told.duration))
+        .collect();
     assert_eq!(ends, [(2, 80), (1, 100)]);
 }
 
@@ -279,10 +317,17 @@ fn durations_are_exact_where_stamps_turn_over() {
     for bits in [32, 48] {
         let turn = 4000_u64 << bits;
         for before in [1, 500, 10_000] {
-            let times = [(turn - before + 7, turn + 20), (turn - before, turn + 10), (turn - before + 3, turn - 1)];
+            let times = [
+                (turn - before + 7, turn + 20),
+                (turn - before, turn + 10),
+                (turn - before + 3, turn - 1),
+            ];
             let calls = run(&heard, plugin, context, 9, &times);
             assert_eq!(outcome(&calls).0, if before == 1 { 0 } else { before + 20 });
-            assert_eq!(outcome(&calls).1, if before == 1 { IMPOSSIBLE } else { FINE });
+            assert_eq!(
+                outcome(&calls).1,
+                if before == 1 { IMPOSSIBLE } else { FINE }
+            );
         }
     }
 }
@@ -293,7 +338,11 @@ fn impossible_times_are_told_as_such() {
     let plugin = heard.version(6);
     let (context, _) = plugin.init(NUMBER, 8, 3);
     let expect = |times: &[(u64, u64)], expected| {
-        assert_eq!(outcome(&run(&heard, plugin, context, 9, times)), expected, "{times:?}");
+        assert_eq!(
+            outcome(&run(&heard, plugin, context, 9, times)),
+            expected,
+            "{times:?}"
+        );
     };
     let fine = (NOW, NOW + 10);
     expect(&[fine], (10, FINE));
@@ -302,7 +351,10 @@ fn impossible_times_are_told_as_such() {
     expect(&[(NOW, NOW + HOUR + 1), fine], (0, IMPOSSIBLE));
     expect(&[(NOW, NOW + 70 * HOUR)], (0, IMPOSSIBLE));
     // Two channels that lie more than an hour apart.
-    expect(&[(NOW + 2 * HOUR, NOW + 2 * HOUR + 5), fine], (0, IMPOSSIBLE));
+    expect(
+        &[(NOW + 2 * HOUR, NOW + 2 * HOUR + 5), fine],
+        (0, IMPOSSIBLE),
+    );
     // One stopped before it started, within what the others took.
     expect(&[fine, (NOW + 6, NOW + 5), fine], (0, IMPOSSIBLE));
     expect(&[(NOW + 6, NOW + 5)], (0, IMPOSSIBLE));
@@ -331,43 +383,79 @@ fn impossible_times_are_told_as_such() {
 }
 
 #[test]
-fn a_collective_that_never_ends_is_overwritten_and_told_once() {
+fn a_collective_that_takes_long_keeps_its_place() {
+    let heard = Heard::new("long");
+    let plugin = heard.version(6);
+    let (context, _) = plugin.init(NUMBER, 8, 3);
+    let long = plugin.collective(context, c"AllReduce", 77, 1);
+    let channel = plugin.channel(context, long, 0, NOW);
+    for sequence in 0..10_000 {
+        assert_eq!(
+            outcome(&run(
+                &heard,
+                plugin,
+                context,
+                sequence,
+                &[(NOW, NOW + 3); 3]
+            )),
+            (3, FINE)
+        );
+    }
+    plugin.channel_stop(channel, NOW + 123_456_789);
+    assert_eq!(outcome(&heard.calls()), (123_456_789, FINE));
+}
+
+#[test]
+fn collectives_that_never_end_are_overwritten_and_told_once() {
+    const PLACES: u64 = 2048;
     let heard = Heard::new("overwritten");
     let plugin = heard.version(6);
     let (context, _) = plugin.init(NUMBER, 8, 3);
-    let stuck = plugin.collective(context, c"Reduce", 77, 4);
-    let channels: Vec<_> = (0..3).map(|channel| plugin.channel(context, stuck, channel, NOW)).collect();
-    plugin.channel_stop(channels[0], NOW + 1);
     heard.calls();
-    let mut overwritten = Vec::new();
-    for sequence in 0..3 * 2048 {
+    let stuck: Vec<_> = (0..PLACES)
+        .map(|sequence| {
+            let collective = plugin.collective(context, c"Reduce", sequence, 4);
+            let channels =
+                [0, 1, 2].map(|channel| plugin.channel(context, collective, channel, NOW));
+            plugin.channel_stop(channels[0], NOW + 1);
+            (collective, channels)
+        })
+        .collect();
+    assert!(heard.calls().iter().all(|(name, _)| *name == STARTED));
+    // Each takes the place of one of these, and none is left open itself until the end.
+    let mut open = Vec::new();
+    for (sequence, (late, late_channels)) in (0..).zip(&stuck) {
         let collective = plugin.collective(context, c"AllReduce", sequence, 4);
-        let own: Vec<_> = (0..4).map(|channel| plugin.channel(context, collective, channel, NOW + 50)).collect();
-        // What comes late of the stuck one, into the place of this one.
-        assert!(overwritten.is_empty() || plugin.channel(context, stuck, 3, NOW) == Handle::NULL);
-        if !overwritten.is_empty() {
-            plugin.channel_stop(channels[1], NOW + 9999);
-            plugin.channel_stop(channels[2], NOW + 9999);
-        }
-        own.into_iter().for_each(|channel| plugin.channel_stop(channel, NOW + 60));
-        for (name, told) in heard.calls() {
-            match (name, told.outcome) {
-                (FINISHED, OVERWRITTEN) => overwritten.push((sequence, told)),
-                (FINISHED, _) => assert_eq!((told.sequence, told.duration, told.outcome), (sequence, 10, FINE)),
-                _ => assert_eq!(name, STARTED),
-            }
-        }
+        let overwritten = Told {
+            communicator: NUMBER,
+            sequence,
+            duration: 0,
+            rank: 3,
+            ranks: 8,
+            operation: 1,
+            outcome: OVERWRITTEN,
+        };
+        let started = Told {
+            operation: 4,
+            outcome: 0,
+            ..overwritten
+        };
+        assert_eq!(heard.calls(), [(FINISHED, overwritten), (STARTED, started)]);
+        open.push(
+            [0, 1, 2, 3].map(|channel| plugin.channel(context, collective, channel, NOW + 50)),
+        );
+        // What comes late of the former one.
+        assert_eq!(plugin.channel(context, *late, 3, NOW), Handle::NULL);
+        plugin.channel_stop(late_channels[1], NOW + 9999);
+        plugin.channel_stop(late_channels[2], NOW + 9999);
+        assert_eq!(heard.calls(), []);
     }
-    let told = Told {
-        communicator: NUMBER,
-        sequence: 77,
-        duration: 0,
-        rank: 3,
-        ranks: 8,
-        operation: 1,
-        outcome: OVERWRITTEN,
-    };
-    assert_eq!(overwritten, [(2047, told)]);
+    for (sequence, channels) in (0..).zip(open) {
+        channels
+            .into_iter()
+            .for_each(|channel| plugin.channel_stop(channel, NOW + 50 + sequence));
+        assert_eq!(outcome(&heard.calls()), (sequence, FINE));
+    }
 }
 
 #[test]
@@ -389,16 +477,24 @@ fn nothing_is_told_of_a_closed_communicator() {
         assert_eq!(calls.last().map(|call| call.1.duration), Some(3));
         assert!(calls.iter().all(|(_, told)| told.communicator == 1));
     }
-    // Its place is used again, and what is left of it does not disturb.
+    // What was open of the other one still is; the next communicator has the place of the first.
     assert_eq!(plugin.init(NUMBER, 8, 3).0, context);
     heard.calls();
-    plugin.channel_stop(plugin.channel(context, of_other, 0, NOW), NOW + 1);
+    plugin.channel_stop(channel, NOW + 1);
     assert_eq!(heard.calls(), []);
+    plugin.channel_stop(plugin.channel(other, of_other, 0, NOW), NOW + 1);
+    assert_eq!(outcome(&heard.calls()), (1, FINE));
 }
 
 static LOGGED: Mutex<Vec<(c_int, String)>> = Mutex::new(Vec::new());
 
-unsafe extern "C" fn log(level: c_int, _: c_ulong, _: *const c_char, _: c_int, message: *const c_char) {
+unsafe extern "C" fn log(
+    level: c_int,
+    _: c_ulong,
+    _: *const c_char,
+    _: c_int,
+    message: *const c_char,
+) {
     // SAFETY: a format without conversions.
     let message = unsafe { CStr::from_ptr(message) };
     locked(&LOGGED).push((level, message.to_string_lossy().into_owned()));
@@ -408,15 +504,24 @@ unsafe extern "C" fn log(level: c_int, _: c_ulong, _: *const c_char, _: c_int, m
 fn a_communicator_without_a_place_works_unseen() {
     let heard = Heard::new("many");
     let plugin = heard.version(4);
-    let contexts: Vec<_> = (0..1024).map(|number| plugin.init_with(number, 4, 1, log).0).collect();
-    let mut opened: Vec<_> = heard.calls().iter().map(|(_, told)| told.communicator).collect();
+    let contexts: Vec<_> = (0..1024)
+        .map(|number| plugin.init_with(number, 4, 1, log).0)
+        .collect();
+    let mut opened: Vec<_> = heard
+        .calls()
+        .iter()
+        .map(|(_, told)| told.communicator)
+        .collect();
     opened.sort_unstable();
     assert_eq!(opened, (0..1024).collect::<Vec<_>>());
     assert!(locked(&LOGGED).is_empty());
 
     let (context, mask) = plugin.init_with(9999, 4, 1, log);
     assert_eq!(context, Handle::NULL);
-    assert_eq!(mask, 67, "the mask is one for all communicators of the process");
+    assert_eq!(
+        mask, 67,
+        "the mask is one for all communicators of the process"
+    );
     assert_eq!(locked(&LOGGED).len(), 1);
     assert_eq!(plugin.start_kind(context, GROUP), Handle::NULL);
     assert_eq!(plugin.collective(context, c"AllReduce", 1, 4), Handle::NULL);
@@ -425,7 +530,10 @@ fn a_communicator_without_a_place_works_unseen() {
 
     for (number, context) in contexts.iter().enumerate() {
         let calls = run(&heard, plugin, *context, 5, &[(NOW, NOW + number as u64)]);
-        assert_eq!((calls[0].1.communicator, calls[0].1.duration), (number as u64, number as u64));
+        assert_eq!(
+            (calls[0].1.communicator, calls[0].1.duration),
+            (number as u64, number as u64)
+        );
     }
     plugin.finalize(contexts[500]);
     assert_ne!(plugin.init_with(9999, 4, 1, log).0, Handle::NULL);
@@ -455,21 +563,27 @@ fn threads_and_communicators_do_not_disturb_each_other() {
                 for sequence in 0..COLLECTIVES {
                     let channels = 1 + random(&mut state) % 64;
                     let start = NOW + random(&mut state) % HOUR;
-                    let collective = plugin.collective(context, c"AllReduce", sequence, channels as u8);
+                    let collective =
+                        plugin.collective(context, c"AllReduce", sequence, channels as u8);
                     let channels: Vec<_> = (0..channels)
-                        .map(|channel| plugin.channel(context, collective, channel as u8, start + channel))
+                        .map(|channel| {
+                            plugin.channel(context, collective, channel as u8, start + channel)
+                        })
                         .collect();
-                    // The duration is the sequence, so that a wrong one is recognised.
+                    // The duration is the sequence and 64, so that a wrong one is recognised.
                     open.push((channels, start + sequence));
                     if random(&mut state).is_multiple_of(8) || open.len() > 100 {
                         for (channels, stop) in open.drain(..) {
-                            let first = stop.saturating_sub(0);
-                            channels.into_iter().for_each(|channel| plugin.channel_stop(channel, first + 64));
+                            channels
+                                .into_iter()
+                                .for_each(|channel| plugin.channel_stop(channel, stop + 64));
                         }
                     }
                 }
                 for (channels, stop) in open.drain(..) {
-                    channels.into_iter().for_each(|channel| plugin.channel_stop(channel, stop + 64));
+                    channels
+                        .into_iter()
+                        .for_each(|channel| plugin.channel_stop(channel, stop + 64));
                 }
                 plugin.finalize(context);
             });
@@ -477,7 +591,10 @@ fn threads_and_communicators_do_not_disturb_each_other() {
     });
     let calls = heard.calls();
     for thread in 1..=THREADS {
-        let own: Vec<_> = calls.iter().filter(|(_, told)| told.communicator == thread).collect();
+        let own: Vec<_> = calls
+            .iter()
+            .filter(|(_, told)| told.communicator == thread)
+            .collect();
         assert_eq!(own.len() as u64, 2 + 2 * COLLECTIVES);
         assert_eq!((own[0].0, own[own.len() - 1].0), (OPENED, CLOSED));
         for (name, told) in own {
@@ -501,7 +618,8 @@ fn channels_of_one_collective_may_stop_in_several_threads() {
             for part in 0..4 {
                 scope.spawn(move || {
                     for channel in (part..64).step_by(4) {
-                        let handle = plugin.channel(context, collective, channel, NOW + u64::from(channel));
+                        let handle =
+                            plugin.channel(context, collective, channel, NOW + u64::from(channel));
                         plugin.channel_stop(handle, NOW + 1000 + u64::from(channel));
                     }
                 });
@@ -512,9 +630,9 @@ fn channels_of_one_collective_may_stop_in_several_threads() {
 }
 
 #[test]
-fn a_ring_that_goes_round_under_several_threads_tells_no_wrong_duration() {
+fn places_that_run_out_under_several_threads_tell_no_wrong_duration() {
     const THREADS: u64 = 4;
-    let heard = Heard::new("round");
+    let heard = Heard::new("run-out");
     let plugin = heard.version(6);
     thread::scope(|scope| {
         for thread in 1..=THREADS {
@@ -524,13 +642,16 @@ fn a_ring_that_goes_round_under_several_threads_tells_no_wrong_duration() {
                 for sequence in 0..20_000_u64 {
                     let collective = plugin.collective(context, c"AllReduce", sequence, 4);
                     let start = NOW + thread * 1_000_000_000 + sequence * 1000;
-                    let channels = [0, 1, 2, 3].map(|channel| plugin.channel(context, collective, channel, start));
+                    let channels = [0, 1, 2, 3]
+                        .map(|channel| plugin.channel(context, collective, channel, start));
                     open.push_back((channels, start + sequence));
-                    // Together just more than the ring holds.
+                    // Together just more than there are places.
                     if open.len() as u64 > 2048 / THREADS + thread
                         && let Some((channels, stop)) = open.pop_front()
                     {
-                        channels.into_iter().for_each(|channel| plugin.channel_stop(channel, stop));
+                        channels
+                            .into_iter()
+                            .for_each(|channel| plugin.channel_stop(channel, stop));
                     }
                 }
             });
@@ -548,7 +669,13 @@ fn a_ring_that_goes_round_under_several_threads_tells_no_wrong_duration() {
             _ => panic!("{told:?}"),
         }
     }
-    assert!(fine > 0 && overwritten > 0, "{fine} fine, {overwritten} overwritten");
+    assert!(
+        fine > 0 && overwritten > 0,
+        "{fine} fine, {overwritten} overwritten"
+    );
     let started = calls.iter().filter(|(name, _)| *name == STARTED).count();
-    assert!(started - fine - overwritten <= 2048, "the rest is still in the ring");
+    assert!(
+        started - fine - overwritten <= 2048,
+        "the rest is still open"
+    );
 }
