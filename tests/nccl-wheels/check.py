@@ -9,6 +9,7 @@ The probed functions are replaced by jumps to functions of this program, as nccl
 """
 
 import ctypes
+import functools
 import random
 import re
 import subprocess
@@ -88,6 +89,7 @@ class Library:
         exported = ctypes.cast(self.library.ncclGetVersion, ctypes.c_void_p).value
         self.base = exported - self.symbols["ncclGetVersion"]
 
+    @functools.cache
     def mangled(self, name):
         found = [symbol for symbol in self.symbols if re.fullmatch(rf"_Z{len(name)}{name}P\w+", symbol)]
         assert len(found) == 1, f"{name}: {found}"
@@ -196,6 +198,6 @@ def main(version, path, folder):
 
 
 if sys.argv[1:] == ["versions"]:
-    print(*VERSIONS)
+    print(*VERSIONS, sep="\n")
 else:
     main(*sys.argv[1:])
