@@ -7,6 +7,7 @@
 pub mod encryption;
 pub mod gpu;
 pub mod histogram;
+pub mod nccl;
 pub mod nccl_profiler;
 pub mod rdma;
 pub mod tcp;

@@ -199,6 +199,9 @@ pub struct Handle {
     pub state: u64,
     /// Communicators that were split from it.
     pub children: u64,
+    /// By the plugin: of its collectives that have finished, when the one that started last did, as CLOCK_MONOTONIC in
+    /// nanoseconds. What started before and has not finished is lost.
+    pub finished: u64,
     /// The number of its next collective, by [`Operation`]. Those of the first [`NUMBERED`] are counted, as NCCL does; of the others
     /// it is how many of the first there were, and in the low 16 bits how many of its own since the last of these.
     pub made: [u64; COLLECTIVES],
@@ -362,7 +365,7 @@ pub struct Since {
 const _: () = {
     assert!(size_of::<Owner>() == 8 * SLOTS, "no padding");
     assert!(size_of::<Communicator>() == 16, "no padding");
-    assert!(size_of::<Handle>() == 32 + 8 * COLLECTIVES, "no padding");
+    assert!(size_of::<Handle>() == 40 + 8 * COLLECTIVES, "no padding");
     assert!(size_of::<Group>() == 32, "no padding");
     assert!(size_of::<Seat>() == 16, "no padding");
     assert!(size_of::<Member>() == 72, "no padding");

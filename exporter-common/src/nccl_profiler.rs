@@ -2,14 +2,14 @@
 //! NCCL: what the profiler plugin hands, in the process that uses NCCL, to the functions that the exporter probes.
 
 /// Exported by the plugin: a communicator was made. `sequence`, `duration`, `operation` and `outcome` are 0.
-pub const OPENED: &str = "chandra_nccl_opened";
+pub const OPENED: &str = "nccl_profiler_opened";
 /// Exported by the plugin: a collective was handed to the GPU's queue. `duration` and `outcome` are 0.
-pub const STARTED: &str = "chandra_nccl_started";
+pub const STARTED: &str = "nccl_profiler_started";
 /// Exported by the plugin: all channels of a collective have stopped, or no more is learned of it: see [`Told::outcome`].
-pub const FINISHED: &str = "chandra_nccl_finished";
+pub const FINISHED: &str = "nccl_profiler_finished";
 /// Exported by the plugin: a communicator was closed. `sequence`, `duration`, `operation` and `outcome` are 0. Of its
 /// collectives that were still open nothing more is told.
-pub const CLOSED: &str = "chandra_nccl_closed";
+pub const CLOSED: &str = "nccl_profiler_closed";
 
 /// What the plugin tells of: handed by address, as first argument, to the exported functions. Valid during the call.
 ///
@@ -29,7 +29,7 @@ pub struct Told {
     pub rank: u32,
     /// Ranks of the communicator.
     pub ranks: u32,
-    /// An index into [`OPERATIONS`].
+    /// An index into [`crate::nccl::OPERATIONS`].
     pub operation: u32,
     /// Finished: [`FINE`], [`IMPOSSIBLE`] or [`OVERWRITTEN`].
     pub outcome: u32,
@@ -41,21 +41,6 @@ pub const FINE: u32 = 0;
 pub const IMPOSSIBLE: u32 = 1;
 /// The plugin needed its place before it ended: nothing is known.
 pub const OVERWRITTEN: u32 = 2;
-
-/// Operations, as labels: the index is the value of [`Told::operation`].
-pub const OPERATIONS: [&str; 11] = [
-    "broadcast",
-    "reduce",
-    "all_gather",
-    "reduce_scatter",
-    "all_reduce",
-    "all_to_all",
-    "gather",
-    "scatter",
-    "send",
-    "recv",
-    "other",
-];
 
 /// Versions of NCCL that the plugin must not be used with. No ABI of the plugin tells it NCCL's version: the exporter,
 /// which reads it from the library, can warn; the plugin cannot refuse.

@@ -7,9 +7,12 @@ use core::sync::atomic::{
     Ordering::{AcqRel, Acquire, Relaxed, Release},
 };
 
-use exporter_common::nccl_profiler::{FINE, IMPOSSIBLE, OPERATIONS, OVERWRITTEN, Told};
+use exporter_common::{
+    nccl::OPERATIONS,
+    nccl_profiler::{FINE, IMPOSSIBLE, OVERWRITTEN, Told},
+};
 
-use crate::{chandra_nccl_finished, chandra_nccl_started, communicators::Communicator};
+use crate::{communicators::Communicator, nccl_profiler_finished, nccl_profiler_started};
 
 /// Collectives that can be in flight at once. CUDA queues some 1024 kernels of a stream before a launch waits. A place has
 /// 1088 bytes, and only as many are ever touched as were in flight together: 2.2 MB at most.
@@ -336,9 +339,9 @@ pub(crate) fn start(
         .state
         .store(ticket.0 << 8 | u64::from(channels), Release);
     if let Some(overwritten) = overwritten {
-        chandra_nccl_finished(&overwritten);
+        nccl_profiler_finished(&overwritten);
     }
-    chandra_nccl_started(&told);
+    nccl_profiler_started(&told);
     Some(ticket)
 }
 
@@ -389,7 +392,7 @@ pub(crate) fn channel_stopped(ticket: Ticket) {
     let (duration, outcome) = place.take(ticket);
     let told = place.told(duration, outcome);
     free(ticket.index());
-    chandra_nccl_finished(&told);
+    nccl_profiler_finished(&told);
 }
 
 /// Drops what is open of a communicator: nothing more is told of it.

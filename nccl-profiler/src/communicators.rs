@@ -8,7 +8,7 @@ use core::sync::atomic::{
 
 use exporter_common::nccl_profiler::Told;
 
-use crate::{chandra_nccl_closed, chandra_nccl_opened, collectives};
+use crate::{collectives, nccl_profiler_closed, nccl_profiler_opened};
 
 /// Communicators that can be open at once. A rank of a large job has some dozens; one more works, but is not seen.
 pub(crate) const COMMUNICATORS: usize = 1024;
@@ -70,7 +70,7 @@ pub(crate) fn open(number: u64, rank: u32, ranks: u32) -> Option<usize> {
     communicator.rank.store(rank, Relaxed);
     communicator.ranks.store(ranks, Relaxed);
     communicator.state.store(OPEN, Release);
-    chandra_nccl_opened(&communicator.told());
+    nccl_profiler_opened(&communicator.told());
     Some(index)
 }
 
@@ -87,6 +87,6 @@ pub(crate) fn close(index: usize) {
         return;
     }
     collectives::forget(communicator);
-    chandra_nccl_closed(&communicator.told());
+    nccl_profiler_closed(&communicator.told());
     communicator.state.store(FREE, Release);
 }

@@ -45,11 +45,11 @@ macro_rules! probed {
 
 probed! {
     /// A communicator was made.
-    chandra_nccl_opened
+    nccl_profiler_opened
     /// A collective was handed to the GPU's queue.
-    chandra_nccl_started
+    nccl_profiler_started
     /// A collective has ended, or no more is learned of it.
-    chandra_nccl_finished
+    nccl_profiler_finished
     /// A communicator was closed.
-    chandra_nccl_closed
+    nccl_profiler_closed
 }

@@ -11,8 +11,9 @@ use std::ffi::{CStr, c_char, c_int, c_ulong, c_void};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
+use exporter_common::nccl::OPERATIONS;
 use exporter_common::nccl_profiler::{
-    CLOSED, FINE, FINISHED, IMPOSSIBLE, OPENED, OPERATIONS, OVERWRITTEN, STARTED, Told,
+    CLOSED, FINE, FINISHED, IMPOSSIBLE, OPENED, OVERWRITTEN, STARTED, Told,
 };
 use plugin::{COLLECTIVE, GROUP, Handle, KERNEL_CHANNEL, KINDS, P2P, Plugin};
 

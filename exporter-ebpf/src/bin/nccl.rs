@@ -28,7 +28,7 @@ use exporter_common::{
         SLOTS, STARTED, Seat, Since, Source, Started, TOGETHER, WAIT, call_slots, duration_slots,
         init_slots, wait_slots,
     },
-    nccl_profiler::{FINE, Told},
+    nccl_profiler::{FINE, OVERWRITTEN, Told},
 };
 use exporter_ebpf::{
     ABSENT, Loss, Registers, add, entry, is_arm64, lose, object, read_user, unknown,
@@ -194,6 +194,7 @@ fn sit(group: u64, name: Communicator, rank: u64, state: u64) -> Result<(), Loss
                     seat: seat.index,
                     state,
                     children: 0,
+                    finished: 0,
                     made: [0; COLLECTIVES],
                 };
                 // What had this name before ended without a word.
@@ -867,6 +868,7 @@ fn sit_at(group: u64, name: Communicator, rank: u64) -> Result<(), Loss> {
         seat: rank,
         state: 0,
         children: 0,
+        finished: 0,
         made: [0; COLLECTIVES],
     };
     SEATS
@@ -1020,7 +1022,23 @@ fn ends_together(operation: u32) -> bool {
 
 #[inline(always)]
 fn finished(told: &Told) -> Result<(), Loss> {
-    let _ = STARTED_.remove(&started_key(told));
+    let key = started_key(told);
+    let since = STARTED_.get_ptr(&key);
+    // SAFETY: a value of a preallocated map: its memory lives as long as the program runs.
+    let since = since.map(|since| unsafe { (*since).at });
+    let _ = STARTED_.remove(&key);
+    let name = plugin_handle(told);
+    let known = COMMUNICATORS_.get_ptr_mut(&name);
+    if let (Some(known), Some(since)) = (known, since)
+        && told.outcome != OVERWRITTEN
+    {
+        // SAFETY: a map value. Of two that finish at once the later may be forgotten: it is told with the next one.
+        unsafe {
+            if (*known).finished < since {
+                (*known).finished = since;
+            }
+        }
+    }
     if told.outcome != FINE {
         return Err(Loss::Untimed);
     }
@@ -1039,8 +1057,7 @@ fn finished(told: &Told) -> Result<(), Loss> {
     if !ends_together(told.operation) {
         return Ok(());
     }
-    let name = plugin_handle(told);
-    let Some(known) = COMMUNICATORS_.get_ptr(&name) else {
+    let Some(known) = known else {
         return Ok(());
     };
     // SAFETY: map values.
@@ -1055,19 +1072,18 @@ fn finished(told: &Told) -> Result<(), Loss> {
             group: pair.group,
             index: seat,
         };
+        let Some(group) = GROUPS_.get_ptr(&pair.group) else {
+            return Ok(());
+        };
         if let Some(member) = SEATS.get_ptr_mut(&own) {
             add(addr_of_mut!((*member).duration), told.duration);
+            // The only one of this node: other nodes have the rest, and its own duration tells.
+            if (*group).members < 2 {
+                add(addr_of_mut!((*member).collectives), 1);
+            }
         }
-        match GROUPS_.get_ptr(&pair.group) {
-            Some(group) => arrive(
-                group,
-                &pair,
-                seat,
-                TOGETHER.wrapping_sub(told.duration),
-                Source::Kernel,
-            ),
-            None => Ok(()),
-        }
+        let at = TOGETHER.wrapping_sub(told.duration);
+        arrive(group, &pair, seat, at, Source::Kernel)
     }
 }
 

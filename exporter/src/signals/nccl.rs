@@ -224,7 +224,7 @@ struct Live {
     empty: HashMap<u64, Instant>,
     /// Collectives that can never be complete, as it seemed at the last look.
     suspects: HashSet<Pair>,
-    /// Collectives that were never complete: some rank's call was not seen.
+    /// Collectives that were never complete: some rank's call, or an end that the plugin tells, was not seen.
     unpaired: u64,
 }
 
@@ -255,9 +255,13 @@ impl Live {
                 forget(&mut self.layouts, &process)?;
             }
         }
-        for (name, _) in entries(&self.started)? {
-            if gone(name.handle.process) {
+        for (name, since) in entries(&self.started)? {
+            // NCCL loses the times of a channel now and then: what started after it has finished.
+            let handle = self.communicators.get(&name.handle, 0).ok();
+            let passed = handle.is_some_and(|handle| since.at < handle.finished);
+            if passed || handle.is_none() || gone(name.handle.process) {
                 forget(&mut self.started, &name)?;
+                self.unpaired += u64::from(passed);
             }
         }
         for (frame, begun) in entries(&self.in_progress)? {
@@ -655,6 +659,22 @@ impl Core {
         Ok(())
     }
 
+    /// Versions of NCCL with which the plugin does harm, in processes that have both.
+    fn denied(&self) -> BTreeSet<String> {
+        let mut denied = BTreeSet::new();
+        for look in self.looks.values() {
+            let files = || look.files.iter().filter_map(|file| self.files.get(file));
+            let plugin = files().any(|probed| probed.sites.kind == Library::Plugin);
+            let versions = files().filter_map(|probed| probed.sites.version);
+            for version in versions.filter(|version| plugin && version.is_denied()) {
+                denied.insert(format!(
+                    "the profiler plugin is loaded into NCCL {version}, with which it does harm: see docs/nccl-profiler.md"
+                ));
+            }
+        }
+        denied
+    }
+
     /// Tells what has become of it.
     fn tell(&mut self) {
         let any = |kind| self.files.values().any(|probed| probed.sites.kind == kind);
@@ -708,6 +728,7 @@ impl Core {
         let mut notes = self.lacks.clone();
         notes.extend(self.trouble.clone());
         notes.extend(self.unread.values().cloned());
+        notes.extend(self.denied());
         let mut unseen = self.looks.values().filter_map(|look| look.trouble.as_ref());
         if let Some(why) = unseen.next() {
             let more = match unseen.count() {
@@ -832,8 +853,12 @@ impl Nccl {
                 }
             }
         }
-        for (_, since) in entries(&live.started)? {
-            note(since.cgroup, age(since.at));
+        for (name, since) in entries(&live.started)? {
+            let handle = live.communicators.get(&name.handle, 0);
+            // What started later has finished: this one is lost.
+            if handle.is_ok_and(|handle| since.at >= handle.finished) {
+                note(since.cgroup, age(since.at));
+            }
         }
         self.pending.clear();
         for (cgroup, age) in pending {
@@ -1013,6 +1038,7 @@ mod tests {
             seat,
             state,
             children: 0,
+            finished: 0,
             made: all,
         }
     }

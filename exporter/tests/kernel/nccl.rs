@@ -420,3 +420,112 @@ fn what_hangs_is_pending_until_nobody_waits_any_more() {
     let scrape = exporter.scrape();
     assert_eq!(lost(&scrape), 0.0, "{}", scrape.text);
 }
+
+/// The profiler plugin, and a program that calls it as NCCL does.
+fn plugin() -> Option<PathBuf> {
+    let folder = build().join("nccl-profiler");
+    if in_vm() || !can_trace() {
+        let there = folder.join("plugin").exists();
+        if !there {
+            println!("SKIPPED: nothing that a run outside of the VM has built");
+        }
+        return there.then_some(folder);
+    }
+    if !succeeds("cc --version && cargo --version") {
+        skip("needs a C compiler and cargo");
+        return None;
+    }
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    run(&format!(
+        "CARGO_TARGET_DIR={folder}/target {package}/../nccl-profiler/build {folder}
+         cc -O2 -Wall -Werror -o {folder}/plugin {package}/tests/kernel/nccl/plugin.c -ldl",
+        folder = folder.display(),
+        package = package.display()
+    ));
+    Some(folder)
+}
+
+#[test]
+fn the_plugin_tells_how_long_collectives_took_on_the_gpu_and_who_came_last() {
+    let _alone = alone();
+    let Some(folder) = plugin() else { return };
+    let (ranks, collectives) = (8, 2000);
+    let start = |ranks: u32| {
+        let mut child = Command::new(folder.join("plugin"))
+            .arg(folder.join("libnccl-profiler.so"))
+            .args([ranks.to_string(), collectives.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("it starts");
+        let says = BufReader::new(child.stdout.take().expect("piped"));
+        let mut job = Job { child, says };
+        job.hear("ready");
+        job
+    };
+    let idle = start(1);
+    let exporter = Exporter::start(&["--pods", "none"]);
+    exporter.scrape_until("the plugin is probed", |scrape| {
+        let attached = [("signal", "nccl"), ("hook", "nccl_profiler_finished")];
+        scrape.sum("chandra_hook_info", &attached) == 1.0
+    });
+    let mut job = start(ranks);
+    let does = |job: &mut Job, what: &str| {
+        job.tell(what);
+        job.hear("done");
+    };
+    does(&mut job, "run");
+    let scrape = exporter.scrape();
+    assert_eq!(lost(&scrape), 0.0, "{}", scrape.text);
+    // What the program made up: the first rank's durations, and what each rank takes less.
+    let quarter = f64::from(collectives) / 4.0;
+    let first: f64 = (0..collectives)
+        .filter(|i| i % 4 == 0)
+        .map(|i| 0.0004 + 1e-6 * f64::from(i % 1000) + 1e-3 * f64::from(ranks))
+        .sum();
+    let labels = [("operation", "all_reduce"), ("source", "kernel")];
+    let seen = scrape.sum("chandra_nccl_collective_seconds_count", &labels);
+    assert_eq!(seen, quarter * f64::from(ranks), "{}", scrape.text);
+    let seconds = scrape.sum("chandra_nccl_collective_seconds_sum", &labels);
+    let less = 1e-3 * f64::from(ranks * (ranks - 1) / 2) * quarter;
+    let made = first * f64::from(ranks) - less;
+    assert!((seconds - made).abs() < 1e-6, "{seconds} s of {made} s");
+    for rank in 0..ranks {
+        let name = rank.to_string();
+        let of = |metric| {
+            let labels = [
+                ("communicator", "00000000feedc0de"),
+                ("rank", &*name),
+                ("source", "kernel"),
+            ];
+            scrape.sum(metric, &labels)
+        };
+        // Not the broadcasts.
+        assert_eq!(of(COLLECTIVES), 3.0 * quarter, "{}", scrape.text);
+        let waited = 3.0 * quarter * 1e-3 * f64::from(ranks - 1 - rank);
+        assert!((of(WAIT) - waited).abs() < 1e-6, "{rank}: {}", of(WAIT));
+        let last = if rank == ranks - 1 {
+            3.0 * quarter
+        } else {
+            0.0
+        };
+        assert_eq!(of(LAST), last, "{rank}");
+    }
+    let labels = [("operation", "broadcast"), ("source", "kernel")];
+    let waits = scrape.sum("chandra_nccl_arrival_wait_seconds_count", &labels);
+    assert_eq!(waits, 0.0, "a broadcast does not end together");
+
+    does(&mut job, "hang");
+    exporter.scrape_until("it hangs", |scrape| scrape.sum(PENDING, &[]) > 2.0);
+    job.tell("end");
+    job.child.wait().expect("it ends");
+    exporter.scrape_until("it is gone", |scrape| scrape.sum(PENDING, &[]) == 0.0);
+    // One whose end NCCL never tells, while a later one ends, does not hang.
+    let mut job = start(2);
+    does(&mut job, "lose");
+    thread::sleep(Duration::from_secs(3));
+    let scrape = exporter.scrape();
+    assert_eq!(scrape.sum(PENDING, &[]), 0.0, "{}", scrape.text);
+    assert_eq!(lost(&scrape), 1.0, "{}", scrape.text);
+    drop(idle);
+}

@@ -4,7 +4,11 @@
 use std::{collections::BTreeMap, fs::File};
 
 use anyhow::bail;
-use exporter_common::{ABSENT, nccl::Layout};
+use exporter_common::{
+    ABSENT,
+    nccl::Layout,
+    nccl_profiler::{CLOSED, DENIED, FINISHED, OPENED, STARTED},
+};
 use object::elf::EM_X86_64;
 
 use crate::library::{self, cheap};
@@ -80,10 +84,10 @@ const PHASES: &[(&str, Probes)] = &[
 
 /// What the profiler plugin exports.
 const PLUGIN: &[(&str, Probes)] = &[
-    ("nccl_profiler_opened", only("plugin_opened")),
-    ("nccl_profiler_started", only("plugin_started")),
-    ("nccl_profiler_finished", only("plugin_finished")),
-    ("nccl_profiler_closed", only("plugin_closed")),
+    (OPENED, only("plugin_opened")),
+    (STARTED, only("plugin_started")),
+    (FINISHED, only("plugin_finished")),
+    (CLOSED, only("plugin_closed")),
 ];
 
 /// What libcuda exports.
@@ -162,7 +166,7 @@ impl Sites {
         let has = |sites: &[Site], name: &str| sites.iter().any(|site| site.name == name);
         let kind = if has(&sites, "ncclAllReduce") || has(&sites, "ncclCommInitRank") {
             Kind::Nccl
-        } else if has(&sites, "nccl_profiler_finished") {
+        } else if has(&sites, FINISHED) {
             Kind::Plugin
         } else if has(&sites, "cuGraphLaunch") {
             Kind::Cuda
@@ -275,6 +279,11 @@ impl Version {
         })
     }
 
+    /// Whether the profiler plugin does harm with it.
+    pub(super) fn is_denied(self) -> bool {
+        DENIED.contains(&(self.0, self.1, self.2))
+    }
+
     /// Whether communicators that were there before the exporter can be followed.
     pub(super) fn is_known(self) -> bool {
         self.layout().sequence != ABSENT
@@ -293,7 +302,7 @@ mod tests {
             ("pncclAllReduce", None),
             ("ncclBcast", None),
             ("ncclAllReduce_", None),
-            ("nccl_profiler_started", Some("plugin_started")),
+            (STARTED, Some("plugin_started")),
             ("cuGraphLaunch_ptsz", Some("nccl_graph")),
             (
                 "_Z20ncclCommInitRankFuncP12ncclAsyncJob",
