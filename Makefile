@@ -28,6 +28,8 @@ run: ## Build, and run the exporter on this host
 test: setup lint generate-check rendered-check ## Everything that a development machine can check
 	@objects=$$(tools/objects) || exit; [ -z "$$objects" ] || export CHANDRA_EBPF_OBJECTS=$$objects; \
 	cargo test --locked --workspace || exit; \
+	cargo test --locked --manifest-path nccl-profiler/Cargo.toml || exit; \
+	tests/nccl-sim/check straggler kinds versions || exit; \
 	if tests/vm/fetch $(KERNEL); then CHANDRA_KERNEL_TEST_ARGS="--skip churn::" tools/kernel-test "$(SIGNAL)" $(KERNEL); \
 	else echo "SKIPPED: kernel tests in a VM (see above)"; [ -z "$$CI" ]; fi
 
@@ -39,7 +41,9 @@ setup:
 lint: ## Format, clippy, cargo-deny, shellcheck
 	cargo fmt --check
 	cargo fmt --check --manifest-path exporter-ebpf/Cargo.toml
+	cargo fmt --check --manifest-path nccl-profiler/Cargo.toml
 	cargo clippy --locked --workspace --all-targets -- -D warnings
+	cargo clippy --locked --manifest-path nccl-profiler/Cargo.toml --all-targets -- -D warnings
 	cargo deny --log-level error check licenses bans sources
 	shellcheck $(SHELL_FILES)
 
@@ -78,6 +82,11 @@ kernel-matrix: setup ## Kernel tests on every kernel
 .PHONY: scenario
 scenario: setup ## Incidents replayed in a VM, from the cause to the webhook: NAME=loss KERNEL=6.12
 	tools/scenario -k $(KERNEL) $(NAME)
+
+.PHONY: nccl-wheels
+nccl-wheels: setup ## The profiler plugin, and what is probed, in real NCCL libraries (300 MB of packages for each version)
+	tests/nccl-wheels/check
+	CHANDRA_NCCL_VERSIONS=all cargo test --locked --package exporter --test nccl_wheels -- --nocapture
 
 .PHONY: churn
 churn: setup ## 500 pods created and deleted on this host, with every rule of the counters checked (needs root)

@@ -52,6 +52,26 @@ local text = import '../lib/text.libsonnet';
           ||| % f,
         },
         {
+          // How long a collective takes on the GPU of a rank, on average. Each node tells its own: no clock is compared.
+          record: 'rank:chandra_nccl_collective_seconds:mean%(w)s' % f,
+          expr: |||
+            sum by (%(cluster)s, %(node)s, namespace, pod, communicator, rank) (rate(chandra_nccl_rank_collective_seconds_total{communicator!="other", %(sel)s}[%(w)s]))
+            /
+            sum by (%(cluster)s, %(node)s, namespace, pod, communicator, rank) (rank:chandra_nccl_collectives:rate%(w)s{source="kernel"})
+          ||| % f,
+        },
+        {
+          // All ranks end together, so the one that takes the shortest came last: how much less than the others, on average, is
+          // what they wait for it. On all nodes, and of nodes and ranks without the plugin nothing. A rank that is the last
+          // only at times is not told from the network: turns cancel out.
+          record: 'rank:chandra_nccl_waited_for_seconds:mean%(w)s' % f,
+          expr: |||
+            avg by (%(cluster)s, namespace, communicator) (rank:chandra_nccl_collective_seconds:mean%(w)s)
+            - on (%(cluster)s, namespace, communicator) group_right ()
+            rank:chandra_nccl_collective_seconds:mean%(w)s
+          ||| % f,
+        },
+        {
           record: 'pod:chandra_nccl_oldest_pending_seconds:max',
           expr: 'max by (%(cluster)s, %(node)s, namespace, pod) (chandra_nccl_oldest_pending_seconds{%(sel)s})' % f,
         },
@@ -130,6 +150,13 @@ local text = import '../lib/text.libsonnet';
           [{ expr: 'topk(10, rank:chandra_nccl_last_arrivals:ratio_rate%(w)s{%(where)s})' % p, legend: '{{pod}} rank {{rank}} {{communicator}} {{source}}' }],
           'percentunit',
           [panels.above(n.NcclStraggler.lastArrivals)],
+        ),
+        panels.timeseries(
+          'Which rank the job waits for, across nodes',
+          'How much shorter than on average the collectives take on the GPU of a rank: it comes last, on whatever node, and the others wait that long for it in each. Below 0: it waits. From the profiler plugin (opt-in); a rank that is late only at times does not show.',
+          [{ expr: 'topk(10, rank:chandra_nccl_waited_for_seconds:mean%(w)s{%(where)s})' % p, legend: '{{pod}} rank {{rank}} {{communicator}} {{%(node)s}}' % f }],
+          's',
+          [panels.above(n.NcclStraggler.threshold)],
         ),
         panels.timeseries(
           'Oldest collective under way',
