@@ -377,7 +377,21 @@ fn impossible_times_are_told_as_such() {
     assert_eq!(outcome(&heard.calls()), (0, IMPOSSIBLE));
     plugin.channel_stop(channels[1], NOW + 1);
     assert_eq!(heard.calls(), [], "it was over");
-    // Nothing of all this stays in the ring: the next rounds are exact.
+    // Other states have other arguments.
+    let collective = plugin.collective(context, c"AllReduce", 9, 1);
+    let channel = plugin.channel(context, collective, 0, NOW);
+    heard.calls();
+    for (state, mut time) in [
+        (plugin::STOP, NOW + 5),
+        (plugin::STOP + 1, NOW + 99),
+        (9, NOW + 99),
+    ] {
+        plugin.record(channel, state, (&raw mut time).cast());
+    }
+    plugin.record(channel, plugin::STOP, std::ptr::null_mut());
+    plugin.stop(channel);
+    assert_eq!(outcome(&heard.calls()), (5, FINE));
+    // Nothing of all this stays behind: the next rounds are exact.
     for round in 0..5000 {
         expect(&[(NOW, NOW + 10 + round), fine, fine], (10 + round, FINE));
     }
