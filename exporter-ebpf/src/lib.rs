@@ -9,7 +9,7 @@ use aya_ebpf::{
     EbpfContext, Global,
     bindings::BPF_NOEXIST,
     helpers::{bpf_probe_read_kernel, bpf_probe_read_user},
-    maps::{Array, HashMap},
+    maps::{Array, HashMap, ProgramArray},
 };
 pub use exporter_common::{ABSENT, CGROUPS, Loss, NO_CGROUP};
 
@@ -182,6 +182,20 @@ pub unsafe fn read<T: Copy>(base: *const u8, offset: &Global<u32>) -> Result<T, 
 pub fn read_user<T: Copy>(address: u64) -> Result<T, Loss> {
     // SAFETY: the helper checks the address and copies.
     unsafe { bpf_probe_read_user(address as *const T) }.map_err(|_| Loss::Unreadable)
+}
+
+/// Keeps a program of a uprobe on the stack of its own task. To be called by each, before anything else.
+///
+/// Since 6.13 the verifier gives programs of this type whose stack is 64 bytes or more one stack for each CPU
+/// (`bpf_enable_priv_stack`), as if nothing could run a program twice at once on a CPU. That holds for kprobes, but the programs of
+/// uprobes may be preempted: where the kernel is preemptible, as 7.3 is by default, two tasks then write over each other's stacks.
+/// Programs with a tail call have none of that. This one is never taken, and nothing is in its map.
+#[inline(always)]
+pub fn keep_own_stack(ctx: &impl EbpfContext, nowhere: &ProgramArray) {
+    if Registers::of(ctx).frame() == 0 {
+        // SAFETY: the map is empty, so that the call fails and the program goes on.
+        unsafe { nowhere.tail_call(ctx, 0) };
+    }
 }
 
 /// Returns the id of the cgroup that owns a socket: the one its creator was in at `socket()` or, for an accepted

@@ -52,13 +52,14 @@ fn one(kind: u32, key: u32, value: u32, entries: u32, cpus: u64) -> Option<u64> 
     const HASH: u32 = bpf_map_type::BPF_MAP_TYPE_HASH as u32;
     const PERCPU_HASH: u32 = bpf_map_type::BPF_MAP_TYPE_PERCPU_HASH as u32;
     const ARRAY: u32 = bpf_map_type::BPF_MAP_TYPE_ARRAY as u32;
+    const PROG_ARRAY: u32 = bpf_map_type::BPF_MAP_TYPE_PROG_ARRAY as u32;
     const PERCPU_ARRAY: u32 = bpf_map_type::BPF_MAP_TYPE_PERCPU_ARRAY as u32;
     let buckets = entries.next_power_of_two() * HASH_BUCKET;
     Some(match kind {
         // One spare element for each CPU, so that an update never waits for another CPU's.
         HASH => buckets + (entries + cpus) * (HASH_ELEMENT + key + value),
         PERCPU_HASH => buckets + entries * (HASH_ELEMENT + key + 8 + value * cpus),
-        ARRAY => entries.max(1) * value,
+        ARRAY | PROG_ARRAY => entries.max(1) * value,
         PERCPU_ARRAY => entries.max(1) * (8 + value * cpus),
         _ => return None,
     })

@@ -14,18 +14,24 @@ use aya_ebpf::{
         bpf_get_current_cgroup_id, bpf_get_current_pid_tgid, bpf_get_current_task, bpf_ktime_get_ns,
     },
     macros::{map, uprobe, uretprobe},
-    maps::HashMap,
+    maps::{HashMap, ProgramArray},
     programs::{ProbeContext, RetProbeContext},
 };
 use exporter_common::gpu::{
     CUDA_CALL, CUDA_CALL_SLOTS, CUDA_CALLS, CUDA_IN_PROGRESS, CUDA_OWNERS, CudaBegun, CudaCall,
     CudaCalls, CudaFrame,
 };
-use exporter_ebpf::{ABSENT, Loss, Registers, add, constants, entry, lose, object, read, unknown};
+use exporter_ebpf::{
+    ABSENT, Loss, Registers, add, constants, entry, keep_own_stack, lose, object, read, unknown,
+};
 
 object!();
 
 constants!(OFF_RUN_DELAY);
+
+/// Empty: see [`keep_own_stack`].
+#[map]
+static NOWHERE: ProgramArray = ProgramArray::with_max_entries(1, 0);
 
 /// By cgroup id.
 #[map]
@@ -97,6 +103,7 @@ macro_rules! entries {
     ($($name:ident: $call:ident),* $(,)?) => { $(
         #[uprobe]
         pub fn $name(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
             enter(&ctx, CudaCall::$call)
         }
     )* };
@@ -113,6 +120,7 @@ entries!(
 
 #[uretprobe]
 pub fn cuda_return(ctx: RetProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
     let end = now();
     let frame = CudaFrame {
         thread: bpf_get_current_pid_tgid(),

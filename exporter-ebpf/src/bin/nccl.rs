@@ -17,7 +17,7 @@ use aya_ebpf::{
     bindings::{BPF_ANY, BPF_NOEXIST},
     helpers::{bpf_get_current_cgroup_id, bpf_get_current_pid_tgid, bpf_ktime_get_ns},
     macros::{map, uprobe, uretprobe},
-    maps::HashMap,
+    maps::{HashMap, ProgramArray},
     programs::{ProbeContext, RetProbeContext},
 };
 use exporter_common::{
@@ -31,10 +31,14 @@ use exporter_common::{
     nccl_profiler::{FINE, OVERWRITTEN, Told},
 };
 use exporter_ebpf::{
-    ABSENT, Loss, Registers, add, entry, is_arm64, lose, object, read_user, unknown,
+    ABSENT, Loss, Registers, add, entry, is_arm64, keep_own_stack, lose, object, read_user, unknown,
 };
 
 object!();
+
+/// Empty: see [`keep_own_stack`].
+#[map]
+static NOWHERE: ProgramArray = ProgramArray::with_max_entries(1, 0);
 
 /// By cgroup id.
 #[map(name = "OWNERS")]
@@ -557,6 +561,7 @@ macro_rules! collectives {
     ($($name:ident: $operation:ident, $communicator:ident;)*) => { $(
         #[uprobe]
         pub fn $name(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
             let at = now();
             let registers = Registers::of(&ctx);
             or_lose!($communicator(registers).and_then(|address| collective(Operation::$operation, address, at)));
@@ -595,18 +600,21 @@ collectives! {
 
 #[uprobe]
 pub fn nccl_send(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
     begin(Registers::of(&ctx), 0, call(Operation::Send as u64));
     0
 }
 
 #[uprobe]
 pub fn nccl_recv(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
     begin(Registers::of(&ctx), 0, call(Operation::Recv as u64));
     0
 }
 
 #[uretprobe]
 pub fn nccl_return(ctx: RetProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
     let at = now();
     let Some(begun) = end(Registers::of(&ctx), 0) else {
         return 0;
@@ -689,12 +697,14 @@ fn init_rank(registers: Registers) -> Result<(), Loss> {
 
 #[uprobe]
 pub fn nccl_init(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
     or_lose!(init_rank(Registers::of(&ctx)));
     0
 }
 
 #[uprobe]
 pub fn nccl_init_scalable(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
     let registers = Registers::of(&ctx);
     let ranks = registers.argument::<1>() as u32;
     let rank = registers.argument::<2>() as u32;
@@ -744,6 +754,7 @@ fn child(registers: Registers, told_at: u64, which: u64) -> Result<(), Loss> {
 
 #[uprobe]
 pub fn nccl_split(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
     let registers = Registers::of(&ctx);
     let color = registers.argument::<1>() as u32;
     or_lose!(child(
@@ -756,6 +767,7 @@ pub fn nccl_split(ctx: ProbeContext) -> u32 {
 
 #[uprobe]
 pub fn nccl_shrink(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
     let registers = Registers::of(&ctx);
     // No color is as large.
     or_lose!(child(registers, registers.argument::<3>(), 1 << 32));
@@ -776,6 +788,7 @@ fn made(begun: &Begun) -> Result<bool, Loss> {
 
 #[uretprobe]
 pub fn nccl_init_return(ctx: RetProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
     let registers = Registers::of(&ctx);
     let Some(begun) = end(registers, 0) else {
         return 0;
@@ -798,6 +811,7 @@ pub fn nccl_init_return(ctx: RetProbeContext) -> u32 {
 
 #[uprobe]
 pub fn nccl_init_all(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
     let registers = Registers::of(&ctx);
     begin(
         registers,
@@ -816,6 +830,7 @@ pub fn nccl_init_all(ctx: ProbeContext) -> u32 {
 
 #[uretprobe]
 pub fn nccl_init_all_return(ctx: RetProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
     let registers = Registers::of(&ctx);
     let Some(begun) = end(registers, 0) else {
         return 0;
@@ -880,6 +895,7 @@ fn sit_at(group: u64, name: Communicator, rank: u64) -> Result<(), Loss> {
 /// ncclCommDestroy, ncclCommAbort.
 #[uprobe]
 pub fn nccl_end(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
     leave(&handle(Registers::of(&ctx).argument::<0>()));
     0
 }
@@ -888,6 +904,7 @@ macro_rules! phases {
     ($($name:ident: $phase:ident;)*) => { $(
         #[uprobe]
         pub fn $name(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
             begin(Registers::of(&ctx), 1, call(Phase::$phase as u64));
             0
         }
@@ -903,6 +920,7 @@ phases! {
 
 #[uretprobe]
 pub fn nccl_phase_return(ctx: RetProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
     let at = now();
     let registers = Registers::of(&ctx);
     let Some(begun) = end(registers, 1) else {
@@ -928,7 +946,8 @@ pub fn nccl_phase_return(ctx: RetProbeContext) -> u32 {
 
 /// cuGraphLaunch: collectives of a graph are launched with it, and no call of NCCL is made.
 #[uprobe]
-pub fn nccl_graph(_ctx: ProbeContext) -> u32 {
+pub fn nccl_graph(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
     match owner(cgroup()) {
         // SAFETY: a slot of a map value.
         Ok(slots) => unsafe { add(slots.add(GRAPH_SLOT), 1) },
@@ -962,12 +981,14 @@ fn opened(told: &Told) -> Result<(), Loss> {
 
 #[uprobe]
 pub fn plugin_opened(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
     or_lose!(told(&ctx).and_then(|told| opened(&told)));
     0
 }
 
 #[uprobe]
 pub fn plugin_closed(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
     match told(&ctx) {
         Ok(told) => leave(&plugin_handle(&told)),
         Err(loss) => lose(&LOST, loss),
@@ -1008,6 +1029,7 @@ fn started(told: &Told) -> Result<(), Loss> {
 
 #[uprobe]
 pub fn plugin_started(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
     or_lose!(told(&ctx).and_then(|told| started(&told)));
     0
 }
@@ -1089,6 +1111,7 @@ fn finished(told: &Told) -> Result<(), Loss> {
 
 #[uprobe]
 pub fn plugin_finished(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
     or_lose!(told(&ctx).and_then(|told| finished(&told)));
     0
 }
