@@ -45,6 +45,7 @@ lint: ## Format, clippy, cargo-deny, shellcheck
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	cargo clippy --locked --manifest-path nccl-profiler/Cargo.toml --all-targets -- -D warnings
 	cargo deny --log-level error check licenses bans sources
+	cargo deny --manifest-path nccl-profiler/Cargo.toml --config deny.toml --log-level error check licenses bans sources
 	shellcheck $(SHELL_FILES)
 
 .PHONY: ebpf

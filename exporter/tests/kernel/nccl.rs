@@ -327,7 +327,7 @@ fn every_kind_of_communicator_is_followed() {
     let _alone = alone();
     let Some(folder) = known() else { return };
     let (exporter, _idle) = exporter(&folder, &["--pods", "none"]);
-    let collectives = at_most(1000);
+    let collectives = at_most(500);
     for how in [
         "--ranks 8 --communicators 7 --threads --init all",
         "--ranks 8 --communicators 5 --init scalable",
