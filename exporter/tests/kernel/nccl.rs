@@ -291,7 +291,7 @@ fn a_job_is_followed_from_its_middle() {
     job.tell("mark");
     job.hear("marked");
     let before = exporter.scrape();
-    thread::sleep(Duration::from_secs(if in_vm() { 20 } else { 10 }));
+    thread::sleep(Duration::from_secs(10));
     job.tell("stop");
     let truth = job.truth();
     let after = exporter.scrape();
