@@ -591,12 +591,18 @@ scrape_configs:
             self.works.insert(name.clone(), Vec::new());
             self.list_pods();
         }
+        self.run_in(pod, pod.netns(), line);
+    }
+
+    /// Starts a shell line in the cgroup of a pod and in a network namespace.
+    fn run_in(&mut self, pod: &Pod, netns: Option<&str>, line: &str) {
+        let name = &pod.pod.name;
         let log = self.folder.join(format!("{name}.log"));
         let log = fs::File::options().create(true).append(true).open(log);
         let log = log.expect("a file");
         let path = env::var("PATH").unwrap_or_default();
         let examples = build().join("examples");
-        let netns = pod.netns().map(|netns| format!("ip netns exec {netns}"));
+        let netns = netns.map(|netns| format!("ip netns exec {netns}"));
         let enter = "echo $$ >$1/cgroup.procs && exec $2 sh -c \"$3\"";
         let mut command = Command::new("sh");
         command
@@ -636,7 +642,8 @@ scrape_configs:
         let line = format!(
             "sleep infinity | {nccl}/job --library {nccl}/libnccl.so.2 --ranks {ranks} --cgroup {links}/%d --forever {arguments}"
         );
-        self.work(pods[0], &line);
+        // In a network namespace of its own it would not see the others' cgroups (`ip netns exec` mounts another /sys).
+        self.run_in(pods[0], None, &line);
     }
 
     /// Sends a signal to the processes of a pod.
