@@ -547,8 +547,8 @@ fn what_it_serves_is_what_it_declares_and_it_ends_when_told() {
         for desc in descs {
             let may_lack = absent.contains(&desc.name)
                 || desc.name == "chandra_pods_age_seconds"
-                // Not every host has RDMA or a GPU, and where it has, many series begin with their first event.
-                || ["chandra_rdma_", "chandra_gpu_", "chandra_cuda_", "chandra_encryption_"].iter().any(|of| desc.name.starts_with(of));
+                // Not every host has RDMA, a GPU or NCCL, and where it has, many series begin with their first event.
+                || ["chandra_rdma_", "chandra_gpu_", "chandra_nccl_", "chandra_cuda_", "chandra_encryption_"].iter().any(|of| desc.name.starts_with(of));
             assert!(met.contains(desc.name) || may_lack, "no {}", desc.name);
         }
     }
@@ -653,7 +653,10 @@ fn check_is_json_with_the_documented_fields() {
     let signals = report["signals"].as_array().expect("a list");
     assert_eq!(signals.len(), SIGNALS.len());
     for (signal, entry) in signals.iter().zip(SIGNALS) {
-        assert_eq!(keys(signal), are(&["name", "state", "hooks", "notes"]));
+        assert_eq!(
+            keys(signal),
+            are(&["name", "state", "hooks", "notes", "found"])
+        );
         assert_eq!(signal["name"], entry.name);
         let hooks = signal["hooks"].as_array().expect("a list");
         assert_eq!(hooks.is_empty(), signal["state"] == "absent");
