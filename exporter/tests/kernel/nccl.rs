@@ -529,3 +529,41 @@ fn the_plugin_tells_how_long_collectives_took_on_the_gpu_and_who_came_last() {
     assert_eq!(lost(&scrape), 1.0, "{}", scrape.text);
     drop(idle);
 }
+
+/// Nanoseconds of a rank's call, on average.
+fn call_of(folder: &Path, ranks: u32) -> f64 {
+    let mut job = Job::start(
+        folder,
+        &format!(
+            "--ranks {ranks} --kinds all_reduce --groups 0 --interval-us 0 --sync-every 500 --collectives 20000 --wait"
+        ),
+    );
+    job.hear("ready");
+    job.tell("");
+    let truth = job.truth();
+    let sum = |what: &str| by_operation(&truth, what)["all_reduce"];
+    1e9 * sum("call_seconds") / sum("calls")
+}
+
+#[test]
+#[ignore = "a measurement: prints what the host tier adds to a call"]
+fn the_cost_of_a_call() {
+    let _alone = alone();
+    let Some(folder) = known() else { return };
+    // Without and with the exporter in turn, so that both see the same machine.
+    for ranks in [1, 2, 8] {
+        let mut added = Vec::new();
+        for _ in 0..5 {
+            let without = call_of(&folder, ranks);
+            let (exporter, idle) = exporter(&folder, &["--pods", "none"]);
+            let with = call_of(&folder, ranks);
+            drop((exporter, idle));
+            added.push((with - without, without));
+        }
+        added.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let (least, (median, without), most) = (added[0].0, added[2], added[4].0);
+        println!(
+            "{ranks} ranks: a call of {without:.0} ns, added {median:.0} ns ({least:.0} to {most:.0})"
+        );
+    }
+}
