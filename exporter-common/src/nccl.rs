@@ -309,6 +309,9 @@ pub struct Layout {
     pub sequence: u32,
 }
 
+/// The key of the map `LAYOUTS` for processes that have none of their own: there if all libraries are alike.
+pub const ANY_PROCESS: u32 = 0;
+
 /// What stands at the beginning of a communicator since 2.21 (`startMagic`).
 pub const MAGIC: u64 = 0x0280_0280_0280_0280;
 

@@ -22,11 +22,11 @@ use aya_ebpf::{
 };
 use exporter_common::{
     nccl::{
-        ANCHORED, Arrivals, Begun, CALL, CLAIMS, COLLECTIVES, COMMUNICATORS, Communicator, Frame,
-        GRAPH_SLOT, GROUP_SEATS, GROUPS, Group, Handle, IN_PROGRESS, INIT, LATE, LEARNT, Layout,
-        MAGIC, Member, NO_RANK, NUMBERED, OWNERS, Operation, Owner, PAIRS, PROCESSES, Pair, Phase,
-        SLOTS, STARTED, Seat, Since, Source, Started, TOGETHER, WAIT, call_slots, duration_slots,
-        init_slots, wait_slots,
+        ANCHORED, ANY_PROCESS, Arrivals, Begun, CALL, CLAIMS, COLLECTIVES, COMMUNICATORS,
+        Communicator, Frame, GRAPH_SLOT, GROUP_SEATS, GROUPS, Group, Handle, IN_PROGRESS, INIT,
+        LATE, LEARNT, Layout, MAGIC, Member, NO_RANK, NUMBERED, OWNERS, Operation, Owner, PAIRS,
+        PROCESSES, Pair, Phase, SLOTS, STARTED, Seat, Since, Source, Started, TOGETHER, WAIT,
+        call_slots, duration_slots, init_slots, wait_slots,
     },
     nccl_profiler::{FINE, OVERWRITTEN, Told},
 };
@@ -240,15 +240,23 @@ fn leave(name: &Communicator) {
     }
 }
 
+/// What communicators of this process look like. Where all libraries are of one version, that is known before user space has
+/// looked at the process.
+#[inline(always)]
+fn layout() -> Option<Layout> {
+    let own = LAYOUTS.get_ptr(&(process() as u32));
+    let layout = own.or_else(|| LAYOUTS.get_ptr(&ANY_PROCESS))?;
+    // SAFETY: a map value.
+    Some(unsafe { *layout })
+}
+
 /// Asks a communicator for its number and its rank, where it is known where they are. False if user space has not looked at
 /// the process yet.
 #[inline(always)]
 fn learn(name: &Communicator, known: *mut Handle) -> Result<bool, Loss> {
-    let Some(layout) = LAYOUTS.get_ptr(&(process() as u32)) else {
+    let Some(layout) = layout() else {
         return Ok(false);
     };
-    // SAFETY: a map value.
-    let layout = unsafe { *layout };
     // SAFETY: a map value; one thread at a time uses a communicator.
     unsafe { (*known).state |= LEARNT };
     if layout.hash == ABSENT || read_user::<u64>(name.address)? != MAGIC {
@@ -279,11 +287,9 @@ fn learn(name: &Communicator, known: *mut Handle) -> Result<bool, Loss> {
 /// Takes a communicator in whose beginning was not seen. False if it has to wait until user space has looked at its process.
 #[inline(always)]
 fn adopt(name: Communicator) -> Result<bool, Loss> {
-    let Some(layout) = LAYOUTS.get_ptr(&(process() as u32)) else {
+    let Some(layout) = layout() else {
         return Ok(false);
     };
-    // SAFETY: a map value.
-    let layout = unsafe { *layout };
     let can_tell = layout.hash != ABSENT && layout.sequence != ABSENT;
     if !can_tell || read_user::<u64>(name.address)? != MAGIC {
         return Err(Loss::Unreadable);
@@ -456,11 +462,11 @@ fn collective(operation: Operation, address: u64, at: u64) -> Result<(), Loss> {
             learn(&name, known)?;
         }
         if (*known).state & LATE != 0 {
-            let Some(layout) = LAYOUTS.get_ptr(&(process() as u32)) else {
+            let Some(layout) = layout() else {
                 return Ok(());
             };
             // They grow at the end of a group: within one ours are ahead.
-            let place = address + u64::from((*layout).sequence);
+            let place = address + u64::from(layout.sequence);
             // Where the page is away for a moment, ours are right: this is for what was not seen.
             if let Ok(made) = read_user::<[u64; NUMBERED]>(place) {
                 for (known, made) in (*known).made.iter_mut().zip(made) {

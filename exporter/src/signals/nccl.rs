@@ -33,9 +33,10 @@ use aya::{
     programs::uprobe::UProbeLink,
 };
 use exporter_common::nccl::{
-    Arrivals, Begun, CALL, COLLECTIVES, Communicator, Frame, GRAPH_SLOT, GROUP_SEATS, Group,
-    Handle, INIT, LATE, Layout, Member, NUMBERED, OPERATIONS, Owner, PHASES, Pair, SLOTS, SOURCES,
-    Seat, Since, Source, Started, WAIT, call_slots, duration_slots, init_slots, wait_slots,
+    ANY_PROCESS, Arrivals, Begun, CALL, COLLECTIVES, Communicator, Frame, GRAPH_SLOT, GROUP_SEATS,
+    Group, Handle, INIT, LATE, Layout, Member, NUMBERED, OPERATIONS, Owner, PHASES, Pair, SLOTS,
+    SOURCES, Seat, Since, Source, Started, WAIT, call_slots, duration_slots, init_slots,
+    wait_slots,
 };
 
 use ranks::{Ranks, Reading};
@@ -251,7 +252,7 @@ impl Live {
     fn sweep(&mut self, there: &BTreeSet<u32>) -> anyhow::Result<()> {
         let gone = |process: u64| !there.contains(&(process as u32));
         for (process, _) in entries(&self.layouts)? {
-            if gone(process.into()) {
+            if process != ANY_PROCESS && gone(process.into()) {
                 forget(&mut self.layouts, &process)?;
             }
         }
@@ -419,6 +420,8 @@ struct Core {
     looks: HashMap<u32, Look>,
     files: BTreeMap<Identity, Probed>,
     strangers: BTreeSet<Identity>,
+    /// What all libraries have in common, as the kernel half has been told.
+    any: Option<Layout>,
     /// Files that cannot be read, and why.
     unread: BTreeMap<Identity, String>,
     /// What of the object's loading works with less.
@@ -472,6 +475,7 @@ impl Core {
             looks: HashMap::new(),
             files: BTreeMap::new(),
             strangers: BTreeSet::new(),
+            any: None,
             unread: BTreeMap::new(),
             lacks: Vec::new(),
             failed: Vec::new(),
@@ -643,6 +647,18 @@ impl Core {
         let Some(live) = &mut self.live else {
             return Ok(());
         };
+        let files = self.files.values();
+        let nccl = files.filter(|probed| probed.sites.kind == Library::Nccl);
+        let mut layouts = nccl.map(|probed| probed.sites.layout());
+        let first = layouts.next();
+        let any = first.filter(|first| layouts.all(|layout| layout == *first));
+        if any != self.any {
+            match any {
+                Some(layout) => live.layouts.insert(ANY_PROCESS, layout, 0)?,
+                None => forget(&mut live.layouts, &ANY_PROCESS)?,
+            }
+            self.any = any;
+        }
         for (process, look) in &mut self.looks {
             if look.told {
                 continue;
