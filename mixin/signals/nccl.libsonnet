@@ -127,7 +127,7 @@ local text = import '../lib/text.libsonnet';
           summary: text.pod(c) + ': NCCL takes long to initialise.',
           description: text.pod(c) + ': of the communicators of the last %(init)s, one in ten took longer than {{ $value | humanizeDuration }} to initialise; by phase: ' % f +
                        text.list(c, 'pod_phase:chandra_nccl_init_seconds:p90_increase%(init)s{%%s,phase!="total"} >= 0' % f, ['cluster', 'node', 'namespace', 'pod'], '{{ $row.Labels.phase }} {{ $row.Value | humanizeDuration }}') +
-                       '. Time in rendezvous is mostly the wait for the last rank to start.',
+                       ' (estimates: the buckets grow by four). Time in rendezvous is mostly the wait for the last rank to start.',
         },
       ],
 

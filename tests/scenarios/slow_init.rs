@@ -36,8 +36,8 @@ fn play(stage: &mut Stage) {
         &format!("{calls} --init-delay-rank 2 --init-delay-us 80000000"),
     );
     stage.expect(&[
-        slow("namespace=training node=gpu-1 pod=second-0 severity=warning"),
-        slow("namespace=training node=gpu-1 pod=second-1 severity=warning"),
+        slow("namespace=training node=gpu-1 phase=total pod=second-0 severity=warning"),
+        slow("namespace=training node=gpu-1 phase=total pod=second-1 severity=warning"),
     ]);
 
     stage.mended("nothing more: the second job has initialised");
