@@ -50,6 +50,13 @@ pub struct Serve {
         default_value = ":9970"
     )]
     pub listen: String,
+    /// TLS, client certificates, users and headers: a file in the format of Prometheus' exporter-toolkit.
+    #[arg(
+        long = "web.config.file",
+        value_name = "FILE",
+        env = "CHANDRA_WEB_CONFIG_FILE"
+    )]
+    pub web_config: Option<PathBuf>,
     /// Where pod names come from: `kube` (default inside a cluster), a file with a PodList in JSON, or `none`.
     #[arg(long, value_name = "kube|FILE|none", env = "CHANDRA_PODS")]
     pub pods: Option<Source>,

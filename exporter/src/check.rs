@@ -8,6 +8,7 @@ use std::{fmt::Write, fs, path::Path};
 use serde::Serialize;
 
 use crate::{
+    capabilities::{CapabilitySet, Names},
     kernel::{Hierarchy, Kernel},
     maps,
     probe::Reason,
@@ -144,11 +145,7 @@ fn facts(kernel: &Kernel, hierarchy: &Hierarchy) -> Vec<Fact> {
         },
     };
     let capabilities = if kernel.may_trace() {
-        Ok(["CAP_BPF", "CAP_PERFMON", "CAP_SYS_ADMIN"]
-            .into_iter()
-            .filter(|name| kernel.has(name))
-            .collect::<Vec<_>>()
-            .join(", "))
+        may(kernel)
     } else {
         Err("CAP_BPF and CAP_PERFMON (before 5.8: CAP_SYS_ADMIN) are missing: run as root or add them".to_owned())
     };
@@ -187,6 +184,36 @@ fn facts(kernel: &Kernel, hierarchy: &Hierarchy) -> Vec<Fact> {
         fact("GPU", Ok(gpu())),
         fact("NCCL", Ok(nccl())),
     ]
+}
+
+/// What this process may do of what signals need, and what the rest is for.
+fn may(kernel: &Kernel) -> Result<String, String> {
+    let needs = || {
+        SIGNALS
+            .iter()
+            .flat_map(|entry| entry.needs.iter().map(move |need| (entry, need)))
+    };
+    let all = needs().fold(CapabilitySet::empty(), |all, (_, need)| {
+        all | need.capability
+    });
+    let held = Names(kernel.capabilities & all);
+    let lacking = kernel.lacks(all);
+    if lacking.is_empty() {
+        return Ok(held.to_string());
+    }
+    let lost = needs()
+        .filter(|(_, need)| lacking.contains(need.capability))
+        .map(|(entry, need)| {
+            let flag = need.with.map(|flag| format!(" {flag}")).unwrap_or_default();
+            format!(
+                "{} for {}{flag}: {}",
+                Names(need.capability),
+                entry.name,
+                need.why
+            )
+        });
+    let lost = lost.collect::<Vec<_>>().join("; ");
+    Err(format!("{held}; not held: {lost}"))
 }
 
 fn release(release: &str) -> Result<String, String> {

@@ -13,6 +13,9 @@ use std::{
 };
 
 use btf::Btf;
+use rustix::process::{Resource, getrlimit};
+
+use crate::capabilities::{self, CapabilitySet};
 
 /// The running kernel.
 #[derive(Clone, Debug)]
@@ -23,17 +26,10 @@ pub struct Kernel {
     pub btf: Result<Arc<Btf>, String>,
     /// CPUs that the kernel has room for: per-CPU maps have a value for each.
     pub possible_cpus: usize,
-    capabilities: u64,
+    /// What this process may do.
+    pub capabilities: CapabilitySet,
     lockdown: Option<String>,
 }
-
-/// The capabilities that matter here, with their numbers (include/uapi/linux/capability.h).
-const CAPABILITIES: [(&str, u32); 4] = [
-    ("CAP_SYS_ADMIN", 21),
-    ("CAP_SYS_RESOURCE", 24),
-    ("CAP_PERFMON", 38),
-    ("CAP_BPF", 39),
-];
 
 impl Kernel {
     /// Reads what this host is.
@@ -45,11 +41,6 @@ impl Kernel {
         let btf = Btf::vmlinux().map(Arc::new).map_err(|error| {
             format!("{error}; the kernel has to be built with CONFIG_DEBUG_INFO_BTF (every distribution's is since 2021)")
         });
-        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-        let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-        let capabilities = effective
-            .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
-            .unwrap_or_default();
         let lockdown = fs::read_to_string("/sys/kernel/security/lockdown")
             .ok()
             .and_then(|text| {
@@ -61,7 +52,7 @@ impl Kernel {
             release,
             btf,
             possible_cpus: cpus(&possible).unwrap_or(1),
-            capabilities,
+            capabilities: capabilities::held(),
             lockdown,
         }
     }
@@ -78,16 +69,23 @@ impl Kernel {
         }
     }
 
-    /// Says if the process holds a capability, by its name.
-    pub fn has(&self, capability: &str) -> bool {
-        CAPABILITIES
-            .iter()
-            .any(|(name, bit)| *name == capability && self.capabilities >> bit & 1 == 1)
+    /// The capabilities that this process lacks, as far as tracing goes: CAP_SYS_ADMIN stands for two others.
+    pub fn lacks(&self, mut wanted: CapabilitySet) -> CapabilitySet {
+        if self.is_admin() {
+            wanted -= CapabilitySet::BPF | CapabilitySet::PERFMON;
+        }
+        wanted - self.capabilities
+    }
+
+    /// Says if the process holds CAP_SYS_ADMIN.
+    pub fn is_admin(&self) -> bool {
+        self.capabilities.contains(CapabilitySet::SYS_ADMIN)
     }
 
     /// Says if the process may load tracing programs: CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN.
     pub fn may_trace(&self) -> bool {
-        self.has("CAP_SYS_ADMIN") || (self.has("CAP_BPF") && self.has("CAP_PERFMON"))
+        self.lacks(CapabilitySet::BPF | CapabilitySet::PERFMON)
+            .is_empty()
     }
 
     /// The lockdown mode that is on, if the kernel tells.
@@ -102,7 +100,7 @@ impl Kernel {
     pub fn probe_hint(&self) -> String {
         let level = fs::read_to_string("/proc/sys/kernel/perf_event_paranoid").unwrap_or_default();
         match level.trim().parse::<i32>() {
-            Ok(level) if level > 2 && !self.has("CAP_SYS_ADMIN") => format!(
+            Ok(level) if level > 2 && !self.is_admin() => format!(
                 "; with kernel.perf_event_paranoid={level} this kernel wants CAP_SYS_ADMIN for kprobes: add it, or set that to 2"
             ),
             _ => self.permission_hint(),
@@ -116,7 +114,8 @@ impl Kernel {
                 .to_owned();
         }
         // Before 5.11 a map over RLIMIT_MEMLOCK is refused with EPERM.
-        if self.release.starts_with("5.10.") && !self.has("CAP_SYS_RESOURCE") {
+        let limited = getrlimit(Resource::Memlock).current.is_some();
+        if self.release.starts_with("5.10.") && limited {
             return "; this kernel charges maps to RLIMIT_MEMLOCK: add CAP_SYS_RESOURCE or LimitMEMLOCK=infinity".to_owned();
         }
         match self.lockdown() {

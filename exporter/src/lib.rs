@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+pub mod capabilities;
 pub mod check;
 pub mod families;
 pub mod kernel;
@@ -18,3 +19,4 @@ pub mod reference;
 pub mod scrape;
 pub mod server;
 pub mod signals;
+pub mod web;

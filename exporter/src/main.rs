@@ -15,13 +15,15 @@ use std::{
 use anyhow::{Context, anyhow};
 use chandra::{
     args::{Args, Command, Serve},
+    capabilities::{self, CUDA_CALLS, GPU_DEVICE},
     check,
     kernel::{Hierarchy, Kernel},
     pods::{self, Pods, Source, cgroups},
     reference, scrape,
     scrape::Exporter,
     server,
-    signals::{Options, State, encryption, gpu},
+    signals::{Options, SIGNALS, State, encryption, gpu},
+    web::Web,
 };
 use clap::Parser;
 use rustix::process::{Resource, Rlimit, setrlimit};
@@ -94,6 +96,7 @@ fn refuse_flags(error: &clap::Error) -> ExitCode {
 
 fn check(json: bool, cgroupfs: Option<&std::path::Path>) -> ExitCode {
     allow_locked_memory();
+    give_up_privileges(&[], &[CUDA_CALLS, GPU_DEVICE]);
     let report = match check::run(cgroupfs) {
         Ok(report) => report,
         Err(error) => return refuse(1, &format!("{error:#}")),
@@ -119,6 +122,17 @@ fn serve(args: &Serve) -> ExitCode {
         )
         .with(args.log.clone())
         .init();
+    allow_locked_memory();
+    let flags = [
+        (CUDA_CALLS, args.cuda_calls),
+        (GPU_DEVICE, !args.gpu_devices.is_empty()),
+    ];
+    let flags: Vec<_> = flags
+        .iter()
+        .filter(|flag| flag.1)
+        .map(|flag| flag.0)
+        .collect();
+    give_up_privileges(&args.disable, &flags);
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -150,23 +164,32 @@ async fn run(args: &Serve) -> Result<(), Failure> {
     let mut interrupt = signal(SignalKind::interrupt())
         .context("watch for SIGINT")
         .map_err(Failure::Run)?;
+    // An empty name is as good as none: so is `--web.config.file=` to the toolkit.
+    let file = args
+        .web_config
+        .as_deref()
+        .filter(|file| !file.as_os_str().is_empty());
+    let web = Arc::new(match file {
+        Some(file) => Web::load(file).map_err(Failure::Usage)?,
+        None => Web::default(),
+    });
     let listener = server::bind(&args.listen).await.map_err(Failure::Usage)?;
     let source = args.source();
     let pods = Arc::new(Pods::new(&source, args.retention));
     follow_pods(args, &source, &pods)
         .await
         .map_err(Failure::Usage)?;
-    allow_locked_memory();
     let exporter = {
-        let (args, pods) = (args.clone(), Arc::clone(&pods));
-        let prepare = move || prepare(&args, pods);
+        let (args, pods, web) = (args.clone(), Arc::clone(&pods), Arc::clone(&web));
+        let prepare = move || prepare(&args, pods, web);
         tokio::task::spawn_blocking(prepare)
             .await
             .context("attach the signals")
             .map_err(Failure::Run)?
     };
     tracing::info!(
-        "serving on http://{}",
+        "serving on {}://{}",
+        if web.https() { "https" } else { "http" },
         listener
             .local_addr()
             .map_or(args.listen.clone(), |at| at.to_string())
@@ -178,7 +201,7 @@ async fn run(args: &Serve) -> Result<(), Failure> {
         }
         tracing::info!("stopping");
     };
-    server::serve(listener, exporter, server::Limits::default(), stopped)
+    server::serve(listener, exporter, web, server::Limits::default(), stopped)
         .await
         .map_err(Failure::Run)
 }
@@ -206,7 +229,7 @@ async fn follow_pods(args: &Serve, source: &Source, pods: &Arc<Pods>) -> anyhow:
 }
 
 /// Walks the cgroups and attaches the signals.
-fn prepare(args: &Serve, pods: Arc<Pods>) -> Arc<Exporter> {
+fn prepare(args: &Serve, pods: Arc<Pods>, web: Arc<Web>) -> Arc<Exporter> {
     let mut kernel = Kernel::read();
     let mut hierarchy = Hierarchy::of_host(args.cgroupfs.as_deref());
     if let Some(trouble) = hierarchy.trouble() {
@@ -257,7 +280,7 @@ fn prepare(args: &Serve, pods: Arc<Pods>) -> Arc<Exporter> {
     }
     kernel.forget_types();
     Arc::new(Exporter::new(
-        signals, pods, bell, &kernel, &hierarchy, args,
+        signals, pods, web, bell, &kernel, &hierarchy, args,
     ))
 }
 
@@ -284,6 +307,18 @@ fn follow_cgroups(hierarchy: &mut Hierarchy, pods: &Arc<Pods>) -> Option<cgroups
     }
     pods.without_cgroups();
     None
+}
+
+/// Gives up what no enabled signal needs. Runs while this is the only thread.
+fn give_up_privileges(disabled: &[String], flags: &[&str]) {
+    let enabled = SIGNALS
+        .iter()
+        .filter(|entry| !disabled.iter().any(|name| name == entry.name));
+    let needs = enabled.flat_map(|entry| entry.needs);
+    let kept = capabilities::of(needs.filter(|need| need.applies(flags)));
+    if let Err(error) = capabilities::keep_only(kept) {
+        tracing::warn!("cannot give up the capabilities that are not needed: {error}");
+    }
 }
 
 /// Kernels before 5.11 charge maps to RLIMIT_MEMLOCK. Only this process is touched; where it may not, loading says so.

@@ -22,18 +22,23 @@ pub struct Host {
     pub cgroups: Option<String>,
 }
 
+/// Where each signal's runbook is.
+const DOCS: &str = concat!(env!("CARGO_PKG_REPOSITORY"), "/blob/main/docs");
+
 const STYLE: &str = "
 :root{color-scheme:light dark}
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1rem}
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1rem;overflow-wrap:anywhere}
 h1{margin:0 0 .25rem}h2{margin:1.5rem 0 .5rem}
-.wide{overflow-x:auto}
 table{border-collapse:collapse;width:100%}
 th,td{text-align:left;vertical-align:top;padding:.35rem .75rem .35rem 0;border-bottom:1px solid #8884}
+td:first-child,th{white-space:nowrap}
 .up{color:#1a7f37}.failed{color:#d1242f}.absent,.disabled{color:#6e7781}
-.up,.failed,.absent,.disabled{font-weight:600}
-.trouble{border-left:.25rem solid #d1242f;padding:.25rem .75rem;margin:.5rem 0}
-code{font-size:.95em}
+.up,.failed,.absent,.disabled{font-weight:600;white-space:nowrap}
+.trouble,.less,.good{border-left:.25rem solid #d1242f;padding:.25rem .75rem;margin:.5rem 0}
+.less{border-color:#bf8700}.good{border-color:#1a7f37}
+code{font-size:.9em}summary{cursor:pointer}
 @media (prefers-color-scheme:dark){.up{color:#3fb950}.failed{color:#f85149}.absent,.disabled{color:#9198a1}}
+@media (max-width:40rem){th{display:none}tr{display:block;border-bottom:1px solid #8884;padding:.35rem 0}td{display:inline-block;border:0;padding:.1rem .75rem .1rem 0}}
 ";
 
 /// Renders the page.
@@ -70,68 +75,159 @@ fn write(
     ) {
         write!(page, "<p class=trouble>{}", Text(trouble))?;
     }
+    write_summary(page, signals)?;
+    page.push_str("<h2>Signals</h2><table><tr><th>Signal<th>State<th>Question<th>Lost events");
+    for running in signals {
+        write_signal(page, running)?;
+    }
     page.push_str(
-        "<h2>Signals</h2><div class=wide><table><tr><th>Signal<th>State<th>Question<th>Lost events",
+        "</table><p>absent: this host has no such thing, and nothing is wrong. Lost events were seen and not counted, by reason.\
+         <h2>Hooks</h2><table><tr><th>Signal<th>State<th>Hooks",
     );
     for running in signals {
-        let lost: Vec<_> = running
-            .lost()
+        write_hooks(page, running)?;
+    }
+    page.push_str("</table>");
+    write_pods(page, pods, source)?;
+    page.push_str("</html>\n");
+    Ok(())
+}
+
+/// What does not work, what works with less, and what to do: before anything else.
+fn write_summary(page: &mut String, signals: &[Running]) -> std::fmt::Result {
+    let mut all_well = true;
+    for running in signals {
+        let name = running.entry.name;
+        let hooks = &running.attempt.hooks;
+        let missing: Vec<_> = hooks
             .iter()
-            .filter(|(_, n)| *n > 0)
-            .map(|(reason, n)| format!("{n} {reason}"))
+            .filter(|hook| hook.reason != Reason::Attached)
             .collect();
-        let state = running.state().label();
-        let (name, question) = (running.entry.name, running.entry.question);
-        let lost = if lost.is_empty() {
-            "none".to_owned()
+        let detail = missing
+            .iter()
+            .map(|hook| hook.detail.as_str())
+            .find(|detail| !detail.is_empty());
+        let (class, what, why) = match running.state() {
+            // A read that failed is told above.
+            State::Failed if running.trouble.is_some() => {
+                all_well = false;
+                continue;
+            }
+            State::Failed => ("trouble", "does not work", detail.unwrap_or_default()),
+            State::Up | State::Absent => match (running.attempt.notes.first(), missing.len()) {
+                (Some(note), _) => ("less", "works with less", note.as_str()),
+                (None, 0) => continue,
+                (None, _) => ("less", "works with less", detail.unwrap_or_default()),
+            },
+            State::Disabled => continue,
+        };
+        all_well = false;
+        write!(page, "<p class={class}><b>{name} {what}")?;
+        if !missing.is_empty() {
+            write!(
+                page,
+                " ({} of {} hooks missing)",
+                missing.len(),
+                hooks.len()
+            )?;
+        }
+        write!(page, ".</b> {}", Text(why))?;
+        if class == "trouble" {
+            write!(
+                page,
+                " <a href={DOCS}/runbooks/exporter.md#chandrasignaldown>Runbook</a>"
+            )?;
+        }
+    }
+    if all_well {
+        page.push_str("<p class=good>Everything that this host has works.");
+    }
+    Ok(())
+}
+
+fn write_signal(page: &mut String, running: &Running) -> std::fmt::Result {
+    let lost: Vec<_> = running
+        .lost()
+        .iter()
+        .filter(|(_, n)| *n > 0)
+        .map(|(reason, n)| format!("{n} lost: {reason}"))
+        .collect();
+    let state = running.state().label();
+    let (name, question) = (running.entry.name, running.entry.question);
+    let lost = if lost.is_empty() {
+        "none lost".to_owned()
+    } else {
+        lost.join(", ")
+    };
+    write!(
+        page,
+        "<tr><td><a href={DOCS}/runbooks/{name}.md>{name}</a><td class={state}>{state}<td>{}<td>{lost}",
+        Text(question)
+    )
+}
+
+/// A signal's hooks by what came of them: those that are attached folded, the others with why.
+fn write_hooks(page: &mut String, running: &Running) -> std::fmt::Result {
+    let name = running.entry.name;
+    if running.state() == State::Disabled {
+        write!(
+            page,
+            "<tr><td>{name}<td class=disabled>disabled<td>switched off by --disable"
+        )?;
+    }
+    let mut reasons: Vec<Reason> = Vec::new();
+    for hook in &running.attempt.hooks {
+        if !reasons.contains(&hook.reason) {
+            reasons.push(hook.reason);
+        }
+    }
+    for reason in reasons {
+        let hooks = running.attempt.hooks.iter();
+        let hooks: Vec<_> = hooks.filter(|hook| hook.reason == reason).collect();
+        let attached = reason == Reason::Attached;
+        let class = if attached { "up" } else { "failed" };
+        write!(
+            page,
+            "<tr><td>{name}<td class={class}>{}<td>",
+            reason.label()
+        )?;
+        // One reason may be that of every hook: it is told once.
+        let mut details: Vec<&str> = hooks.iter().map(|hook| hook.detail.as_str()).collect();
+        details.dedup();
+        details.retain(|detail| !detail.is_empty());
+        if let [one] = details[..] {
+            write!(page, "{}<br>", Text(one))?;
+        }
+        let open = if attached || hooks.len() > 4 {
+            ""
         } else {
-            lost.join(", ")
+            " open"
         };
         write!(
             page,
-            "<tr><td>{name}<td class={state}>{state}<td>{}<td>{lost}",
-            Text(question)
+            "<details{open}><summary>{} hooks</summary>",
+            hooks.len()
         )?;
-    }
-    page.push_str("</table></div><h2>Hooks</h2><div class=wide><table><tr><th>Signal<th>Hook<th>Method<th>State");
-    for running in signals {
-        let name = running.entry.name;
-        if running.state() == State::Disabled {
+        for hook in hooks {
             write!(
                 page,
-                "<tr><td>{name}<td colspan=3>switched off by --disable"
+                "<div><code>{}</code> {}",
+                hook.name,
+                hook.method.label()
             )?;
-        }
-        for hook in &running.attempt.hooks {
-            let class = if hook.reason == Reason::Attached {
-                "up"
-            } else {
-                "failed"
-            };
-            let (method, reason) = (hook.method.label(), hook.reason.label());
-            write!(
-                page,
-                "<tr><td>{name}<td><code>{}</code><td>{method}<td><span class={class}>{reason}</span>",
-                hook.name
-            )?;
-            if !hook.detail.is_empty() {
-                write!(page, "<br>{}", Text(&hook.detail))?;
+            if details.len() > 1 && !hook.detail.is_empty() {
+                write!(page, ": {}", Text(&hook.detail))?;
             }
+            page.push_str("</div>");
         }
-        for found in &running.attempt.found {
-            write!(page, "<tr><td>{name}<td colspan=3>{}", Text(found))?;
-        }
-        for note in &running.attempt.notes {
-            write!(
-                page,
-                "<tr><td>{name}<td colspan=3>works with less: {}",
-                Text(note)
-            )?;
-        }
+        page.push_str("</details>");
     }
-    page.push_str("</table></div>");
-    write_pods(page, pods, source)?;
-    page.push_str("</html>\n");
+    for found in &running.attempt.found {
+        write!(page, "<tr><td>{name}<td>found<td>{}", Text(found))?;
+    }
+    for note in &running.attempt.notes {
+        write!(page, "<tr><td>{name}<td>less<td>{}", Text(note))?;
+    }
     Ok(())
 }
 
@@ -155,7 +251,7 @@ fn write_pods(page: &mut String, pods: &View<'_>, source: &Source) -> std::fmt::
         Some(age) => write!(page, " It last answered {} s ago.", age.as_secs())?,
         None => page.push_str(" It has not answered yet."),
     }
-    page.push_str("<div class=wide><table><tr><th>Namespace<th>Pod<th>Containers");
+    page.push_str("<table><tr><th>Namespace<th>Pod<th>Containers");
     for (namespace, name, containers) in listed.iter().take(PODS) {
         write!(
             page,
@@ -164,7 +260,7 @@ fn write_pods(page: &mut String, pods: &View<'_>, source: &Source) -> std::fmt::
             Text(name)
         )?;
     }
-    page.push_str("</table></div>");
+    page.push_str("</table>");
     if listed.len() > PODS {
         write!(page, "<p>and {} more", listed.len() - PODS)?;
     }

@@ -562,7 +562,7 @@ impl Attached {
             let what = format!("attach {program} at {offset:#x}");
             let reason = reason_of(&error);
             // Since 2025 kernels, stable ones too, want it for uprobes, whatever kernel.perf_event_paranoid is.
-            let lacks = reason == Reason::NoPermission && !kernel.has("CAP_SYS_ADMIN");
+            let lacks = reason == Reason::NoPermission && !kernel.is_admin();
             if lacks && is_refused_probe(&error) {
                 let why = Chain(&error);
                 return (reason, format!("cannot {what}: {why}; add CAP_SYS_ADMIN"));

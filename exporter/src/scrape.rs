@@ -16,6 +16,7 @@ use crate::{
     probe::{Method, Reason, Runs},
     server::Site,
     signals::{Attempt, Entry, Options, SIGNALS, Scope, State},
+    web::Web,
 };
 
 /// The version of this build.
@@ -33,6 +34,7 @@ pub const DESCS: &[&Desc] = &[
     &SERIES,
     &BUILD_INFO,
     &PODS_AGE,
+    &WEB_CONFIG,
 ];
 
 static SIGNAL_STATE: Desc = Desc {
@@ -146,6 +148,16 @@ static PODS_AGE: Desc = Desc {
     source: "--pods; absent with --pods none",
 };
 
+static WEB_CONFIG: Desc = Desc {
+    name: "chandra_web_config_last_reload_successful",
+    kind: Kind::Gauge,
+    help: "1 if --web.config.file and its certificates could be used when they last changed; 0 if what was read before is in force.",
+    per_pod: false,
+    labels: &[],
+    values: &[],
+    source: "--web.config.file; absent without it",
+};
+
 /// A signal and what came of it.
 pub struct Running {
     /// What it is.
@@ -211,6 +223,7 @@ impl Running {
 pub struct Exporter {
     signals: Mutex<Vec<Running>>,
     pods: Arc<Pods>,
+    web: Arc<Web>,
     bell: Option<Bell>,
     host: page::Host,
     cgroups: Reason,
@@ -256,6 +269,7 @@ impl Exporter {
     pub fn new(
         signals: Vec<Running>,
         pods: Arc<Pods>,
+        web: Arc<Web>,
         bell: Option<Bell>,
         kernel: &Kernel,
         hierarchy: &Hierarchy,
@@ -270,6 +284,7 @@ impl Exporter {
         Self {
             signals: Mutex::new(signals),
             pods,
+            web,
             bell,
             host: page::Host {
                 release: kernel.release.clone(),
@@ -289,6 +304,9 @@ impl Exporter {
     fn collect(&self) -> Families {
         let mut families = Families::default();
         families.add(&BUILD_INFO, &[VERSION], 1.0);
+        if let Some(successful) = self.web.reloaded() {
+            families.add(&WEB_CONFIG, &[], f64::from(u8::from(successful)));
+        }
         let cgroups = [
             "exporter",
             "cgroups",

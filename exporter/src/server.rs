@@ -3,12 +3,17 @@
 //!
 //! Everything a client can hold has a bound: connections, the time to send a header, to rest between
 //! requests and to take a response ([`Limits`]), and scrapes, of which at most one runs and one waits.
+//! Where all connections are taken, the one that has kept the server waiting longest makes room for a new one.
+//!
+//! What [`Web`] asks for comes first: TLS, the rate limit and the password. `/livez` and `/readyz` are open to whoever
+//! gets through TLS, for the kubelet has no password; where there is one, `/readyz` gives no reason.
 
 use std::{
+    collections::HashMap,
     convert::Infallible,
     future::{Future, poll_fn},
     io::{self, Write as _},
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     pin::{Pin, pin},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, ready},
@@ -34,11 +39,14 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream, lookup_host},
     select,
-    sync::{Semaphore, watch},
+    sync::{Notify, Semaphore, watch},
     task::{JoinSet, spawn_blocking},
     time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_io_timeout::TimeoutStream;
+use tokio_rustls::{TlsAcceptor, rustls::ServerConfig, server::TlsStream};
+
+use crate::web::{Settings, Verdict, Web};
 
 /// What the server shows; implemented by the exporter, faked in tests.
 pub trait Site: Send + Sync + 'static {
@@ -53,7 +61,7 @@ pub trait Site: Send + Sync + 'static {
 /// What a client may hold, and for how long.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Open connections; the next one is answered 503 and closed.
+    /// Open connections; for the next one another at rest is closed, or else it is answered 503.
     pub connections: usize,
     /// From the accept, or from the first byte of a later request, to the end of its header.
     pub header: Duration,
@@ -97,6 +105,13 @@ const REFUSED: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\n\
     Connection: close\r\n\
     \r\n\
     too many connections";
+
+/// What Go answers to HTTP on a port of HTTPS: clients know it.
+const NOT_TLS: &[u8] =
+    b"HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTP request to an HTTPS server.\n";
+
+/// How long a connection that was told to make room may take to do so: its task has only to be polled.
+const EVICTION: Duration = Duration::from_millis(100);
 
 /// Out of file descriptors, `accept` fails at once and every time: the pause keeps that from taking a core.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -188,13 +203,14 @@ fn explain(address: &str, error: &io::Error) -> anyhow::Error {
     }
 }
 
-/// Serves `site` until `shutdown` resolves and the requests in flight are answered, or `limits.drain` has passed.
+/// Serves `site` to whom `web` lets in until `shutdown` resolves and the requests in flight are answered, or `limits.drain` has passed.
 ///
 /// A call of [`Site::metrics`] that still runs then is left behind on its thread: a runtime that must end in
 /// time is ended with `Runtime::shutdown_timeout`, for dropping it waits for that thread.
 pub async fn serve<S: Site>(
     listener: TcpListener,
     site: Arc<S>,
+    web: Arc<Web>,
     limits: Limits,
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
@@ -204,9 +220,13 @@ pub async fn serve<S: Site>(
     let server = Arc::new(Server {
         scrapes: Scrapes::new(Arc::clone(&site)),
         site,
+        web,
         limits,
         slots: Arc::clone(&slots),
+        clocks: Mutex::default(),
+        handshake_log: Seldom::default(),
     });
+    let mut number = 0;
     let (accept_log, refusal_log) = (Seldom::default(), Seldom::default());
     let mut tasks = JoinSet::new();
     let mut shutdown = pin!(shutdown);
@@ -217,8 +237,8 @@ pub async fn serve<S: Site>(
             Some(_) = tasks.join_next() => continue,
             accepted = listener.accept() => accepted,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        let (stream, client) = match accepted {
+            Ok((stream, client)) => (stream, client.ip().to_canonical()),
             // The client left before it was accepted.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
             Err(error) => {
@@ -229,10 +249,21 @@ pub async fn serve<S: Site>(
                 continue;
             }
         };
-        if let Ok(slot) = Arc::clone(&slots).try_acquire_owned() {
+        let slot = match Arc::clone(&slots).try_acquire_owned() {
+            Err(_) if server.make_room() => {
+                let freed = timeout(EVICTION, Arc::clone(&slots).acquire_owned()).await;
+                freed.ok().and_then(Result::ok)
+            }
+            slot => slot.ok(),
+        };
+        if let Some(slot) = slot {
             let (server, draining) = (Arc::clone(&server), draining.clone());
+            let clock = Arc::new(Clock::new(&server.limits));
+            number += 1;
+            lock(&server.clocks).insert(number, Arc::clone(&clock));
             tasks.spawn(async move {
-                server.connection(stream, draining).await;
+                server.connection(stream, client, &clock, draining).await;
+                lock(&server.clocks).remove(&number);
                 drop(slot);
             });
             continue;
@@ -244,7 +275,7 @@ pub async fn serve<S: Site>(
         // Over this second limit the connection is dropped without an answer.
         if let Ok(slot) = Arc::clone(&refusals).try_acquire_owned() {
             tasks.spawn(async move {
-                let _ = timeout(REFUSAL, refuse(stream)).await;
+                let _ = timeout(REFUSAL, refuse(stream, REFUSED)).await;
                 drop(slot);
             });
         }
@@ -264,26 +295,84 @@ pub async fn serve<S: Site>(
 struct Server<S> {
     scrapes: Scrapes<S>,
     site: Arc<S>,
+    web: Arc<Web>,
     limits: Limits,
     slots: Arc<Semaphore>,
+    /// Of the connections that have a slot. One whose task panicked stays; `make_room` takes it once.
+    clocks: Mutex<HashMap<u64, Arc<Clock>>>,
+    handshake_log: Seldom,
 }
 
 impl<S: Site> Server<S> {
+    /// Ends the connection that has kept the server waiting longest; false where all are being answered.
+    fn make_room(&self) -> bool {
+        let mut clocks = lock(&self.clocks);
+        let resting = clocks
+            .iter()
+            .filter_map(|(number, clock)| Some((clock.resting()?, *number)))
+            .min();
+        let evicted = resting.and_then(|(_, number)| clocks.remove(&number));
+        if let Some(clock) = &evicted {
+            clock.evicted.notify_one();
+        }
+        evicted.is_some()
+    }
+
+    /// The stream under HTTP, once the handshake of TLS is done; `None` where it failed or the client has gone.
+    async fn open(&self, stream: TcpStream, tls: Option<Arc<ServerConfig>>) -> Option<Wire> {
+        let Some(config) = tls else {
+            return Some(Wire::Plain(stream));
+        };
+        let mut first = [0];
+        if stream.peek(&mut first).await.ok()? == 0 {
+            return None;
+        }
+        if first[0].is_ascii_uppercase() {
+            let _ = timeout(REFUSAL, refuse(stream, NOT_TLS)).await;
+            return None;
+        }
+        match TlsAcceptor::from(config).accept(stream).await {
+            Ok(stream) => Some(Wire::Tls(Box::new(stream))),
+            Err(error) => {
+                let left = error.kind() == io::ErrorKind::UnexpectedEof;
+                if !left && self.handshake_log.due() {
+                    tracing::warn!(%error, "refuse a TLS handshake");
+                }
+                None
+            }
+        }
+    }
+
     /// Answers the requests of one connection until either side ends it.
-    async fn connection(&self, stream: TcpStream, mut draining: watch::Receiver<bool>) {
+    async fn connection(
+        &self,
+        stream: TcpStream,
+        client: IpAddr,
+        clock: &Clock,
+        mut draining: watch::Receiver<bool>,
+    ) {
         // Without it the last packet of a response may wait for the acknowledgement of the one before.
         let _ = stream.set_nodelay(true);
-        let clock = Clock::new(&self.limits);
-        let mut io = TimeoutStream::new(Clocked {
-            stream,
-            clock: &clock,
-        });
+        let opened = async {
+            let settings = self.web.settings().await;
+            let tls = settings.tls.as_ref().map(|tls| Arc::clone(&tls.config));
+            self.open(stream, tls).await
+        };
+        let wire = select! {
+            biased;
+            wire = opened => wire,
+            () = clock.expired() => return,
+            () = clock.evicted.notified() => return,
+            _ = draining.wait_for(|drain| *drain) => return,
+        };
+        let Some(wire) = wire else { return };
+        let mut io = TimeoutStream::new(Clocked { wire, clock });
         io.set_write_timeout(Some(self.limits.write));
         let mut io = TokioIo::new(Box::pin(io));
         let ended = {
             let service = service_fn(async |request: Request<Incoming>| {
                 clock.enter(Phase::Busy);
-                let response = self.respond(&request).await;
+                let response = self.respond(&request, client).await;
                 clock.enter(Phase::Idle(Instant::now() + self.limits.idle));
                 Ok::<_, Infallible>(response)
             });
@@ -298,8 +387,9 @@ impl<S: Site> Server<S> {
             loop {
                 select! {
                     biased;
-                    ended = connection.as_mut() => break Some(ended),
-                    () = clock.expired() => break None,
+                    ended = connection.as_mut() => break End::Of(ended),
+                    () = clock.expired() => break End::Late,
+                    () = clock.evicted.notified() => break End::Evicted,
                     _ = draining.wait_for(|drain| *drain), if open => {
                         open = false;
                         connection.as_mut().graceful_shutdown();
@@ -307,27 +397,43 @@ impl<S: Site> Server<S> {
                 }
             }
         };
-        let stream = &io.inner().get_ref().stream;
+        let stream = io.inner().get_ref().wire.tcp();
         match ended {
-            None => tracing::debug!("close a connection out of time"),
-            Some(Err(error)) if !error.is_parse() => {
+            End::Late => tracing::debug!("close a connection out of time"),
+            End::Evicted => {
+                tracing::debug!("close a connection to make room");
+                let _ = stream.set_zero_linger();
+            }
+            End::Of(Err(error)) if !error.is_parse() => {
                 tracing::debug!(%error, "cut a connection");
                 // A close alone would leave the unread part of a response in kernel memory.
                 let _ = stream.set_zero_linger();
             }
-            Some(_) => {
-                let _ = timeout(LINGER, discard(stream)).await;
+            End::Of(_) => {
+                clock.enter(Phase::Idle(Instant::now() + LINGER));
+                select! {
+                    _ = discard(stream) => {}
+                    () = clock.expired() => {}
+                    () = clock.evicted.notified() => {}
+                }
             }
         }
     }
 
-    async fn respond(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-        let mut response = self.answer(request).await;
+    async fn respond(&self, request: &Request<Incoming>, client: IpAddr) -> Response<Full<Bytes>> {
+        let settings = self.web.settings().await;
+        let mut response = match self.admit(&settings, request, client).await {
+            Ok(()) => self.answer(&settings, request).await,
+            Err(refusal) => *refusal,
+        };
         let headers = response.headers_mut();
         headers.insert(
             header::X_CONTENT_TYPE_OPTIONS,
             HeaderValue::from_static("nosniff"),
         );
+        for (name, value) in &settings.headers {
+            headers.insert(name, value.clone());
+        }
         // Only the first half of the connections may rest between requests, so that resting ones cannot keep
         // the others out.
         let crowded = self.slots.available_permits() < self.limits.connections.div_ceil(2);
@@ -337,7 +443,42 @@ impl<S: Site> Server<S> {
         response
     }
 
-    async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn admit(
+        &self,
+        settings: &Settings,
+        request: &Request<Incoming>,
+        client: IpAddr,
+    ) -> Result<(), Box<Response<Full<Bytes>>>> {
+        if PROBES.contains(&request.uri().path()) {
+            return Ok(());
+        }
+        if settings.rate.is_some_and(|rate| !self.web.allows(rate)) {
+            return Err(later("too many requests").into());
+        }
+        let authorization = request.headers().get(header::AUTHORIZATION);
+        let gate = &self.web.gate;
+        match gate.admit(settings, authorization, client).await {
+            Verdict::Pass => Ok(()),
+            Verdict::Later => Err(later("too many passwords to check").into()),
+            Verdict::Refuse => {
+                let mut response = text(
+                    StatusCode::UNAUTHORIZED,
+                    "a user and its password are needed",
+                );
+                response.headers_mut().insert(
+                    header::WWW_AUTHENTICATE,
+                    HeaderValue::from_static("Basic realm=\"chandra\", charset=\"UTF-8\""),
+                );
+                Err(response.into())
+            }
+        }
+    }
+
+    async fn answer(
+        &self,
+        settings: &Settings,
+        request: &Request<Incoming>,
+    ) -> Response<Full<Bytes>> {
         let path = request.uri().path();
         if !["/", "/metrics", "/livez", "/readyz"].contains(&path) {
             return text(
@@ -358,6 +499,9 @@ impl<S: Site> Server<S> {
             "/livez" => text(StatusCode::OK, "ok"),
             "/readyz" => match self.site.ready() {
                 Ok(()) => text(StatusCode::OK, "ok"),
+                Err(_) if !settings.users.is_empty() => {
+                    text(StatusCode::SERVICE_UNAVAILABLE, "not ready")
+                }
                 Err(reason) => text(StatusCode::SERVICE_UNAVAILABLE, reason),
             },
             "/metrics" => shown(self.metrics(accepts_gzip(request.headers())).await),
@@ -392,6 +536,17 @@ impl<S: Site> Server<S> {
         headers.insert(header::VARY, HeaderValue::from_static("Accept-Encoding"));
         Ok(response)
     }
+}
+
+/// What the kubelet asks for.
+const PROBES: [&str; 2] = ["/livez", "/readyz"];
+
+fn later(why: &'static str) -> Response<Full<Bytes>> {
+    let mut response = text(StatusCode::TOO_MANY_REQUESTS, why);
+    let headers = response.headers_mut();
+    headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    response
 }
 
 /// The response, or the error in its place.
@@ -543,13 +698,13 @@ fn one_line(error: &anyhow::Error) -> Arc<str> {
     line.split_whitespace().collect::<Vec<_>>().join(" ").into()
 }
 
-/// Answers a connection that has no slot. The answer waits for the first byte of the request: Go's client, and
+/// Answers a connection that gets no further. The answer waits for the first byte of the request: Go's client, and
 /// so Prometheus, takes a response that comes earlier for a protocol error.
-async fn refuse(mut stream: TcpStream) -> io::Result<()> {
+async fn refuse(mut stream: TcpStream, answer: &[u8]) -> io::Result<()> {
     if read(&stream).await? == 0 {
         return Ok(());
     }
-    let mut rest = REFUSED;
+    let mut rest = answer;
     while !rest.is_empty() {
         stream.writable().await?;
         match stream.try_write(rest) {
@@ -587,37 +742,56 @@ enum Phase {
     Idle(Instant),
 }
 
+/// How a connection came to its end.
+enum End {
+    Of(hyper::Result<()>),
+    Late,
+    Evicted,
+}
+
 /// The deadline of one connection. It moves only while the task of the connection is polled, so that task,
 /// which polls [`Clock::expired`] last, needs no wake-up to see the move.
 struct Clock {
     header: Duration,
-    phase: Mutex<Phase>,
+    /// The phase, and its start.
+    phase: Mutex<(Phase, Instant)>,
+    evicted: Notify,
 }
 
 impl Clock {
     fn new(limits: &Limits) -> Self {
         Self {
             header: limits.header,
-            phase: Mutex::new(Phase::Header(Instant::now() + limits.header)),
+            phase: Mutex::new((
+                Phase::Header(Instant::now() + limits.header),
+                Instant::now(),
+            )),
+            evicted: Notify::new(),
         }
     }
 
     fn enter(&self, phase: Phase) {
-        *lock(&self.phase) = phase;
+        *lock(&self.phase) = (phase, Instant::now());
+    }
+
+    /// Since when the client is the one who must act.
+    fn resting(&self) -> Option<Instant> {
+        let (phase, since) = *lock(&self.phase);
+        (!matches!(phase, Phase::Busy)).then_some(since)
     }
 
     /// The start of a header that came while the request before it was answered keeps the idle deadline.
     fn bytes_read(&self) {
         let mut phase = lock(&self.phase);
-        if matches!(*phase, Phase::Idle(_)) {
-            *phase = Phase::Header(Instant::now() + self.header);
+        if matches!(phase.0, Phase::Idle(_)) {
+            *phase = (Phase::Header(Instant::now() + self.header), Instant::now());
         }
     }
 
     async fn expired(&self) {
         let mut sleep = pin!(sleep_until(Instant::now()));
         poll_fn(|cx| {
-            let phase = *lock(&self.phase);
+            let (phase, _) = *lock(&self.phase);
             match phase {
                 Phase::Busy => Poll::Pending,
                 Phase::Header(deadline) | Phase::Idle(deadline) => {
@@ -632,9 +806,24 @@ impl Clock {
     }
 }
 
+/// What carries HTTP.
+enum Wire {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl Wire {
+    fn tcp(&self) -> &TcpStream {
+        match self {
+            Self::Plain(stream) => stream,
+            Self::Tls(stream) => stream.get_ref().0,
+        }
+    }
+}
+
 /// A stream that tells the clock when bytes arrive.
 struct Clocked<'a> {
-    stream: TcpStream,
+    wire: Wire,
     clock: &'a Clock,
 }
 
@@ -645,7 +834,10 @@ impl AsyncRead for Clocked<'_> {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
-        ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
+        ready!(match &mut self.wire {
+            Wire::Plain(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Wire::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
+        })?;
         if buffer.filled().len() > before {
             self.clock.bytes_read();
         }
@@ -659,7 +851,10 @@ impl AsyncWrite for Clocked<'_> {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        match &mut self.wire {
+            Wire::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Wire::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
+        }
     }
 
     fn poll_write_vectored(
@@ -667,19 +862,31 @@ impl AsyncWrite for Clocked<'_> {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+        match &mut self.wire {
+            Wire::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
+            Wire::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
+        }
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        match &self.wire {
+            Wire::Plain(stream) => stream.is_write_vectored(),
+            Wire::Tls(stream) => stream.is_write_vectored(),
+        }
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        match &mut self.wire {
+            Wire::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            Wire::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        }
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        match &mut self.wire {
+            Wire::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            Wire::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
     }
 }
 

@@ -11,6 +11,7 @@ use std::{
 
 use chandra::{
     args::Args,
+    capabilities::Names,
     families::{Desc, Families, Kind, POD},
     kernel::{Hierarchy, Kernel},
     ledger::{Ledger, Opening},
@@ -581,6 +582,7 @@ fn a_node_with_eight_gpu_pods_stays_within_the_series_budget() {
     let exporter = Exporter::new(
         failed_signals(),
         Arc::new(Pods::new(&Source::Kube, Duration::from_secs(300))),
+        Arc::default(),
         None,
         &Kernel::read(),
         &Hierarchy::Absent,
@@ -594,4 +596,24 @@ fn a_node_with_eight_gpu_pods_stays_within_the_series_budget() {
     let all = families.series() - jobs.min(nccl_alone) + own + attached;
     println!("the exporter itself: at most {} series", own + attached);
     assert!(all <= BUDGET, "{all} series");
+}
+
+#[test]
+fn the_documentation_has_every_capability_that_a_signal_needs_and_no_other() {
+    let text = fs::read_to_string(root().join("docs/privileges.md")).expect("docs/privileges.md");
+    let rows: Vec<_> = text
+        .lines()
+        .filter(|line| line.starts_with("| `") && line.contains("| CAP_"))
+        .collect();
+    let needs = SIGNALS
+        .iter()
+        .flat_map(|entry| entry.needs.iter().map(move |need| (entry.name, need)));
+    let expected: Vec<_> = needs
+        .map(|(signal, need)| {
+            let flag = need.with.map(|flag| format!("with `{flag}`: "));
+            let (names, flag) = (Names(need.capability), flag.unwrap_or_default());
+            format!("| `{signal}` | {names} | {flag}{} |", need.why)
+        })
+        .collect();
+    assert_eq!(rows, expected);
 }

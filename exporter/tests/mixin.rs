@@ -22,10 +22,11 @@ use promql_parser::{
 };
 use serde_json::Value;
 
-/// Metrics of others, with the labels that they have when helm-values/cilium.yaml is applied.
+/// Metrics of others, with the labels that they have when helm-values/ are applied.
 ///
 /// Hubble: pkg/hubble/metrics in Cilium 1.19. Agent: pkg/metrics. `cilium_ipsec_xfrm_error` is a gauge that mirrors a
-/// kernel counter. node_exporter: its cpu and uname collectors.
+/// kernel counter. node_exporter: its cpu and uname collectors. vLLM: vllm/v1/metrics/loggers.py, with the labels of a pod
+/// that is a target. OpenTelemetry eBPF instrumentation: pkg/export/attributes/attr_defs.go, with the attributes that are selected.
 const OTHERS: &[(&str, Kind, &[&str])] = &[
     (
         "hubble_drop_total",
@@ -86,6 +87,21 @@ const OTHERS: &[(&str, Kind, &[&str])] = &[
             "machine",
             "domainname",
         ],
+    ),
+    (
+        "vllm:e2e_request_latency_seconds",
+        Kind::Histogram,
+        &["namespace", "pod", "container", "model_name", "engine"],
+    ),
+    (
+        "vllm:time_to_first_token_seconds",
+        Kind::Histogram,
+        &["namespace", "pod", "container", "model_name", "engine"],
+    ),
+    (
+        "http_server_request_duration_seconds",
+        Kind::Histogram,
+        &["k8s_namespace_name", "k8s_pod_name"],
     ),
     ("up", Kind::Gauge, &[]),
 ];
@@ -516,7 +532,7 @@ fn check_dashboard(path: &str, dashboard: &Value, catalogue: &Catalogue, checked
         .filter_map(|variable| variable["name"].as_str())
         .collect();
     for variable in &variables {
-        let Some(query) = variable["definition"].as_str() else {
+        let Some(query) = variable["query"]["query"].as_str() else {
             continue;
         };
         let inner = query
@@ -736,7 +752,7 @@ fn every_signal_has_its_part_of_the_mixin() {
     for name in SIGNALS
         .iter()
         .map(|entry| entry.name)
-        .chain(["exporter", "hubble"])
+        .chain(["exporter", "hubble", "path"])
     {
         for path in [
             format!("alerts/{name}.yaml"),

@@ -12,7 +12,7 @@ use std::{
     hash::{BuildHasher, RandomState},
     io,
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::anyhow;
@@ -25,7 +25,7 @@ use kube::{
     config::{InClusterError, KubeconfigError},
     core::{Request as Query, Status, WatchEvent},
 };
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{Dispatch, instrument::WithSubscriber};
 
 use super::{
@@ -302,7 +302,7 @@ impl Source {
                     let version = version
                         .ok_or_else(|| Trouble::new("the list of pods has no resourceVersion"))?;
                     tracing::debug!(pods = records.len(), version, "listed");
-                    self.pods.pods_listed(records, Instant::now());
+                    self.pods.pods_listed(records, Instant::now().into_std());
                     return Ok(version);
                 }
             }
@@ -323,7 +323,7 @@ impl Source {
         let mut body = self.ask(query).await?;
         let began = Instant::now();
         self.up = Some(began);
-        self.pods.pods_unchanged(began);
+        self.pods.pods_unchanged(began.into_std());
         let mut heard = None;
         let mut line = Vec::new();
         loop {
@@ -372,7 +372,7 @@ impl Source {
 
     /// Takes in one line of a watch.
     fn event(&mut self, line: &[u8]) -> Result<(), Trouble> {
-        let now = Instant::now();
+        let now = Instant::now().into_std();
         let event = serde_json::from_slice::<WatchEvent<Item>>(line).map_err(|error| {
             self.version = None;
             Trouble::new(format!("an event of the watch is not readable: {error}"))

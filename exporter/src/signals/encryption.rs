@@ -41,9 +41,10 @@ use exporter_common::{
 
 use super::{
     Attempt, Entry, Follower, Options, Scope, Signal, State, Status, entries, follow_modules,
-    no_losses,
+    no_losses, removed,
 };
 use crate::{
+    capabilities::{BPF, KPROBES, PERFMON},
     families::{Desc, Families, Kind},
     kernel::{Kernel, btf::Btf, symbols},
     ledger::{Attribution, Ledger, Opening, PATIENCE},
@@ -66,6 +67,7 @@ pub const ENTRY: Entry = Entry {
         &ASSOCIATION_EVENTS,
     ],
     objects: &[OBJECT],
+    needs: &[BPF, PERFMON, KPROBES],
     attach,
 };
 
@@ -961,10 +963,7 @@ impl Signal for Encryption {
             return Ok(());
         };
         for flow in core.books.idle(scope.retention, &holders, scope.now) {
-            match live.flows.remove(&flow) {
-                Ok(()) | Err(MapError::KeyNotFound) => {}
-                Err(error) => return Err(error).context("remove a gone address from a map"),
-            }
+            removed(live.flows.remove(&flow))?;
         }
         for (key, value) in entries(&live.interfaces)? {
             self.interfaces

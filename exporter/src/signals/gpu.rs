@@ -31,7 +31,7 @@ use std::{
 use anyhow::Context;
 use aya::{
     include_bytes_aligned,
-    maps::{self, MapData, MapError},
+    maps::{self, MapData},
 };
 use exporter_common::gpu::{DELAY, DRIVERS, Delays, Driver, Process, Thread};
 
@@ -39,8 +39,10 @@ use jobs::Jobs;
 
 use super::{
     Attempt, Entry, Follower, Options, Scope, Signal, State, Status, entries, follow, no_losses,
+    removed,
 };
 use crate::{
+    capabilities::{BPF, CUDA_LIBRARIES, CUDA_UPROBES, DEVICES, KPROBES, PERFMON},
     families::{Desc, Families, Kind},
     kernel::Kernel,
     ledger::{Attribution, Ledger, Opening, UNKNOWN},
@@ -61,6 +63,7 @@ pub const ENTRY: Entry = Entry {
         &calls::PREEMPTED,
     ],
     objects: &[OBJECT, jobs::OBJECT, calls::OBJECT],
+    needs: &[BPF, PERFMON, KPROBES, CUDA_UPROBES, CUDA_LIBRARIES, DEVICES],
     attach,
 };
 
@@ -297,7 +300,7 @@ impl Live {
         new: &BTreeMap<u32, u32>,
     ) -> anyhow::Result<()> {
         for device in old.keys().filter(|device| !new.contains_key(device)) {
-            forget(&mut self.devices, device)?;
+            removed(self.devices.remove(device))?;
         }
         for (device, driver) in new {
             self.devices.insert(device, driver, 0)?;
@@ -324,28 +327,17 @@ impl Live {
             if again.is_ok_and(|now| now.search == number) {
                 continue;
             }
-            forget(&mut self.processes, &process)?;
+            removed(self.processes.remove(&process))?;
             gone.insert(u64::from(process));
         }
         if !gone.is_empty() {
             for (id, thread) in entries(&self.threads)? {
                 if gone.contains(&thread.process) {
-                    forget(&mut self.threads, &id)?;
+                    removed(self.threads.remove(&id))?;
                 }
             }
         }
         Ok(())
-    }
-}
-
-/// Removes what may have gone by itself.
-fn forget<K: aya::Pod, V: aya::Pod>(
-    map: &mut maps::HashMap<MapData, K, V>,
-    key: &K,
-) -> anyhow::Result<()> {
-    match map.remove(key) {
-        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-        Err(error) => Err(error).context("remove an entry from a map"),
     }
 }
 

@@ -9,6 +9,7 @@ pub mod tcp;
 
 use std::{
     cell::Cell,
+    io::ErrorKind,
     path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
@@ -25,6 +26,7 @@ use aya::{
 use exporter_common::Loss;
 
 use crate::{
+    capabilities::Need,
     families::{Desc, Families},
     kernel::{Kernel, uevents::Uevents},
     ledger::{Attribution, Ledger},
@@ -53,6 +55,8 @@ pub struct Entry {
     pub descs: &'static [&'static Desc],
     /// Its objects for the kernel: one of its name, and those of its parts, `<name>_<part>`.
     pub objects: &'static [&'static [u8]],
+    /// The capabilities that it takes.
+    pub needs: &'static [Need],
     /// Loads and attaches it.
     pub attach: fn(&Kernel, Options) -> Attempt,
 }
@@ -294,10 +298,7 @@ impl Scope<'_> {
             .map(|(cgroup, value)| (cgroup, totals(value)));
         self.book_totals(ledger, readings);
         for cgroup in ledger.retire(self.retention, |cgroup| !self.pods.knows(cgroup), self.now) {
-            match map.remove(&cgroup) {
-                Ok(()) | Err(MapError::KeyNotFound) => {}
-                Err(error) => return Err(error).context("remove a gone cgroup from a map"),
-            }
+            removed(map.remove(&cgroup))?;
         }
         Ok(())
     }
@@ -311,6 +312,21 @@ pub fn entries<K: Pod, V: Pod>(map: &HashMap<MapData, K, V>) -> anyhow::Result<V
     let there = |entry: &Result<_, MapError>| !matches!(entry, Err(MapError::KeyNotFound));
     let all: Result<_, _> = map.iter().filter(there).collect();
     all.context("read a map")
+}
+
+/// What came of removing an entry from a map, where it may have gone by itself.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn removed(outcome: Result<(), MapError>) -> anyhow::Result<()> {
+    match outcome {
+        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+        // So says aya 0.14 of a key that is not there.
+        Err(MapError::SyscallError(error)) if error.io_error.kind() == ErrorKind::NotFound => {
+            Ok(())
+        }
+        Err(error) => Err(error).context("remove an entry from a map"),
+    }
 }
 
 /// A signal at work. Dropping it detaches everything.

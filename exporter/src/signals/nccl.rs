@@ -29,7 +29,7 @@ use std::{
 use anyhow::Context;
 use aya::{
     include_bytes_aligned,
-    maps::{self, MapData, MapError},
+    maps::{self, MapData},
     programs::uprobe::UProbeLink,
 };
 use exporter_common::nccl::{
@@ -44,8 +44,10 @@ use sites::{Kind as Library, Sites};
 
 use super::{
     Attempt, Entry, Follower, Options, Scope, Signal, State, Status, entries, follow, no_losses,
+    removed,
 };
 use crate::{
+    capabilities::{BPF, LIBRARIES, PERFMON, UPROBES},
     families::{Desc, Families, Kind},
     kernel::Kernel,
     ledger::{Attribution, Ledger, Opening, UNKNOWN},
@@ -71,6 +73,7 @@ pub const ENTRY: Entry = Entry {
         &GRAPHS,
     ],
     objects: &[OBJECT],
+    needs: &[BPF, PERFMON, UPROBES, LIBRARIES],
     attach,
 };
 
@@ -253,7 +256,7 @@ impl Live {
         let gone = |process: u64| !there.contains(&(process as u32));
         for (process, _) in entries(&self.layouts)? {
             if process != ANY_PROCESS && gone(process.into()) {
-                forget(&mut self.layouts, &process)?;
+                removed(self.layouts.remove(&process))?;
             }
         }
         for (name, since) in entries(&self.started)? {
@@ -261,13 +264,13 @@ impl Live {
             let handle = self.communicators.get(&name.handle, 0).ok();
             let passed = handle.is_some_and(|handle| since.at < handle.finished);
             if passed || handle.is_none() || gone(name.handle.process) {
-                forget(&mut self.started, &name)?;
+                removed(self.started.remove(&name))?;
                 self.unpaired += u64::from(passed);
             }
         }
         for (frame, begun) in entries(&self.in_progress)? {
             if gone(frame.thread >> 32) {
-                forget(&mut self.in_progress, &frame)?;
+                removed(self.in_progress.remove(&frame))?;
                 if begun.group != 0 {
                     self.leave(begun.group)?;
                 }
@@ -275,7 +278,7 @@ impl Live {
         }
         for (name, handle) in entries(&self.communicators)? {
             if gone(name.process) {
-                forget(&mut self.communicators, &name)?;
+                removed(self.communicators.remove(&name))?;
                 self.leave(handle.group)?;
                 let seat = Seat {
                     group: handle.group,
@@ -300,7 +303,7 @@ impl Live {
             if group.members != 0 || seated.contains(&key) {
                 self.empty.remove(&key);
             } else if now - *self.empty.entry(key).or_insert(now) > GROUP_STAYS {
-                forget(&mut self.groups, &key)?;
+                removed(self.groups.remove(&key))?;
             }
         }
         Ok(())
@@ -330,7 +333,7 @@ impl Live {
                 suspects.insert(pair);
                 continue;
             }
-            forget(&mut self.pairs, &pair)?;
+            removed(self.pairs.remove(&pair))?;
             self.unpaired += u64::from(fate == Fate::Missed);
         }
         self.suspects = suspects;
@@ -376,17 +379,6 @@ fn fate(pair: &Pair, arrivals: &Arrivals, made: &HashMap<u64, Vec<Handle>>) -> F
     // One that was late to be followed may have called it before.
     let late = members.iter().any(|handle| handle.state & LATE != 0);
     if late { Fate::Over } else { Fate::Missed }
-}
-
-/// Removes what may have gone by itself.
-fn forget<K: aya::Pod, V: aya::Pod>(
-    map: &mut maps::HashMap<MapData, K, V>,
-    key: &K,
-) -> anyhow::Result<()> {
-    match map.remove(key) {
-        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-        Err(error) => Err(error).context("remove an entry from a map"),
-    }
 }
 
 /// What is known of a process.
@@ -655,7 +647,7 @@ impl Core {
         if any != self.any {
             match any {
                 Some(layout) => live.layouts.insert(ANY_PROCESS, layout, 0)?,
-                None => forget(&mut live.layouts, &ANY_PROCESS)?,
+                None => removed(live.layouts.remove(&ANY_PROCESS))?,
             }
             self.any = any;
         }
@@ -911,7 +903,7 @@ impl Nccl {
             .ranks
             .book(&owners, &readings, resolve, scope.retention, scope.now);
         for seat in ended {
-            forget(&mut live.seats, &seat)?;
+            removed(live.seats.remove(&seat))?;
         }
         Ok(())
     }

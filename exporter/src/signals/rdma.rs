@@ -47,6 +47,7 @@ use super::{
     Attempt, Entry, Follower, Options, Scope, Signal, State, Status, entries, follow_modules,
 };
 use crate::{
+    capabilities::{BPF, NAMESPACES, NAMESPACES_OF_OTHERS, PERFMON},
     families::{Desc, Families, Kind},
     kernel::{
         Kernel,
@@ -79,6 +80,7 @@ pub const ENTRY: Entry = Entry {
         &AGE,
     ],
     objects: &[OBJECT],
+    needs: &[BPF, PERFMON, NAMESPACES, NAMESPACES_OF_OTHERS],
     attach,
 };
 

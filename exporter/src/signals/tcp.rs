@@ -15,6 +15,7 @@ use exporter_common::tcp::{Kind, Retransmits};
 
 use super::{Attempt, Entry, Options, Scope, Signal};
 use crate::{
+    capabilities::{BPF, PERFMON},
     families::{self, Desc, Families},
     kernel::Kernel,
     ledger::{Attribution, Ledger},
@@ -28,6 +29,7 @@ pub const ENTRY: Entry = Entry {
     question: "Which pod's segments are sent again, and why?",
     descs: &[&RETRANSMITS],
     objects: &[OBJECT],
+    needs: &[BPF, PERFMON],
     attach,
 };
 

@@ -79,9 +79,9 @@ impl Exporter {
         exporter
     }
 
-    /// Waits for a log line that contains a text.
+    /// Waits for a log line that contains a text: minutes, in an emulator that shares its host.
     pub fn wait_for(&self, text: &str) -> String {
-        let end = Instant::now() + Duration::from_secs(60);
+        let end = Instant::now() + Duration::from_secs(180);
         loop {
             let left = end.saturating_duration_since(Instant::now());
             let line = self

@@ -20,7 +20,7 @@ use std::{
 use anyhow::Context;
 use aya::{
     include_bytes_aligned,
-    maps::{self, MapData, MapError},
+    maps::{self, MapData},
     programs::uprobe::UProbeLink,
 };
 use exporter_common::gpu::{
@@ -38,7 +38,7 @@ use crate::{
     library::{self as files, Identity},
     pods::Labels,
     probe::{self, Attached, Constants, Hook, Method, Need, Program, Reason, Runs},
-    signals::{Scope, entries},
+    signals::{Scope, entries, removed},
 };
 
 pub(super) static OBJECT: &[u8] =
@@ -145,10 +145,7 @@ impl Live {
     fn forget(&mut self, which: impl Fn(&CudaFrame) -> bool) -> anyhow::Result<()> {
         for (frame, _) in entries(&self.in_progress)? {
             if which(&frame) {
-                match self.in_progress.remove(&frame) {
-                    Ok(()) | Err(MapError::KeyNotFound) => {}
-                    Err(error) => return Err(error).context("forget a call"),
-                }
+                removed(self.in_progress.remove(&frame))?;
             }
         }
         Ok(())

@@ -18,14 +18,14 @@ use aya::{
 };
 use exporter_common::gpu::{JOB, Job, Jobs as Totals, NAME, Ring};
 
-use super::{Part, forget};
+use super::Part;
 use crate::{
     families::{Desc, Families, Kind},
     kernel::{Kernel, tracefs::Tracefs},
     ledger::{Attribution, Ledger, Opening},
     pods::Labels,
     probe::{self, Attached, Constants, Hook, Method, NO_TRACEFS, Need, Program, Reason, Runs},
-    signals::{Scope, entries},
+    signals::{Scope, entries, removed},
 };
 
 pub(super) static OBJECT: &[u8] =
@@ -181,7 +181,7 @@ impl Live {
         let mut forgotten = 0;
         for (key, job) in entries(&self.jobs)? {
             if now.saturating_sub(Duration::from_nanos(job.since)) > LONGEST {
-                forget(&mut self.jobs, &key)?;
+                removed(self.jobs.remove(&key))?;
                 forgotten += 1;
             }
         }
@@ -291,7 +291,7 @@ impl Jobs {
                         device,
                         name,
                     };
-                    forget(&mut live.rings, &ring)?;
+                    removed(live.rings.remove(&ring))?;
                 }
             }
         }
