@@ -75,8 +75,17 @@ fn text_of(path: &Path) -> Option<String> {
 ///
 /// # Errors
 ///
-/// [`Failure::Io`] for a file that cannot be read, [`Failure::Jsonnet`] with the place for what does not evaluate.
+/// As [`evaluate_some`].
 pub fn evaluate(overrides: Option<&Path>) -> Result<Value, Failure> {
+    evaluate_some(overrides, "outputs.files")
+}
+
+/// Evaluates the same, of the files only what an expression of `outputs` gives: the rest costs nothing.
+///
+/// # Errors
+///
+/// [`Failure::Io`] for a file that cannot be read, [`Failure::Jsonnet`] with the place for what does not evaluate.
+pub fn evaluate_some(overrides: Option<&Path>, files: &str) -> Result<Value, Failure> {
     let mut snippet = format!("local outputs = (import '{ROOT}/outputs.libsonnet')(");
     if let Some(path) = overrides {
         // Read here for the system's own word about a file that is not there.
@@ -85,7 +94,9 @@ pub fn evaluate(overrides: Option<&Path>) -> Result<Value, Failure> {
         snippet.push_str(&format!("import @'{quoted}'"));
     }
     // What is wrong with the overrides is said before anything stumbles over it.
-    snippet.push_str("); { problems: outputs.problems, files: if self.problems == [] then outputs.files else {} }");
+    snippet.push_str(&format!(
+        "); {{ problems: outputs.problems, files: if self.problems == [] then {files} else {{}} }}"
+    ));
     let mut vm = JsonnetVm::new();
     // Kept where it is: the callback holds a reference to it.
     vm.import_callback(|_, base, wanted| {

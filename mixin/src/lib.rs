@@ -1,17 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What does an operator import? Dashboards, Prometheus rules and Helm values, from one evaluation of one jsonnet
-//! source ([`SOURCE`]).
+//! source. How do they come into a values file that exists already, and what does Helm accept there in silence?
 //!
 //! jsonnet says what is rendered, as one tree; JSON and YAML are written here, so that every engine gives the same bytes.
 #![forbid(unsafe_code)]
 
+pub mod cilium;
 pub mod jsonnet;
+pub mod keys;
+pub mod lint;
+pub mod merge;
+pub mod ours;
+pub mod proof;
 pub mod render;
 pub mod write;
+pub mod yaml;
 
-use std::{fmt, io, path::PathBuf};
+use std::{
+    fmt, io,
+    path::{Path, PathBuf},
+};
 
-/// Why nothing was rendered.
+/// Why nothing was rendered, merged or judged.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
     /// A file that cannot be read or written.
@@ -30,6 +40,15 @@ pub enum Failure {
     /// The overrides evaluate to something that cannot be rendered.
     #[error("{0}")]
     Config(Place),
+    /// A chart or a version that is not known here.
+    #[error("{0}")]
+    Unknown(String),
+    /// A values file that cannot be read, or not be merged into.
+    #[error("{}:{}:{}: {}", .0.display(), .1.line, .1.column, .1.message)]
+    Values(PathBuf, yaml::Problem),
+    /// A file that is not what it is taken for.
+    #[error("{}: {}", .0.display(), .1)]
+    File(PathBuf, String),
     /// A value that YAML cannot hold.
     #[error("cannot write YAML: {0}")]
     Yaml(#[from] serde_saphyr::ser::Error),
@@ -42,6 +61,20 @@ impl Failure {
             path: path.display().to_string(),
             source,
         }
+    }
+
+    /// A file that the user named and that cannot be read.
+    pub fn reading(path: &Path, source: io::Error) -> Self {
+        Self::io("read", path, source)
+    }
+
+    /// A problem in a values file.
+    pub fn values(path: &Path, problem: yaml::Problem) -> Self {
+        Self::Values(path.to_owned(), problem)
+    }
+
+    pub(crate) fn bad(path: &Path, message: &str) -> Self {
+        Self::File(path.to_owned(), message.to_owned())
     }
 }
 

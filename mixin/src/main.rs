@@ -1,20 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `chandra-mixin`: what an operator imports, rendered from jsonnet.
+//! `chandra-mixin`: what an operator imports, rendered from jsonnet, and brought into values files that exist already.
 #![forbid(unsafe_code)]
 
 use std::{
-    io::{self, Write},
-    path::PathBuf,
+    fs,
+    io::{self, Read, Write},
+    path::{Path, PathBuf},
     process::ExitCode,
 };
 
-use chandra_mixin::{Failure, render, write};
+use chandra_mixin::{
+    Failure, keys,
+    lint::{self, Severity},
+    merge,
+    ours::Chart,
+    render, write,
+};
 use clap::{Parser, Subcommand};
+use serde_json::Value;
 
 /// The user's mistake: a flag, a file or a place to write to.
 const USAGE: u8 = 2;
 
-/// Renders Chandra's dashboards, Prometheus rules and Helm values
+/// Renders Chandra's dashboards, Prometheus rules and Helm values; merges and checks values files
 #[derive(Parser)]
 #[command(version, about)]
 struct Args {
@@ -36,34 +44,211 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
+    /// Add Chandra's Helm values to a values file of yours; nothing of yours is lost, and what stays against ours is said
+    Merge {
+        /// Your values file; `-` is stdin
+        values: PathBuf,
+        /// The chart that it is for: cilium, kube-prometheus-stack or prometheus
+        #[arg(long, value_name = "NAME", default_value = "cilium")]
+        chart: String,
+        /// The chart's version; the newest that is known here if there is none
+        #[arg(long, value_name = "VERSION")]
+        version: Option<String>,
+        /// Add the exporter as a container of the Cilium agent's pod too
+        #[arg(long)]
+        sidecar: bool,
+        /// Jsonnet that is added to the mixin, as for render
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// The file to write; stdout if there is none
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+    },
+    /// Say what Helm accepts in values files without a word; exit with 1 if there are errors
+    Lint {
+        /// Values files in the order in which Helm gets them; `-` is stdin
+        #[arg(required = true)]
+        values: Vec<PathBuf>,
+        /// The chart that they are for
+        #[arg(long, value_name = "NAME", default_value = "cilium")]
+        chart: String,
+        /// The chart's version; the newest that is known here if there is none
+        #[arg(long, value_name = "VERSION")]
+        version: Option<String>,
+        /// Another chart's folder, or its values.yaml, instead of the keys that are known here
+        #[arg(long = "values", value_name = "PATH")]
+        keys: Option<PathBuf>,
+        /// Print findings as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the keys of a chart, as lint has them for the versions that it knows
+    Keys {
+        /// A chart's folder, or its values.yaml
+        chart: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
-    let Command::Render { config, out, check } = Args::parse().command;
-    let done = render::files(config.as_deref()).and_then(|files| match check {
-        true => write::differences(&out, &files),
-        false => write::write(&out, &files).map(|()| Vec::new()),
-    });
+    let done = match Args::parse().command {
+        Command::Render { config, out, check } => rendered(config.as_deref(), &out, check),
+        Command::Merge {
+            values,
+            chart,
+            version,
+            sidecar,
+            config,
+            out,
+        } => Chart::find(&chart, version.as_deref())
+            .and_then(|chart| merged(&values, &chart, sidecar, config.as_deref(), out.as_deref())),
+        Command::Lint {
+            values,
+            chart,
+            version,
+            keys,
+            json,
+        } => linted(&values, &chart, version.as_deref(), keys.as_deref(), json),
+        Command::Keys { chart } => keys::list(&chart).and_then(|list| print(&list)),
+    };
     match done {
-        Ok(different) if different.is_empty() => ExitCode::SUCCESS,
-        Ok(different) => {
-            for path in different {
-                complain(&format!("{path} is not what the mixin renders"));
-            }
-            ExitCode::FAILURE
-        }
+        Ok(code) => code,
         Err(failure) => {
             complain(&failure.to_string());
             match failure {
-                Failure::Io { .. } | Failure::Jsonnet(_) | Failure::Config(_) => {
-                    ExitCode::from(USAGE)
-                }
                 Failure::Yaml(_) => ExitCode::FAILURE,
+                _ => ExitCode::from(USAGE),
             }
         }
     }
 }
 
+fn rendered(config: Option<&Path>, out: &Path, check: bool) -> Result<ExitCode, Failure> {
+    let files = render::files(config)?;
+    if !check {
+        write::write(out, &files)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let different = write::differences(out, &files)?;
+    for path in &different {
+        complain(&format!("{path} is not what the mixin renders"));
+    }
+    match different.is_empty() {
+        true => Ok(ExitCode::SUCCESS),
+        false => Ok(ExitCode::FAILURE),
+    }
+}
+
+fn merged(
+    values: &Path,
+    chart: &Chart,
+    sidecar: bool,
+    config: Option<&Path>,
+    out: Option<&Path>,
+) -> Result<ExitCode, Failure> {
+    let (name, text) = read(values)?;
+    let ours = chart.values(config, sidecar)?;
+    let merged = merge::merge(&text, &ours, chart.keys.as_ref())
+        .map_err(|problem| Failure::values(&name, problem))?;
+    match out {
+        Some(out) => write::file(out, &merged.text)?,
+        None => {
+            print(&merged.text)?;
+        }
+    }
+    for note in &merged.notes {
+        say(&format!(
+            "{}:{}: {}: {}",
+            name.display(),
+            note.line,
+            note.path,
+            note.text
+        ));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn linted(
+    values: &[PathBuf],
+    chart: &str,
+    version: Option<&str>,
+    keys: Option<&Path>,
+    json: bool,
+) -> Result<ExitCode, Failure> {
+    let cilium = chart == "cilium";
+    let spec = match keys {
+        Some(path) => keys::of_chart(path)?,
+        None => {
+            let chart = Chart::find(chart, version)?;
+            chart.keys.ok_or_else(|| {
+                Failure::Unknown(format!(
+                    "the keys of {} are not known here: name its folder with --values",
+                    chart.name
+                ))
+            })?
+        }
+    };
+    let ours = match cilium {
+        true => Chart::find(chart, None)?.values(None, false)?,
+        false => Value::Null,
+    };
+    let files = values
+        .iter()
+        .map(|path| read(path))
+        .collect::<Result<Vec<_>, _>>()?;
+    let rules = lint::Rules {
+        keys: &spec,
+        cilium,
+        ours: &ours,
+    };
+    let found = lint::lint(&files, rules)?;
+    let text = match json {
+        true => {
+            let list: Vec<Value> = found.iter().map(lint::Finding::json).collect();
+            format!("{:#}\n", Value::Array(list))
+        }
+        false => found.iter().map(|finding| format!("{finding}\n")).collect(),
+    };
+    print(&text)?;
+    match found
+        .iter()
+        .any(|finding| finding.severity == Severity::Error)
+    {
+        true => Ok(ExitCode::FAILURE),
+        false => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// A values file, or stdin, with the name that messages call it by.
+fn read(path: &Path) -> Result<(PathBuf, String), Failure> {
+    if path.as_os_str() != "-" {
+        let text = fs::read_to_string(path).map_err(|error| Failure::reading(path, error))?;
+        return Ok((path.to_owned(), text));
+    }
+    let name = PathBuf::from("stdin");
+    let mut text = String::new();
+    match io::stdin().read_to_string(&mut text) {
+        Ok(_) => Ok((name, text)),
+        Err(error) => Err(Failure::reading(&name, error)),
+    }
+}
+
+fn print(text: &str) -> Result<ExitCode, Failure> {
+    let mut stdout = io::stdout().lock();
+    let done = stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush());
+    done.map_err(|error| Failure::Io {
+        action: "write to",
+        path: "stdout".to_owned(),
+        source: error,
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn say(message: &str) {
+    let _ = writeln!(io::stderr(), "{message}");
+}
+
 fn complain(message: &str) {
-    let _ = writeln!(io::stderr(), "chandra-mixin: {message}");
+    say(&format!("chandra-mixin: {message}"));
 }

@@ -25,6 +25,45 @@ pub fn files(overrides: Option<&Path>) -> Result<BTreeMap<String, String>, Failu
 }
 
 fn from_tree(tree: &Value, overrides: Option<&Path>) -> Result<BTreeMap<String, String>, Failure> {
+    let files = checked(tree, overrides)?;
+    files
+        .iter()
+        .map(|(path, file)| Ok((path.clone(), text(file, files)?)))
+        .collect()
+}
+
+/// What a YAML file holds, before it is text.
+///
+/// # Errors
+///
+/// As [`files`].
+pub fn values(path: &str, overrides: Option<&Path>) -> Result<Value, Failure> {
+    let alone = format!("{{ '{path}': outputs.files['{path}'] }}");
+    let tree = jsonnet::evaluate_some(overrides, &alone)?;
+    let files = checked(&tree, overrides)?;
+    if !refers(&files[path]["yaml"]) {
+        return Ok(files[path]["yaml"].clone());
+    }
+    let tree = jsonnet::evaluate(overrides)?;
+    let files = checked(&tree, overrides)?;
+    Ok(resolved(&files[path]["yaml"], files))
+}
+
+/// Whether a value takes something from another file.
+fn refers(value: &Value) -> bool {
+    match value {
+        Value::Object(map) => {
+            map.contains_key("$ref") || map.contains_key("$text") || map.values().any(refers)
+        }
+        Value::Array(list) => list.iter().any(refers),
+        _ => false,
+    }
+}
+
+fn checked<'a>(
+    tree: &'a Value,
+    overrides: Option<&Path>,
+) -> Result<&'a Map<String, Value>, Failure> {
     if let Some(problem) = tree["problems"].as_array().and_then(|list| list.first()) {
         let path = problem["path"].as_str().unwrap_or_default();
         let what = problem["problem"].as_str().unwrap_or_default();
@@ -44,10 +83,7 @@ fn from_tree(tree: &Value, overrides: Option<&Path>) -> Result<BTreeMap<String, 
             })?;
         }
     }
-    files
-        .iter()
-        .map(|(path, file)| Ok((path.clone(), text(file, files)?)))
-        .collect()
+    Ok(files)
 }
 
 /// A recording or alerting rule.

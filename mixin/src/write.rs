@@ -55,6 +55,22 @@ pub fn write(out: &Path, files: &BTreeMap<String, String>) -> Result<(), Failure
     Ok(())
 }
 
+/// Writes one file: it is whole, or what was there before.
+///
+/// # Errors
+///
+/// [`Failure::Io`] for what cannot be written.
+pub fn file(path: &Path, text: &str) -> Result<(), Failure> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let file = temporary(folder, text).map_err(|error| Failure::io("write into", folder, error))?;
+    file.persist(path)
+        .map_err(|error| Failure::io("write", path, error.error))?;
+    Ok(())
+}
+
 fn temporary(folder: &Path, text: &str) -> io::Result<NamedTempFile> {
     let mut file = NamedTempFile::new_in(folder)?;
     file.write_all(text.as_bytes())?;

@@ -11,7 +11,7 @@
 )]
 
 use std::{
-    env,
+    env, fs,
     path::{Path, PathBuf},
     process::{Command, Output},
 };
@@ -31,20 +31,29 @@ pub const PROMTOOLS: [Package; 2] = [
     ("sid", "promtool", "usr/bin/promtool"),
 ];
 
-/// A program out of its package, fetched once, without installing it. `None` where it cannot be had, with the reason
-/// printed; in CI that is a failure.
+/// The suite that moves: what it has may be missing any day, or not run here.
+const MOVING: &str = "sid";
+
+/// A program out of its package, fetched once, without installing it. `None` where it cannot be had or does not run, with the
+/// reason printed; in CI that is a failure, but for the suite that moves.
 pub fn program((suite, package, path): Package) -> Option<PathBuf> {
     let fetch = Command::new(root().join("tests/vm/fetch"))
         .args(["--package", suite, package])
         .output()
         .expect("tests/vm/fetch runs");
-    if fetch.status.success() {
+    let why = if fetch.status.success() {
         let folder = String::from_utf8(fetch.stdout).expect("UTF-8");
-        return Some(Path::new(folder.trim()).join(path));
-    }
-    let why = String::from_utf8_lossy(&fetch.stderr).trim().to_owned();
+        let program = Path::new(folder.trim()).join(path);
+        match Command::new(&program).arg("--version").output() {
+            Ok(output) if output.status.success() => return Some(program),
+            Ok(output) => format!("{}: {}", program.display(), said(&output)),
+            Err(error) => format!("{}: {error}", program.display()),
+        }
+    } else {
+        String::from_utf8_lossy(&fetch.stderr).trim().to_owned()
+    };
     assert!(
-        env::var_os("CI").is_none(),
+        suite == MOVING || env::var_os("CI").is_none(),
         "CI has to have {package} of {suite}: {why}"
     );
     println!("SKIPPED: {package} of {suite}: {why}");
@@ -72,4 +81,23 @@ pub fn files(folder: &str, ending: &str) -> Vec<(String, PathBuf)> {
         .collect();
     files.sort();
     files
+}
+
+/// The values files of users that merge and lint are tested with, by name.
+pub fn fixtures() -> Vec<(String, PathBuf)> {
+    files("mixin/tests/values", ".yaml")
+}
+
+/// Compares with a committed file, or rewrites it: `UPDATE_GOLDEN=1`.
+pub fn golden(path: &Path, text: &str) {
+    if env::var_os("UPDATE_GOLDEN").is_some() {
+        fs::create_dir_all(path.parent().expect("a folder")).expect("created");
+        fs::write(path, text).expect("written");
+    }
+    let expected = fs::read_to_string(path).unwrap_or_default();
+    assert!(
+        text == expected,
+        "not {} (UPDATE_GOLDEN=1 rewrites it):\n{text}",
+        path.display()
+    );
 }

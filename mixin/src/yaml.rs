@@ -1,0 +1,622 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What does a values file say to Helm, and at which byte? The parser is the one that serde-saphyr stands on; scalars mean
+//! what Helm's own reader makes of them (YAML 1.1: `yes` is true, `0777` is 511, a later `<<` wins over an earlier key).
+
+use std::{
+    collections::{HashMap, HashSet},
+    ops::Range,
+};
+
+use granit_parser::{Event, Parser, ScalarStyle, Span, StructureStyle, Tag};
+use serde_json::{Map, Number, Value};
+
+/// More nodes than this, aliases written out, are an attack or a mistake.
+const MAX_NODES: usize = 1_000_000;
+
+/// What is wrong with a file, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// From 1.
+    pub line: usize,
+    /// From 1, in characters.
+    pub column: usize,
+    /// What is wrong.
+    pub message: String,
+}
+
+/// A node as it is written.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// What it is.
+    pub kind: Kind,
+    /// The bytes of a scalar, an alias or a flow collection; of a block collection only where it starts.
+    pub span: Range<usize>,
+    /// From 1.
+    pub line: usize,
+    /// From 1, in characters.
+    pub column: usize,
+    /// The anchor in front of it.
+    pub anchor: Option<usize>,
+    /// Whether a tag stands in front of it.
+    pub tagged: bool,
+}
+
+/// The kinds of nodes.
+#[derive(Clone, Debug)]
+pub enum Kind {
+    /// A scalar: its text, how it is written, what it means.
+    Scalar {
+        /// The text, unescaped.
+        text: String,
+        /// Plain, quoted, or a block.
+        style: ScalarStyle,
+        /// What Helm makes of it.
+        value: Value,
+    },
+    /// `- a` or `[a]`.
+    List {
+        /// In brackets.
+        flow: bool,
+        /// The items.
+        items: Vec<Node>,
+    },
+    /// `a: b` or `{a: b}`.
+    Map {
+        /// In braces.
+        flow: bool,
+        /// The entries.
+        entries: Vec<Entry>,
+    },
+    /// `*name`.
+    Alias(usize),
+}
+
+/// A key and its value.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// The key as JSON has it.
+    pub name: String,
+    /// The key as it is written.
+    pub key: Node,
+    /// The value.
+    pub value: Node,
+}
+
+/// What carries a name, and who uses it.
+#[derive(Clone, Debug)]
+pub struct Anchor {
+    /// Without `&`.
+    pub name: String,
+    /// The lines of its aliases.
+    pub uses: Vec<usize>,
+    target: Option<Node>,
+}
+
+/// The first document of a file, which is the only one that Helm reads.
+#[derive(Clone, Debug)]
+pub struct Document {
+    /// `None` for a file without content.
+    pub root: Option<Node>,
+    /// Where the document ends: at `...`, at the next `---` or with the file.
+    pub end: usize,
+    /// By their number in nodes.
+    pub anchors: HashMap<usize, Anchor>,
+    /// The line of the first document after this one that is not empty.
+    pub more: Option<usize>,
+    /// Keys that stand twice in one map: the path, the first line, and the second key's place.
+    pub duplicates: Vec<Duplicate>,
+}
+
+/// A key that stands twice in one map.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Duplicate {
+    /// Its path.
+    pub path: String,
+    /// Where the first stands.
+    pub first: usize,
+    /// Where the second stands.
+    pub line: usize,
+    /// The second's column.
+    pub column: usize,
+}
+
+impl Document {
+    /// Reads a file.
+    ///
+    /// # Errors
+    ///
+    /// What is not YAML, or is YAML that Helm cannot read.
+    pub fn parse(text: &str) -> Result<Self, Problem> {
+        let options = granit_parser::options! {
+            emit_comments: false,
+            emit_anchor_events: true,
+            block_scalar_eof_without_line_feed: true,
+        };
+        let mut reader = Reader {
+            events: Vec::new(),
+            at: 0,
+            anchors: HashMap::new(),
+        };
+        for event in Parser::new_from_str_with_options(text, options) {
+            let (event, span) = event.map_err(|error| Problem {
+                line: error.marker().line(),
+                column: error.marker().col() + 1,
+                message: format!("is not YAML: {}", error.info()),
+            })?;
+            match event {
+                // The anchor belongs to the node before it.
+                Event::Anchor(id, name) => {
+                    reader.anchors.insert(
+                        id,
+                        Anchor {
+                            name: name.into_owned(),
+                            uses: Vec::new(),
+                            target: None,
+                        },
+                    );
+                }
+                event => reader.events.push((event, span)),
+            }
+        }
+        reader.documents(text)
+    }
+
+    /// The node that an alias stands for, or the node itself.
+    pub fn resolve<'a>(&'a self, node: &'a Node) -> &'a Node {
+        match node.kind {
+            Kind::Alias(id) => match self.anchors.get(&id).and_then(|a| a.target.as_ref()) {
+                Some(target) => self.resolve(target),
+                None => node,
+            },
+            _ => node,
+        }
+    }
+
+    /// What Helm reads.
+    ///
+    /// # Errors
+    ///
+    /// Aliases that multiply to more than any values file has, and merge keys of what is no map.
+    pub fn value(&self) -> Result<Value, Problem> {
+        match &self.root {
+            None => Ok(Value::Object(Map::new())),
+            Some(root) => self.value_at(root),
+        }
+    }
+
+    /// What Helm reads at a node.
+    ///
+    /// # Errors
+    ///
+    /// As [`Document::value`].
+    pub fn value_at(&self, node: &Node) -> Result<Value, Problem> {
+        self.value_of(node, &mut MAX_NODES.clone())
+    }
+
+    fn value_of(&self, node: &Node, left: &mut usize) -> Result<Value, Problem> {
+        *left = left
+            .checked_sub(1)
+            .ok_or_else(|| node.problem("aliases multiply to more than a million values"))?;
+        Ok(match &self.resolve(node).kind {
+            Kind::Scalar { value, .. } => value.clone(),
+            Kind::Alias(_) => Value::Null,
+            Kind::List { items, .. } => {
+                let values = items.iter().map(|item| self.value_of(item, left));
+                Value::Array(values.collect::<Result<_, _>>()?)
+            }
+            Kind::Map { .. } => {
+                let mut map = Map::new();
+                for field in self.fields(node)? {
+                    map.insert(field.name.to_owned(), self.value_of(field.value, left)?);
+                }
+                Value::Object(map)
+            }
+        })
+    }
+
+    /// The entries of a map as Helm reads them, those of merge keys among them.
+    ///
+    /// # Errors
+    ///
+    /// A merge key of what is no map.
+    pub fn fields<'a>(&'a self, node: &'a Node) -> Result<Vec<Field<'a>>, Problem> {
+        let mut fields: Vec<Field<'a>> = Vec::new();
+        let mut places = HashMap::new();
+        let mut set = |field: Field<'a>| match places.get(field.name) {
+            Some(place) => fields[*place] = field,
+            None => {
+                places.insert(field.name, fields.len());
+                fields.push(field);
+            }
+        };
+        let Kind::Map { entries, .. } = &self.resolve(node).kind else {
+            return Ok(fields);
+        };
+        for entry in entries {
+            if !entry.merges() {
+                set(Field {
+                    name: &entry.name,
+                    key: &entry.key,
+                    value: &entry.value,
+                    entry: Some(entry),
+                });
+                continue;
+            }
+            let sources: Vec<&Node> = match &self.resolve(&entry.value).kind {
+                // The first of a list wins.
+                Kind::List { items, .. } => items.iter().rev().collect(),
+                _ => vec![&entry.value],
+            };
+            for source in sources {
+                if !matches!(self.resolve(source).kind, Kind::Map { .. }) {
+                    return Err(entry.key.problem("<< takes a map or a list of maps"));
+                }
+                for field in self.fields(source)? {
+                    set(Field {
+                        entry: None,
+                        ..field
+                    });
+                }
+            }
+        }
+        Ok(fields)
+    }
+
+    /// Whether something uses the anchor of this node, and where.
+    pub fn used(&self, node: &Node) -> Option<(&str, usize)> {
+        let anchor = self.anchors.get(&node.anchor?)?;
+        Some((&anchor.name, *anchor.uses.first()?))
+    }
+}
+
+/// An entry of a map as Helm reads it.
+#[derive(Clone, Copy, Debug)]
+pub struct Field<'a> {
+    /// The key.
+    pub name: &'a str,
+    /// Where the key is written.
+    pub key: &'a Node,
+    /// The value.
+    pub value: &'a Node,
+    /// The entry, unless it came through a merge key.
+    pub entry: Option<&'a Entry>,
+}
+
+impl Entry {
+    fn merges(&self) -> bool {
+        matches!(&self.key.kind, Kind::Scalar { text, style: ScalarStyle::Plain, .. } if text == "<<")
+    }
+}
+
+impl Node {
+    /// A message about this node.
+    pub fn problem(&self, message: &str) -> Problem {
+        Problem {
+            line: self.line,
+            column: self.column,
+            message: message.to_owned(),
+        }
+    }
+
+    /// Whether nothing is written where a value could be, or one of the words for nothing.
+    pub fn is_null(&self) -> bool {
+        matches!(&self.kind, Kind::Scalar { value, .. } if value.is_null())
+    }
+}
+
+struct Reader<'a> {
+    events: Vec<(Event<'a>, Span)>,
+    at: usize,
+    anchors: HashMap<usize, Anchor>,
+}
+
+impl Reader<'_> {
+    fn documents(mut self, text: &str) -> Result<Document, Problem> {
+        let mut document: Option<Document> = None;
+        while self.at < self.events.len() {
+            let (event, span) = &self.events[self.at];
+            match event {
+                Event::DocumentStart(_, Some(version))
+                    if (version.major, version.minor) != (1, 1) =>
+                {
+                    return Err(Problem {
+                        line: span.start.line(),
+                        column: span.start.col() + 1,
+                        message: "Helm refuses a %YAML directive of another version than 1.1"
+                            .to_owned(),
+                    });
+                }
+                Event::StreamStart
+                | Event::StreamEnd
+                | Event::DocumentStart(..)
+                | Event::DocumentEnd => self.at += 1,
+                _ => {
+                    let mut duplicates = Vec::new();
+                    let node = self.node("", &mut duplicates)?;
+                    // Nothing at all between two markers.
+                    let empty = node.is_null() && node.span.is_empty();
+                    match &mut document {
+                        None => {
+                            let end = match self.events.get(self.at) {
+                                Some((Event::DocumentEnd, span)) => start_of(span),
+                                _ => text.len(),
+                            };
+                            document = Some(Document {
+                                root: (!empty).then_some(node),
+                                end: end.min(text.len()),
+                                anchors: HashMap::new(),
+                                more: None,
+                                duplicates,
+                            });
+                        }
+                        Some(first) if !empty && first.more.is_none() => {
+                            first.more = Some(node.line);
+                        }
+                        Some(_) => {}
+                    }
+                }
+            }
+        }
+        let mut document = document.unwrap_or(Document {
+            root: None,
+            end: text.len(),
+            anchors: HashMap::new(),
+            more: None,
+            duplicates: Vec::new(),
+        });
+        document.anchors = self.anchors;
+        Ok(document)
+    }
+
+    fn node(&mut self, path: &str, duplicates: &mut Vec<Duplicate>) -> Result<Node, Problem> {
+        let (event, span) = self.events[self.at].clone();
+        self.at += 1;
+        let mut node = Node {
+            kind: Kind::Alias(0),
+            span: start_of(&span)..span.end.byte_offset().unwrap_or_default(),
+            line: span.start.line(),
+            column: span.start.col() + 1,
+            anchor: event.anchor_id().filter(|id| *id > 0),
+            tagged: event.tag().is_some(),
+        };
+        match event {
+            Event::Scalar(text, style, _, tag) => {
+                node.kind = Kind::Scalar {
+                    value: meaning(&text, style, tag.as_deref(), node.span.is_empty()),
+                    text: text.into_owned(),
+                    style,
+                };
+            }
+            Event::Alias(id) => {
+                let line = node.line;
+                let anchor = self.anchors.get_mut(&id);
+                let known = anchor.filter(|anchor| anchor.target.is_some());
+                known
+                    .ok_or_else(|| node.problem("an anchor that contains itself"))?
+                    .uses
+                    .push(line);
+                node.kind = Kind::Alias(id);
+            }
+            Event::SequenceStart(style, ..) => {
+                let mut items = Vec::new();
+                while !matches!(self.events[self.at].0, Event::SequenceEnd) {
+                    let path = format!("{path}[{}]", items.len());
+                    items.push(self.node(&path, duplicates)?);
+                }
+                let flow = style == StructureStyle::Flow;
+                self.end(&mut node, flow);
+                node.kind = Kind::List { flow, items };
+            }
+            Event::MappingStart(style, ..) => {
+                let mut entries: Vec<Entry> = Vec::new();
+                let mut seen = HashSet::new();
+                while !matches!(self.events[self.at].0, Event::MappingEnd) {
+                    let key = self.node(path, duplicates)?;
+                    let name = self.name(&key)?;
+                    let path = join(path, &name);
+                    let value = self.node(&path, duplicates)?;
+                    if !seen.insert(name.clone()) {
+                        let first = entries.iter().find(|entry| entry.name == name);
+                        duplicates.push(Duplicate {
+                            path,
+                            first: first.map_or(0, |entry| entry.key.line),
+                            line: key.line,
+                            column: key.column,
+                        });
+                    }
+                    entries.push(Entry { name, key, value });
+                }
+                let flow = style == StructureStyle::Flow;
+                self.end(&mut node, flow);
+                node.kind = Kind::Map { flow, entries };
+            }
+            _ => return Err(node.problem("is not YAML that Helm reads")),
+        }
+        if let Some(anchor) = node.anchor.and_then(|id| self.anchors.get_mut(&id)) {
+            anchor.target = Some(node.clone());
+        }
+        Ok(node)
+    }
+
+    /// Takes the end of a collection; brackets have their place, the end of a block has none.
+    fn end(&mut self, node: &mut Node, flow: bool) {
+        if flow && let Some(end) = self.events[self.at].1.end.byte_offset() {
+            node.span.end = end;
+        }
+        self.at += 1;
+    }
+
+    /// A key as JSON has it.
+    fn name(&self, key: &Node) -> Result<String, Problem> {
+        let target = match key.kind {
+            Kind::Alias(id) => self.anchors.get(&id).and_then(|a| a.target.as_ref()),
+            _ => Some(key),
+        };
+        match target.map(|node| &node.kind) {
+            // `<<` is no value.
+            Some(Kind::Scalar { text, value, .. }) => Ok(match value {
+                Value::Bool(is) => is.to_string(),
+                Value::Number(number) => number.to_string(),
+                _ => text.clone(),
+            }),
+            _ => Err(key.problem("Helm cannot read a key that is a list or a map")),
+        }
+    }
+}
+
+fn start_of(span: &Span) -> usize {
+    span.start.byte_offset().unwrap_or_default()
+}
+
+/// A path as people write it.
+pub fn join(path: &str, key: &str) -> String {
+    let key = match key.contains('.') {
+        true => format!("{key:?}"),
+        false => key.to_owned(),
+    };
+    match path {
+        "" => key,
+        _ => format!("{path}.{key}"),
+    }
+}
+
+/// What Helm's reader makes of a scalar.
+fn meaning(text: &str, style: ScalarStyle, tag: Option<&Tag>, nothing: bool) -> Value {
+    if nothing && style == ScalarStyle::Plain {
+        return Value::Null;
+    }
+    let string = || Value::String(text.to_owned());
+    match tag.and_then(Tag::core_suffix) {
+        Some("int" | "float" | "bool" | "null") => plain(text),
+        Some(_) => string(),
+        None if tag.is_some() || style != ScalarStyle::Plain => string(),
+        None => plain(text),
+    }
+}
+
+fn plain(text: &str) -> Value {
+    match text {
+        "" | "~" | "null" | "Null" | "NULL" => return Value::Null,
+        "y" | "Y" | "yes" | "Yes" | "YES" | "true" | "True" | "TRUE" | "on" | "On" | "ON" => {
+            return Value::Bool(true);
+        }
+        "n" | "N" | "no" | "No" | "NO" | "false" | "False" | "FALSE" | "off" | "Off" | "OFF" => {
+            return Value::Bool(false);
+        }
+        _ => {}
+    }
+    number(text).map_or_else(|| Value::String(text.to_owned()), Value::Number)
+}
+
+/// YAML 1.1: underscores, `0x`, `0b`, `0o` and a leading zero.
+fn number(text: &str) -> Option<Number> {
+    let digits = text.replace('_', "");
+    let (negative, unsigned) = match digits.strip_prefix('-') {
+        Some(rest) => (true, rest),
+        None => (false, digits.strip_prefix('+').unwrap_or(&digits)),
+    };
+    if !unsigned.starts_with(|c: char| c.is_ascii_digit() || c == '.') {
+        return None;
+    }
+    let lower = unsigned.to_ascii_lowercase();
+    let radix = |digits: &str, radix| u64::from_str_radix(digits, radix).ok();
+    let whole = match lower.get(..2) {
+        Some("0x") => radix(&lower[2..], 16),
+        Some("0b") => radix(&lower[2..], 2),
+        Some("0o") => radix(&lower[2..], 8),
+        _ if lower.len() > 1 && lower.starts_with('0') => {
+            radix(&lower[1..], 8).or_else(|| lower.parse().ok())
+        }
+        _ => lower.parse().ok(),
+    };
+    if let Some(whole) = whole {
+        return match negative {
+            true => Some(Number::from(0_i64.checked_sub_unsigned(whole)?)),
+            false => Some(Number::from(whole)),
+        };
+    }
+    if !lower
+        .chars()
+        .all(|c| c.is_ascii_digit() || ".e+-".contains(c))
+    {
+        return None;
+    }
+    Number::from_f64(digits.parse().ok()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn value(text: &str) -> Value {
+        let document = Document::parse(text).expect(text);
+        document.value().expect(text)
+    }
+
+    #[test]
+    fn scalars_mean_what_helm_makes_of_them() {
+        let text = "{a: yes, b: On, c: 0777, d: 0o17, e: 1_000, f: 0x1f, g: 1e3, h: 2001-01-01, i: ~, j: , k: No, \
+                    l: 'yes', m: !!int '3', o: 0o8, p: -0x1f, q: 1:30, r: 09, s: +1, t: 1., u: .5, v: 0b11, w: !!str 1}";
+        let expected = json!({
+            "a": true, "b": true, "c": 511, "d": 15, "e": 1000, "f": 31, "g": 1000.0, "h": "2001-01-01", "i": null, "j": null,
+            "k": false, "l": "yes", "m": 3, "o": "0o8", "p": -31, "q": "1:30", "r": 9, "s": 1, "t": 1.0, "u": 0.5, "v": 3,
+            "w": "1",
+        });
+        assert_eq!(value(text), expected);
+        assert_eq!(value("on: 1\n1: x\n"), json!({"true": 1, "1": "x"}));
+    }
+
+    #[test]
+    fn merge_keys_win_over_what_stands_before_them() {
+        let text =
+            "b: &b {x: 1}\nc: {x: 9, <<: *b}\nd: {<<: *b, x: 9}\ne: {<<: [*b, {x: 2, z: 3}]}\n";
+        let expected = json!({"b": {"x": 1}, "c": {"x": 1}, "d": {"x": 9}, "e": {"x": 1, "z": 3}});
+        assert_eq!(value(text), expected);
+    }
+
+    #[test]
+    fn what_helm_cannot_read_is_said_with_its_place() {
+        for (text, line, part) in [
+            ("a: [1\n", 1, "is not YAML"),
+            ("x: 1\na: &x [*x]\n", 2, "contains itself"),
+            ("[a]: 1\n", 1, "a list or a map"),
+            ("%YAML 1.2\n---\na: 1\n", 2, "Helm refuses"),
+        ] {
+            let problem = Document::parse(text).expect_err(text);
+            assert!(problem.message.contains(part), "{text}: {problem:?}");
+            assert_eq!(problem.line, line, "{text}: {problem:?}");
+        }
+        let document = Document::parse("a: 1\nb: {<<: [1]}\n").expect("YAML");
+        assert!(document.value().is_err());
+        let mut bomb = "a0: &a0 [x]\n".to_owned();
+        for n in 1..30 {
+            bomb.push_str(&format!("a{n}: &a{n} [*a{}, *a{}]\n", n - 1, n - 1));
+        }
+        let bomb = Document::parse(&bomb).expect("YAML");
+        assert!(bomb.value().is_err());
+    }
+
+    #[test]
+    fn only_the_first_document_counts_and_duplicates_are_found() {
+        let document =
+            Document::parse("---\na: 1\nb:\n  c: 1\n  'c': 2\n---\n# x\nd: 1\n").expect("YAML");
+        assert_eq!(document.more, Some(8));
+        assert_eq!(document.end, 28);
+        let [twice] = &document.duplicates[..] else {
+            panic!("{:?}", document.duplicates)
+        };
+        assert_eq!(
+            (twice.path.as_str(), twice.first, twice.line),
+            ("b.c", 4, 5)
+        );
+        assert!(Document::parse("").expect("YAML").root.is_none());
+        assert!(
+            Document::parse("# only this\n---\n")
+                .expect("YAML")
+                .root
+                .is_none()
+        );
+    }
+}

@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What Helm accepts in silence is said: of every fixture what is committed, and of made-up files each kind of finding.
+
+mod common;
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Output},
+};
+
+use common::{fixtures, golden, root, said};
+use tempfile::TempDir;
+
+fn lint(folder: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_chandra-mixin"))
+        .current_dir(folder)
+        .arg("lint")
+        .args(args)
+        .output()
+        .expect("it runs")
+}
+
+/// What is said about one file.
+fn found(version: &str, text: &str) -> String {
+    let folder = TempDir::new().expect("a folder");
+    fs::write(folder.path().join("my.yaml"), text).expect("written");
+    said(&lint(folder.path(), &["--version", version, "my.yaml"]))
+}
+
+#[test]
+fn every_fixture_has_the_findings_that_are_committed() {
+    let folder = root().join("mixin/tests/values");
+    for (name, _) in fixtures() {
+        let mut all = String::new();
+        for version in ["1.19", "1.20"] {
+            let output = lint(&folder, &["--version", version, &format!("{name}.yaml")]);
+            let code = output.status.code().expect("it ends");
+            let errors = said(&output).lines().any(|line| line.contains(": error: "));
+            assert_eq!(code, i32::from(errors), "{name}");
+            all.push_str(&format!(
+                "cilium {version}\n{}exit code {code}\n",
+                said(&output)
+            ));
+        }
+        golden(&folder.join(format!("expected/{name}.lint.txt")), &all);
+    }
+}
+
+#[test]
+fn what_is_rendered_has_no_findings() {
+    let folder = root();
+    for version in ["1.19", "1.20"] {
+        for file in ["helm-values/cilium.yaml", "helm-values/cilium-sidecar.yaml"] {
+            let output = lint(
+                &folder,
+                &["--version", version, "helm-values/cilium.yaml", file],
+            );
+            assert!(
+                output.status.success() && said(&output).is_empty(),
+                "{}",
+                said(&output)
+            );
+        }
+    }
+}
+
+#[test]
+fn a_typo_is_shown_with_what_was_meant() {
+    for (text, expected) in [
+        (
+            "hubbel: {}\n",
+            "my.yaml:1:1: error: hubbel: the chart does not read this key; did you mean hubble?",
+        ),
+        (
+            "hubble:\n  metrics:\n    enable: [drop]\n",
+            "my.yaml:3:5: error: hubble.metrics.enable: the chart does not read this key; did you mean hubble.metrics.enabled?",
+        ),
+        (
+            "trustCRDsExist: true\n",
+            "my.yaml:1:1: error: trustCRDsExist: the chart does not read this key; did you mean prometheus.serviceMonitor.trustCRDsExist?",
+        ),
+        (
+            "encryption: {type: wire-guard}\n",
+            "my.yaml:1:20: error: encryption.type: \"wire-guard\" is none of ipsec, wireguard, ztunnel; did you mean wireguard?: nothing is encrypted",
+        ),
+        (
+            "encryption:\n  type: WireGuard\n",
+            "did you mean wireguard?",
+        ),
+        (
+            "encryption:\n  nodeEncryption: 'yes'\n",
+            "my.yaml:2:3: error: encryption.nodeEncryption: is the text \"yes\", and the chart wants a boolean: Helm refuses it",
+        ),
+        (
+            "hubble: [a]\n",
+            "my.yaml:1:1: error: hubble: is a list, and the chart wants a map",
+        ),
+        (
+            "envoy: {log: {defaultLevel: warn}}\n",
+            "\"warn\" is none of trace, debug, info, warning",
+        ),
+        (
+            "hubble: {metrics: {enabled: [dorp]}}\n",
+            "my.yaml:1:30: error: hubble.metrics.enabled: Hubble knows no metric dorp; did you mean drop?",
+        ),
+        (
+            "hubble: {metrics: {enabled: ['drop:labelsContext=source_namspace']}}\n",
+            "labelsContext knows no source_namspace; did you mean source_namespace?",
+        ),
+        (
+            "hubble: {metrics: {enabled: ['drop x', drop, drop]}}\n",
+            "drop stands in line 1 too: unite their options",
+        ),
+        (
+            "hubble: {metrics: {enabled: [1]}}\n",
+            "an entry is the number 1",
+        ),
+    ] {
+        let said = found("1.19", text);
+        assert!(
+            said.contains(expected),
+            "{text}: no {expected:?} in\n{said}"
+        );
+    }
+}
+
+#[test]
+fn keys_that_only_templates_read_and_keys_of_the_users_are_known() {
+    for text in [
+        "devices: eth+\nloadBalancer:\n  mode: dsr\n  algorithm: maglev\npolicyAuditMode: true\n",
+        "podLabels: {a.b/c: d}\nextraConfig:\n  any: thing\nnodeSelector:\n  pool: gpu\nglobal: {x: 1}\n",
+        "x-labels: &l {a: b}\npodLabels: *l\n",
+        "affinity: {nodeAffinity: {}}\nupdateStrategy: {type: OnDelete}\n",
+        "operator:\n",
+    ] {
+        let said = found("1.20", text);
+        assert!(!said.contains(": error: "), "{text}: {said}");
+    }
+}
+
+#[test]
+fn the_old_strict_mode_is_deprecated_and_then_gone() {
+    let text = "encryption:\n  strictMode:\n    enabled: true\n    egress:\n      enabled: true\n";
+    let old = found("1.19.6", text);
+    assert!(
+        old.contains("my.yaml:3:5: warning: encryption.strictMode.enabled: is deprecated in 1.19"),
+        "{old}"
+    );
+    let new = found("1.20.0", text);
+    assert!(new.contains("my.yaml:3:5: error: encryption.strictMode.enabled: was removed in 1.20 and renders to nothing"), "{new}");
+    assert_eq!(new.matches("strictMode").count(), 2, "{new}");
+}
+
+#[test]
+fn what_rules_and_panels_need_is_missed() {
+    for (text, expected) in [
+        (
+            "hubble: {enabled: false}\n",
+            "my.yaml:1:10: warning: hubble.enabled: is false: there are no Hubble metrics",
+        ),
+        (
+            "bpf: {events: {drop: {enabled: false}}}\n",
+            "warning: bpf.events.drop.enabled: is false: hubble_drop_total stays 0",
+        ),
+        (
+            "{}\n",
+            "my.yaml:1:1: warning: prometheus.enabled: is not set, and the chart's default is false",
+        ),
+        (
+            "hubble: {metrics: {enabled: [flow]}}\n",
+            "my.yaml:1:20: warning: hubble.metrics.enabled: has no drop: there is no hubble_drop_total",
+        ),
+        (
+            "hubble: {metrics: {enabled: ['drop:labelsContext=source_namespace']}}\n",
+            "drop lacks labelsContext=destination_namespace,traffic_direction",
+        ),
+        (
+            "prometheus: {enabled: true, serviceMonitor: {enabled: true}}\n",
+            "info: prometheus.serviceMonitor.trustCRDsExist: is not set",
+        ),
+        (
+            "hubble: {metrics: {enabled: [drop], dynamic: {enabled: true}}}\n",
+            "error: hubble.metrics.enabled: is set together with hubble.metrics.dynamic.enabled",
+        ),
+        (
+            "hubble: {metrics: {dynamic: {enabled: true, config: {content: [{name: flow}]}}}}\n",
+            "hubble.metrics.dynamic.config.content: has no drop",
+        ),
+    ] {
+        let said = found("1.19", text);
+        assert!(
+            said.contains(expected),
+            "{text}: no {expected:?} in\n{said}"
+        );
+    }
+}
+
+#[test]
+fn a_later_file_that_replaces_a_list_is_told() {
+    let folder = TempDir::new().expect("a folder");
+    let write =
+        |name: &str, text: &str| fs::write(folder.path().join(name), text).expect("written");
+    write(
+        "a.yaml",
+        "hubble:\n  metrics:\n    enabled: [tcp, 'drop:sourceContext=pod', flow]\ntolerations: [{key: a}]\nextraArgs: [--x]\n",
+    );
+    write(
+        "b.yaml",
+        "hubble:\n  metrics:\n    enabled: [drop, flow]\ntolerations: []\nextraArgs:\n",
+    );
+    write("c.yaml", "prometheus:\n  enabled: true\n");
+    let said = said(&lint(folder.path(), &["a.yaml", "b.yaml", "c.yaml"]));
+    for expected in [
+        "b.yaml:3:5: error: hubble.metrics.enabled: replaces the list of a.yaml:3 and loses tcp, drop:sourceContext=pod: Helm",
+        "b.yaml:4:1: warning: tolerations: replaces the list of a.yaml:4",
+        "error: extraArgs: replaces the list of a.yaml:5 and loses --x: Helm",
+    ] {
+        assert!(said.contains(expected), "no {expected:?} in\n{said}");
+    }
+    assert!(!said.contains("warning: prometheus.enabled"), "{said}");
+}
+
+#[test]
+fn findings_are_json_too_and_another_chart_can_be_named() {
+    let folder = TempDir::new().expect("a folder");
+    let write =
+        |name: &str, text: &str| fs::write(folder.path().join(name), text).expect("written");
+    fs::create_dir_all(folder.path().join("chart/templates")).expect("created");
+    write("chart/values.yaml", "image:\n  tag: ''\nreplicas: 1\n");
+    write("chart/Chart.yaml", "name: other\nversion: 1.2.3\n");
+    write(
+        "chart/templates/deployment.yaml",
+        "{{ .Values.image.repository }} {{ .Values.token | quote }}\n",
+    );
+    write(
+        "my.yaml",
+        "image: {repository: x, tagg: y}\ntoken: z\nreplica: 2\n",
+    );
+    let output = lint(
+        folder.path(),
+        &["--chart", "other", "--values", "chart", "--json", "my.yaml"],
+    );
+    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+    let list: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let paths: Vec<_> = list
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|f| {
+            (
+                f["path"].as_str(),
+                f["line"].as_u64(),
+                f["severity"].as_str(),
+            )
+        })
+        .collect();
+    let error = Some("error");
+    assert_eq!(
+        paths,
+        [
+            (Some("image.tagg"), Some(1), error),
+            (Some("replica"), Some(3), error)
+        ]
+    );
+
+    let keys = Command::new(env!("CARGO_BIN_EXE_chandra-mixin"))
+        .current_dir(folder.path())
+        .args(["keys", "chart"])
+        .output()
+        .expect("it runs");
+    let keys: serde_json::Value = serde_json::from_slice(&keys.stdout).expect("JSON");
+    assert_eq!(
+        keys["keys"],
+        serde_json::json!({"image": {"repository": [], "tag": ["", ""]}, "replicas": ["", 1], "token": []})
+    );
+}
+
+#[test]
+fn what_is_no_values_file_is_refused_in_one_line() {
+    let folder = TempDir::new().expect("a folder");
+    fs::write(folder.path().join("my.yaml"), "a: [\n").expect("written");
+    for (args, expected) in [
+        (&["my.yaml"][..], "my.yaml:1:4: is not YAML"),
+        (&["nowhere.yaml"], "cannot read nowhere.yaml: No such file"),
+        (
+            &["--version", "1.18", "my.yaml"],
+            "cilium 1.18 is not supported: there are 1.19, 1.20",
+        ),
+        (
+            &["--chart", "prometheus", "my.yaml"],
+            "the keys of prometheus are not known here: name its folder with --values",
+        ),
+        (&["--values", "nowhere", "my.yaml"], "cannot read nowhere"),
+        (
+            &["--values", "cilium.tgz", "my.yaml"],
+            "cilium.tgz: is an archive: unpack it",
+        ),
+    ] {
+        let output = lint(folder.path(), args);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {}", said(&output));
+        assert!(
+            said(&output).contains(expected),
+            "{args:?}: no {expected:?} in {}",
+            said(&output)
+        );
+        assert_eq!(
+            said(&output).lines().count(),
+            1,
+            "{args:?}: {}",
+            said(&output)
+        );
+    }
+}

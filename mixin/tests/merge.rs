@@ -1,0 +1,657 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Merging into values files of users: what comes out is committed, byte for byte, and whatever comes in, nothing is lost.
+
+mod common;
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::Write,
+    path::Path,
+    process::{Command, Output, Stdio},
+    sync::OnceLock,
+    time::{Duration, Instant},
+};
+
+use chandra_mixin::{keys::Spec, merge::merge, ours::Chart, proof, yaml::Document};
+use common::{fixtures, golden, root, said};
+use proptest::{prelude::*, sample::select};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+fn chandra_mixin(folder: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_chandra-mixin"))
+        .current_dir(folder)
+        .args(args)
+        .output()
+        .expect("it runs")
+}
+
+fn ours() -> &'static (Value, Spec) {
+    static OURS: OnceLock<(Value, Spec)> = OnceLock::new();
+    OURS.get_or_init(|| {
+        let chart = Chart::find("cilium", None).expect("known");
+        let values = chart.values(None, false).expect("rendered");
+        (values, chart.keys.expect("embedded"))
+    })
+}
+
+/// Whether a text is another one with insertions only.
+fn is_within(text: &str, longer: &str) -> bool {
+    let mut longer = longer.chars();
+    text.chars().all(|c| longer.any(|other| other == c))
+}
+
+/// A text without the words for nothing, which may go, and without the space in front of them.
+fn without_nothings(text: &str) -> String {
+    let words = ["~", "null", "[]", "{}", "[ ]", "{ }"];
+    words.iter().fold(text.to_owned(), |text, word| {
+        text.replace(&format!(" {word}"), "").replace(word, "")
+    })
+}
+
+#[test]
+fn every_fixture_becomes_what_is_committed() {
+    let folder = root().join("mixin/tests/values");
+    for (name, path) in fixtures() {
+        let file = format!("{name}.yaml");
+        let mut args = vec!["merge", "--version", "1.19", &file];
+        if name == "sidecar" {
+            args.push("--sidecar");
+        }
+        let output = chandra_mixin(&folder, &args);
+        let code = output.status.code().expect("it ends");
+        let notes = String::from_utf8(output.stderr).expect("UTF-8");
+        golden(
+            &folder.join(format!("expected/{name}.merge.txt")),
+            &format!("{notes}exit code {code}\n"),
+        );
+        let merged = folder.join(format!("expected/{name}.merged.yaml"));
+        if code != 0 {
+            assert_eq!((code, notes.lines().count()), (2, 1), "{name}: {notes}");
+            assert!(output.stdout.is_empty() && !merged.exists(), "{name}");
+            continue;
+        }
+        let text = String::from_utf8(output.stdout).expect("UTF-8");
+        golden(&merged, &text);
+
+        // Every line of the user's is there, in order, except those that a note names.
+        let before = fs::read_to_string(&path).expect("readable");
+        let told: BTreeSet<usize> = notes
+            .lines()
+            .filter_map(|note| note.split(':').nth(1)?.parse().ok())
+            .collect();
+        let mut after = text.split('\n');
+        for (index, line) in before.split('\n').enumerate() {
+            let known = name == "flow" || name == "anchors" || told.contains(&(index + 1));
+            let nothing = ["~", "[]", "{}"].iter().any(|word| line.contains(word));
+            let last = index + 1 == before.split('\n').count();
+            if !known && !nothing && !last {
+                assert!(
+                    after.any(|other| other == line),
+                    "{name}: line {} is not there: {line:?}",
+                    index + 1
+                );
+            }
+        }
+        assert!(
+            is_within(&without_nothings(&before), &text),
+            "{name}: something of the user's is gone"
+        );
+        let twice = TempDir::new().expect("a folder");
+        fs::write(twice.path().join(&file), &text).expect("written");
+        let again = chandra_mixin(twice.path(), &args);
+        assert!(again.stdout == text.as_bytes(), "{name}: {}", said(&again));
+    }
+}
+
+#[test]
+fn a_file_is_written_whole_in_its_own_place_and_stdin_is_read() {
+    let folder = TempDir::new().expect("a folder");
+    let path = folder.path().join("my.yaml");
+    let text = "# mine\ncluster:\n  name: one\n";
+    fs::write(&path, text).expect("written");
+    let output = chandra_mixin(folder.path(), &["merge", "my.yaml", "--out", "my.yaml"]);
+    assert!(
+        output.status.success() && said(&output).is_empty(),
+        "{}",
+        said(&output)
+    );
+    let merged = fs::read_to_string(&path).expect("readable");
+    assert!(
+        merged.starts_with(text) && merged.contains("- flow\n"),
+        "{merged}"
+    );
+
+    let mut child = Command::new(env!("CARGO_BIN_EXE_chandra-mixin"))
+        .args(["merge", "--chart", "cilium", "--version", "v1.19.6", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("it runs");
+    let stdin = child.stdin.take();
+    stdin
+        .expect("a pipe")
+        .write_all(b"hubble: {enabled: false}\n")
+        .expect("written");
+    let output = child.wait_with_output().expect("it ends");
+    assert!(output.status.success(), "{}", said(&output));
+    let notes = String::from_utf8(output.stderr).expect("UTF-8");
+    assert!(
+        notes.starts_with("stdin:1: hubble.enabled: false stays"),
+        "{notes}"
+    );
+}
+
+#[test]
+fn overrides_reach_the_merged_values() {
+    let folder = TempDir::new().expect("a folder");
+    fs::write(folder.path().join("my.yaml"), "").expect("written");
+    fs::write(
+        folder.path().join("my.jsonnet"),
+        "{ _config+:: { operator+: { labels: { team: 'ai' } } } }",
+    )
+    .expect("written");
+    let output = chandra_mixin(
+        folder.path(),
+        &["merge", "my.yaml", "--config", "my.jsonnet"],
+    );
+    assert!(output.status.success(), "{}", said(&output));
+    assert!(said(&output).contains("team: ai") && !said(&output).contains("release:"));
+}
+
+#[test]
+fn other_charts_are_merged_too() {
+    let folder = TempDir::new().expect("a folder");
+    let prometheus = "serverFiles:\n  alerting_rules.yml:\n    groups:\n    - name: mine\n      rules: [] # none\n";
+    fs::write(folder.path().join("my.yaml"), prometheus).expect("written");
+    let output = chandra_mixin(
+        folder.path(),
+        &["merge", "--chart", "prometheus", "my.yaml"],
+    );
+    let text = said(&output);
+    assert!(
+        output.status.success() && text.starts_with(prometheus),
+        "{text}"
+    );
+    let ours = Chart::find("prometheus", Some("29.27.0")).expect("known");
+    let ours = ours.values(None, false).expect("rendered");
+    let groups = |values: &Value| {
+        values["serverFiles"]["alerting_rules.yml"]["groups"]
+            .as_array()
+            .expect("a list")
+            .clone()
+    };
+    let merged = Document::parse(&text)
+        .expect("YAML")
+        .value()
+        .expect("values");
+    let expected = [vec![json!({"name": "mine", "rules": []})], groups(&ours)].concat();
+    assert_eq!(groups(&merged), expected);
+
+    let output = chandra_mixin(
+        folder.path(),
+        &[
+            "merge",
+            "--chart",
+            "kube-prometheus-stack",
+            "--version",
+            "88.5.3",
+            "my.yaml",
+        ],
+    );
+    assert!(output.status.success(), "{}", said(&output));
+}
+
+#[test]
+fn what_cannot_be_merged_is_refused_in_one_line() {
+    let folder = TempDir::new().expect("a folder");
+    let refused = |text: &str, args: &[&str], expected: &str| {
+        fs::write(folder.path().join("my.yaml"), text).expect("written");
+        let output = chandra_mixin(folder.path(), &[&["merge", "my.yaml"], args].concat());
+        let message = said(&output);
+        assert_eq!(output.status.code(), Some(2), "{text:?}: {message}");
+        assert!(
+            message.contains(expected),
+            "{text:?}: no {expected:?} in {message}"
+        );
+        assert_eq!(message.lines().count(), 1, "{text:?}: {message}");
+    };
+    refused(
+        "",
+        &["--version", "1.18"],
+        "cilium 1.18 is not supported: there are 1.19, 1.20",
+    );
+    refused("", &["--version", "1.191"], "there are 1.19, 1.20");
+    refused(
+        "",
+        &["--chart", "grafana"],
+        "unknown chart grafana: there are cilium, kube-prometheus-stack, prometheus",
+    );
+    refused(
+        "",
+        &["--chart", "prometheus", "--sidecar"],
+        "--sidecar is for the chart cilium",
+    );
+    refused(
+        "",
+        &["--config", "nowhere.jsonnet"],
+        "cannot read nowhere.jsonnet",
+    );
+    refused(
+        "",
+        &["--out", "nowhere/my.yaml"],
+        "cannot write into nowhere",
+    );
+    refused("a: [", &[], "my.yaml:1:4: is not YAML");
+    refused("- a\n", &[], "my.yaml:1:1: values are a map");
+    refused(
+        "hubble: on\n",
+        &[],
+        "my.yaml:1:9: hubble is true, and the chart wants a map",
+    );
+    refused(
+        "prometheus:\n  enabled: 'true'\n",
+        &[],
+        "my.yaml:2:12: prometheus.enabled is \"true\", and the chart wants true or false",
+    );
+    refused(
+        "hubble:\n  metrics: [drop]\n",
+        &[],
+        "my.yaml:2:12: hubble.metrics is a list, and the chart wants a map",
+    );
+    refused(
+        "hubble: {metrics: {enabled: {drop: x}}}\n",
+        &[],
+        "my.yaml:1:29: hubble.metrics.enabled is a map, and the chart wants a list",
+    );
+    refused(
+        "hubble:\n  metrics:\n    enabled:\n    -\n",
+        &[],
+        "hubble.metrics.enabled: an entry is text",
+    );
+    refused(
+        "hubble:\n  metrics:\n    enabled:\n    - |-\n      drop\n",
+        &[],
+        "my.yaml:5:7: hubble.metrics.enabled: write drop as",
+    );
+    refused(
+        "m: &m [drop]\nhubble:\n  metrics:\n    enabled: *m\n",
+        &[],
+        "my.yaml:4:14: hubble.metrics.enabled",
+    );
+    refused(
+        "m: &m {labels: {a: b}, enabled: true}\nprometheus: {serviceMonitor: *m}\n",
+        &[],
+        "prometheus.serviceMonitor.labels.release has to be added, but the map comes from elsewhere",
+    );
+    // A line break at the end would become part of the text.
+    refused(
+        "dashboards:\n  enabled: true\nextraConfig:\n  a: |\n    text",
+        &[],
+        "cannot be merged without touching more",
+    );
+    for args in [
+        &["merge"][..],
+        &["merge", "nowhere.yaml"],
+        &["merge", "--what", "my.yaml"],
+        &["lint"],
+    ] {
+        assert_eq!(
+            chandra_mixin(folder.path(), args).status.code(),
+            Some(2),
+            "{args:?}"
+        );
+    }
+    fs::write(folder.path().join("my.yaml"), [0xff, 0xfe]).expect("written");
+    let output = chandra_mixin(folder.path(), &["merge", "my.yaml"]);
+    assert_eq!(
+        (output.status.code(), said(&output).lines().count()),
+        (Some(2), 1),
+        "{}",
+        said(&output)
+    );
+}
+
+#[test]
+fn a_huge_file_is_merged_in_a_moment() {
+    let (ours, keys) = ours();
+    let mut text = "hubble:\n  metrics:\n    enabled:\n    - tcp\nextraConfig:\n".to_owned();
+    for index in 0..20_000 {
+        text.push_str(&format!("  key-{index}: 'value {index}' # {index}\n"));
+    }
+    let start = Instant::now();
+    let merged = merge(&text, ours, Some(keys)).expect("merged");
+    assert!(
+        start.elapsed() < Duration::from_secs(60),
+        "{:?}",
+        start.elapsed()
+    );
+    assert!(is_within(&text, &merged.text));
+}
+
+/// A tree of a user's, and how it is written.
+#[derive(Clone, Debug)]
+enum Tree {
+    Scalar(&'static str),
+    List(Vec<Tree>),
+    Map(Vec<(&'static str, Tree)>),
+}
+
+const WORDS: [&str; 13] = [
+    "x",
+    "'y'",
+    "\"é # no comment\"",
+    "1",
+    "-0x1f",
+    "true",
+    "~",
+    "null",
+    "a b",
+    "http://x:1/#y",
+    "'{}'",
+    "\"\\u00e9\\n\"",
+    "2001-01-01",
+];
+/// Keys that the chart has, but not where ours are, and some of users' anchors' places.
+const OTHERS: [&str; 8] = [
+    "podLabels",
+    "extraConfig",
+    "\"relay\"",
+    "'ui'",
+    "größe",
+    "k8sServiceHost",
+    "priorityClassName",
+    "tls",
+];
+
+fn any_tree() -> impl Strategy<Value = Tree> {
+    let leaf = select(&WORDS[..]).prop_map(Tree::Scalar);
+    leaf.prop_recursive(3, 24, 4, |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..4).prop_map(Tree::List),
+            prop::collection::vec((select(&OTHERS[..]), inner), 0..4)
+                .prop_map(|fields| Tree::Map(unique(fields))),
+        ]
+    })
+}
+
+fn unique(fields: Vec<(&'static str, Tree)>) -> Vec<(&'static str, Tree)> {
+    let mut seen = BTreeSet::new();
+    fields
+        .into_iter()
+        .filter(|(key, _)| seen.insert(*key))
+        .collect()
+}
+
+/// What a user may have at a path of ours, with other keys around it.
+fn around(ours: &Value, path: &str) -> BoxedStrategy<Tree> {
+    match ours {
+        Value::Object(map) => {
+            let known: Vec<BoxedStrategy<Option<(&'static str, Tree)>>> = map
+                .iter()
+                .map(|(key, value)| {
+                    let key: &'static str = Box::leak(key.clone().into_boxed_str());
+                    let path = format!("{path}.{key}");
+                    prop::option::weighted(
+                        0.6,
+                        around(value, &path).prop_map(move |tree| (key, tree)),
+                    )
+                    .boxed()
+                })
+                .collect();
+            let others = prop::collection::vec((select(&OTHERS[..]), any_tree()), 0..3);
+            (known, others)
+                .prop_flat_map(|(known, others)| {
+                    let fields: Vec<_> =
+                        known.into_iter().flatten().chain(unique(others)).collect();
+                    Just(fields).prop_shuffle()
+                })
+                .prop_map(Tree::Map)
+                .boxed()
+        }
+        Value::Array(_) => {
+            let entries = [
+                "drop",
+                "'tcp'",
+                "\"flow\"",
+                "drop:sourceContext=pod|ip;labelsContext=source_namespace",
+                "dns:query;ignoreAAAA",
+                "port-distribution",
+                "'icmp:labelsContext=source_pod'",
+            ];
+            let list =
+                prop::sample::subsequence(entries.to_vec(), 0..=entries.len()).prop_shuffle();
+            let list = list.prop_map(|entries| {
+                let mut names = BTreeSet::new();
+                let name = |text: &str| {
+                    text.trim_matches(['\'', '"'])
+                        .split(':')
+                        .next()
+                        .unwrap_or_default()
+                        .to_owned()
+                };
+                let once = entries
+                    .into_iter()
+                    .filter(|entry| names.insert(name(entry)));
+                Tree::List(once.map(Tree::Scalar).collect())
+            });
+            prop_oneof![4 => list, 1 => Just(Tree::Scalar("~")), 1 => Just(Tree::Scalar(""))]
+                .boxed()
+        }
+        Value::Bool(_) => select(&["true", "false", "yes", "off", "~", ""][..])
+            .prop_map(Tree::Scalar)
+            .boxed(),
+        _ => select(&["prom", "'kube-prometheus-stack'", "kube-prometheus-stack"][..])
+            .prop_map(Tree::Scalar)
+            .boxed(),
+    }
+}
+
+/// How a tree is written: consumed byte by byte, for one choice after another.
+struct Style<'a> {
+    choices: std::iter::Cycle<std::slice::Iter<'a, u8>>,
+    step: usize,
+    text: String,
+}
+
+impl Style<'_> {
+    fn chance(&mut self, of: u8) -> bool {
+        self.choices.next().is_some_and(|choice| choice % of == 0)
+    }
+
+    fn flow(&mut self, tree: &Tree) -> String {
+        let space = if self.chance(4) { "  " } else { " " };
+        match tree {
+            Tree::Scalar(word)
+                if word.contains(['=', '|', '#']) && !word.starts_with(['\'', '"']) =>
+            {
+                format!("'{word}'")
+            }
+            Tree::Scalar(word) => (*word).to_owned(),
+            Tree::List(items) => {
+                let items: Vec<String> = items.iter().map(|item| self.flow(item)).collect();
+                // Nothing at all is no item.
+                let items: Vec<String> = items
+                    .into_iter()
+                    .map(|item| {
+                        if item.is_empty() {
+                            "~".to_owned()
+                        } else {
+                            item
+                        }
+                    })
+                    .collect();
+                let comma = if !items.is_empty() && self.chance(5) {
+                    ","
+                } else {
+                    ""
+                };
+                format!("[{}{comma}]", items.join(&format!(",{space}")))
+            }
+            Tree::Map(fields) => {
+                let fields: Vec<String> = fields
+                    .iter()
+                    .map(|(key, tree)| format!("{key}: {}", self.flow(tree)))
+                    .collect();
+                format!("{{{}}}", fields.join(&format!(",{space}")))
+            }
+        }
+    }
+
+    fn comment(&mut self, column: usize) {
+        if self.chance(5) {
+            self.text.push_str(&format!(
+                "{}# \tein Kommentar: {{}} [] '\n",
+                " ".repeat(column)
+            ));
+        }
+        if self.chance(9) {
+            self.text.push('\n');
+        }
+    }
+
+    fn end(&mut self) {
+        let end = if self.chance(6) {
+            "   # and why: \t{"
+        } else {
+            ""
+        };
+        self.text.push_str(end);
+        self.text.push('\n');
+    }
+
+    fn map(&mut self, fields: &[(&str, Tree)], column: usize, mut here: bool) {
+        for (key, tree) in fields {
+            if !here {
+                self.comment(column);
+                self.text.push_str(&" ".repeat(column));
+            }
+            here = false;
+            self.text.push_str(&format!("{key}:"));
+            match tree {
+                Tree::Map(fields) if !fields.is_empty() && !self.chance(6) => {
+                    self.end();
+                    let column = column + self.step + usize::from(self.chance(7));
+                    self.map(fields, column, false);
+                }
+                Tree::List(items) if !items.is_empty() && !self.chance(4) => {
+                    self.end();
+                    let deeper = if self.chance(2) { self.step } else { 0 };
+                    self.list(items, column + deeper);
+                }
+                Tree::Scalar("") => self.end(),
+                Tree::Scalar(word) if self.chance(12) && !word.starts_with(['\'', '"', '~']) => {
+                    let header = if self.chance(2) { "|" } else { ">-" };
+                    let indent = " ".repeat(column + self.step);
+                    self.text
+                        .push_str(&format!(" {header}\n{indent}{word}\n\n{indent}  tiefer\n"));
+                }
+                other => {
+                    let text = self.flow(other);
+                    self.text.push_str(&format!(" {text}"));
+                    self.end();
+                }
+            }
+        }
+    }
+
+    fn list(&mut self, items: &[Tree], column: usize) {
+        for item in items {
+            self.comment(column);
+            self.text.push_str(&format!("{}-", " ".repeat(column)));
+            match item {
+                Tree::Map(fields) if !fields.is_empty() && !self.chance(3) => {
+                    self.text.push(' ');
+                    self.map(fields, column + 2, true);
+                }
+                Tree::Scalar("") => self.end(),
+                other => {
+                    let text = self.flow(other);
+                    self.text.push_str(&format!(" {text}"));
+                    self.end();
+                }
+            }
+        }
+    }
+}
+
+/// Ours are booleans and texts: a block scalar there would be another type.
+fn written(tree: &Tree, choices: &[u8]) -> String {
+    let mut style = Style {
+        choices: choices.iter().cycle(),
+        step: 2,
+        text: String::new(),
+    };
+    style.step = if style.chance(3) { 4 } else { 2 };
+    let (windows, marker, unfinished) = (style.chance(4), style.chance(4), style.chance(6));
+    if marker {
+        style.text.push_str("---\n");
+    }
+    match tree {
+        Tree::Map(fields) if fields.is_empty() || style.chance(8) => {
+            let text = style.flow(tree);
+            style.text.push_str(&text);
+            style.text.push('\n');
+        }
+        Tree::Map(fields) => style.map(fields, 0, false),
+        _ => {}
+    }
+    style.comment(0);
+    let mut text = style.text;
+    if unfinished && !text.contains(['|', '>']) {
+        text.truncate(text.trim_end().len());
+    }
+    if windows {
+        text.replace('\n', "\r\n")
+    } else {
+        text
+    }
+}
+
+fn config() -> ProptestConfig {
+    ProptestConfig {
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    #[test]
+    fn whatever_the_user_wrote_nothing_is_lost((tree, choices) in {
+        let (ours, _) = ours();
+        (around(ours, ""), prop::collection::vec(any::<u8>(), 64))
+    }) {
+        let (ours, keys) = ours();
+        let text = written(&tree, &choices);
+        let document = Document::parse(&text).map_err(|problem| TestCaseError::fail(format!("{problem:?}\n{text}")))?;
+        let before = document.value().expect("values");
+        match merge(&text, ours, Some(keys)) {
+            Ok(merged) => {
+                let after = Document::parse(&merged.text).expect("YAML").value().expect("values");
+                let kept = merged.notes.iter().map(|note| note.path.clone()).filter(|path| path != "hubble.metrics.enabled").collect();
+                let filled = BTreeSet::from(["hubble.metrics.enabled", "prometheus.serviceMonitor.labels", "hubble.metrics.serviceMonitor.labels"].map(str::to_owned));
+                prop_assert_eq!(proof::lost(&before, &after, "", &filled), None, "{}\n---\n{}", text, merged.text);
+                prop_assert_eq!(proof::missing(ours, &after, "", &kept), None, "{}\n---\n{}", text, merged.text);
+                prop_assert_eq!(proof::foreign(&after, Some(&before), Some(ours), ""), None, "{}\n---\n{}", text, merged.text);
+                prop_assert!(is_within(&without_nothings(&text), &merged.text), "{}\n---\n{}", text, merged.text);
+                let again = merge(&merged.text, ours, Some(keys)).expect("merged twice");
+                prop_assert_eq!(again.text, merged.text);
+            }
+            // A block scalar in the place of a boolean, or of an entry.
+            Err(problem) if problem.message.contains("and the chart wants") || problem.message.contains("in one line") => {}
+            Err(problem) => prop_assert!(false, "{:?}\n{}", problem, text),
+        }
+    }
+
+    #[test]
+    fn whatever_comes_in_is_merged_or_refused(text in "([a-z]{0,3}|hubble|metrics|enabled|[-:{}\\[\\],&*#|>'\"~ \n\t]|: |- |\n  |\r\n|é){0,24}") {
+        let (ours, keys) = ours();
+        if let Ok(merged) = merge(&text, ours, Some(keys)) {
+            prop_assert!(is_within(&without_nothings(&text), &merged.text), "{:?}\n---\n{}", text, merged.text);
+        }
+    }
+}
