@@ -1,11 +1,13 @@
 // What an operator may change. Thresholds stand with their reason in signals/<s>.libsonnet, under the alert's name.
 {
   _config+:: {
-    // Which series are read. Cilium's and Hubble's metrics are known by their names alone, so those selectors are empty.
+    // Which series are read. Metrics of others are known by their names alone, so those selectors are empty.
     selector: 'job="chandra"',
     hubbleSelector: '',
     ciliumSelector: '',
     nodeExporterSelector: '',
+    vllmSelector: '',
+    httpSelector: '',
 
     // The labels that a node and a cluster have on every target: Cilium's own ServiceMonitors call the node so, and
     // series without a cluster label are one cluster.

@@ -10,6 +10,7 @@ local panels = import 'lib/panels.libsonnet';
 (import 'signals/nccl.libsonnet') +
 (import 'signals/encryption.libsonnet') +
 (import 'signals/exporter.libsonnet') +
+(import 'signals/path.libsonnet') +
 {
   local mixin = self,
   local c = mixin._config,
@@ -37,6 +38,7 @@ local panels = import 'lib/panels.libsonnet';
     groups+: [
       { name: 'chandra-%s.alerts' % n, rules: std.map(finished(n), mixin.signals[n].alerts) }
       for n in names
+      if mixin.signals[n].alerts != []
     ],
   },
 

@@ -54,6 +54,7 @@ function(overrides={}) {
       'helm-values/cilium.yaml': chart((import 'helm/cilium.libsonnet')(c)),
       'helm-values/cilium-sidecar.yaml': chart((import 'helm/cilium-sidecar.libsonnet')(c)),
       'helm-values/kube-prometheus-stack.yaml': chart((import 'helm/kube-prometheus-stack.libsonnet')(c, names, std.objectFields(dashboards))),
+      'helm-values/opentelemetry-ebpf-instrumentation.yaml': chart((import 'helm/opentelemetry-ebpf-instrumentation.libsonnet')(c)),
       'helm-values/prometheus.yaml': chart((import 'helm/prometheus.libsonnet')(c, mixin.prometheusRules.groups, mixin.prometheusAlerts.groups)),
       'manifests/podmonitor-cilium-sidecar.yaml': {
         comment: 'Scrapes the exporter that runs beside the Cilium agent (helm-values/cilium-sidecar.yaml).',

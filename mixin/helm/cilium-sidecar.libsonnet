@@ -12,7 +12,7 @@ function(c) {
       rdma sees the devices of the host's network namespace (`rdma system` mode shared) and does not know the owner of
       queue pairs that are older than the exporter.
     - The chart's monitors cannot scrape it: apply manifests/podmonitor-cilium-sidecar.yaml beside it.
-    Helm replaces lists: put your own extraContainers into this file's list.
+    Helm replaces lists: if you have extraContainers, use chandra-mixin merge --sidecar my-values.yaml instead.
   |||,
   values: {
     extraContainers: [{

@@ -6,8 +6,8 @@ function(c) {
     Values for the Cilium chart, 1.19 and later: what Chandra's rules and panels read of Cilium and Hubble.
       helm upgrade cilium cilium/cilium -n kube-system --reuse-values -f cilium.yaml
 
-    Helm replaces lists: a hubble.metrics.enabled of your own is lost if this file comes after it. Then put these three
-    entries into yours; if you have one of these metrics already, add the labelsContext to it.
+    Helm replaces lists: a hubble.metrics.enabled of your own is lost if this file comes after it. Have them united:
+      chandra-mixin merge --chart cilium --version 1.19 my-values.yaml
     hubble.metrics.dynamic must stay off: the agent does not start with both.
     This chart cannot carry alert rules or Chandra's dashboards: see kube-prometheus-stack.yaml and prometheus.yaml.
     Without a Prometheus Operator set both serviceMonitor.enabled to false; the agent's pods and Hubble's Service are

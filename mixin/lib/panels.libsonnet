@@ -1,6 +1,11 @@
 // The one file that knows Grafana's schema (checked against @grafana/schema). Panels are of the types `barchart`,
-// `heatmap`, `stat`, `timeseries` and `table`; a query is `{ expr, legend }`.
+// `heatmap`, `stat`, `timeseries` and `table`; a query is `{ expr, legend }`. `tests/dashboards/draw` shows what comes of it.
 {
+  // Units. Grafana's own for packets a second puts a prefix before a fraction (0.4 is 400 mp/s), and a CPU second a second
+  // is no time.
+  perSecond:: 'suffix:/s',
+  cores:: 'suffix:cores',
+
   local datasource = { type: 'prometheus', uid: '${datasource}' },
 
   // Selects what the dashboard's variables choose. A missing label matches "All".
@@ -11,6 +16,9 @@
     { refId: std.char(65 + i), datasource: datasource, expr: queries[i].expr, legendFormat: queries[i].legend, range: true } + extra
     for i in std.range(0, std.length(queries) - 1)
   ],
+
+  // Up to above the last threshold, whatever the values: a healthy panel is flat, and shows how far away the line is.
+  local scale(thresholds) = if thresholds == [] then {} else { axisSoftMax: 1.25 * thresholds[std.length(thresholds) - 1].value },
 
   local steps(thresholds) = {
     mode: 'absolute',
@@ -28,7 +36,8 @@
     datasource: datasource,
     fieldConfig: { defaults: { unit: unit }, overrides: [] },
     w:: 12,
-    h:: 8,
+    // The legend has a third of it: its head and three whole rows.
+    h:: 9,
   },
 
   timeseries(title, description, queries, unit, thresholds=[], stack=false, min=0)::
@@ -36,27 +45,29 @@
       targets: targets(queries, {}),
       fieldConfig+: {
         defaults+: {
-          min: min,
+          [if min != null then 'min']: min,
           color: { mode: 'palette-classic' },
           custom: {
             drawStyle: 'line',
             lineWidth: 1,
-            fillOpacity: if stack then 30 else 10,
+            // Areas of twenty lines over each other are one brown.
+            fillOpacity: if stack then 30 else 0,
             showPoints: 'auto',
             spanNulls: false,
             stacking: { mode: if stack then 'normal' else 'none', group: 'A' },
             thresholdsStyle: { mode: if thresholds == [] then 'off' else 'dashed' },
-          },
+          } + scale(thresholds),
           thresholds: steps(thresholds),
         },
       },
       options: {
-        legend: { displayMode: 'table', placement: 'bottom', showLegend: true, calcs: ['lastNotNull', 'max'], sortBy: 'Last *', sortDesc: true },
+        legend: { displayMode: 'table', placement: 'bottom', showLegend: true, calcs: ['lastNotNull', 'max'], sortBy: 'Max', sortDesc: true },
         tooltip: { mode: 'multi', sort: 'desc' },
       },
     },
 
-  // Series whose reference is in `refIds` on the right axis, in their own unit.
+  // Series whose reference is in `refIds` on the right axis, in their own unit, as thick lines that have the colour of
+  // their value. No dashes: those are the thresholds.
   onTheRight(refIds, unit, label, thresholds=[]):: {
     fieldConfig+: {
       overrides+: [
@@ -66,18 +77,33 @@
             { id: 'unit', value: unit },
             { id: 'custom.axisPlacement', value: 'right' },
             { id: 'custom.axisLabel', value: label },
-            { id: 'custom.lineWidth', value: 2 },
-            { id: 'custom.fillOpacity', value: 0 },
-            { id: 'custom.lineStyle', value: { fill: 'dash', dash: [8, 4] } },
+            { id: 'custom.lineWidth', value: 3 },
           ] + if thresholds == [] then [] else [
+            { id: 'custom.axisSoftMax', value: scale(thresholds).axisSoftMax },
             { id: 'thresholds', value: steps(thresholds) },
             { id: 'custom.thresholdsStyle', value: { mode: 'dashed' } },
+            { id: 'color', value: { mode: 'thresholds' } },
+            { id: 'custom.gradientMode', value: 'scheme' },
           ],
         }
         for id in refIds
       ],
     },
   },
+
+  // The line has the colour of its value.
+  colouredByThreshold:: {
+    fieldConfig+: { defaults+: { color: { mode: 'thresholds' }, custom+: { lineWidth: 2, gradientMode: 'scheme' } } },
+  },
+
+  // The whole width, with the legend beside it.
+  wide:: { w: 24, options+: { legend+: { placement: 'right', width: 480 } } },
+
+  // One of several below each other that share a time axis: wide, and with the same room for the values.
+  leg:: $.wide { h: 5, fieldConfig+: { defaults+: { custom+: { axisWidth: 80 } } } },
+
+  // A scale up to this value at least, where no threshold gives one: small noise shall not fill the panel.
+  atLeast(value):: { fieldConfig+: { defaults+: { custom+: { axisSoftMax: value } } } },
 
   // Thresholds of the series of one reference alone.
   thresholdsOf(refId, unit, thresholds):: {
@@ -108,12 +134,12 @@
       },
     },
 
-  // One group of bars per value of `group`, one bar in it per value of `bar`: the instant table is pivoted.
-  barchart(title, description, expr, unit, group, bar, thresholds=[])::
+  // One bar per value of `group`, in it one part per value of `part`: the instant table is pivoted.
+  barchart(title, description, expr, unit, group, part, thresholds=[])::
     panel('barchart', title, description, unit) {
       targets: targets([{ expr: expr, legend: '' }], { format: 'table', instant: true, range: false }),
       transformations: [
-        { id: 'groupingToMatrix', options: { rowField: group, columnField: bar, valueField: 'Value', emptyValue: 'zero' } },
+        { id: 'groupingToMatrix', options: { rowField: group, columnField: part, valueField: 'Value', emptyValue: 'zero' } },
       ],
       fieldConfig+: {
         defaults+: {
@@ -125,14 +151,14 @@
         },
       },
       options: {
-        xField: '%s\\%s' % [group, bar],
+        xField: '%s\\%s' % [group, part],
         orientation: 'auto',
         barWidth: 0.9,
         groupWidth: 0.7,
         barRadius: 0,
         fullHighlight: false,
         showValue: 'auto',
-        stacking: 'none',
+        stacking: 'normal',
         xTickLabelRotation: 0,
         xTickLabelSpacing: 0,
         legend: { displayMode: 'list', placement: 'bottom', showLegend: true, calcs: [] },
@@ -150,7 +176,8 @@
         calculate: false,
         cellGap: 1,
         cellValues: { unit: unit },
-        color: { mode: 'scheme', scheme: 'Oranges', fill: 'dark-orange', exponent: 0.5, steps: 64, reverse: false, scale: 'exponential' },
+        // Nothing is no colour, on a light ground and on a dark one, and the square root keeps a little visible beside a lot.
+        color: { mode: 'opacity', fill: 'dark-orange', exponent: 0.5, scale: 'exponential', scheme: 'Oranges', steps: 64, reverse: false },
         exemplars: { color: 'rgba(255,0,255,0.7)' },
         filterValues: { le: 1e-9 },
         legend: { show: true },
@@ -169,7 +196,7 @@
         {
           id: 'organize',
           options: {
-            excludeByName: { Time: true },
+            excludeByName: { Time: true, __name__: true },
             includeByName: {},
             indexByName: { [columns[i]]: i for i in std.range(0, std.length(columns) - 1) } + { Value: std.length(columns) },
             renameByName: { Value: value },

@@ -101,26 +101,26 @@ local text = import '../lib/text.libsonnet';
       local whereNode = panels.where(c, ['cluster', 'node']),
       local where = panels.where(c, ['cluster', 'node', 'namespace', 'pod']),
       local p = f { where: where, whereNode: whereNode },
-      local legend = '{{namespace}}/{{pod}} {{%(node)s}}' % f,
-      local sessions = { expr: 'topk(5, interface:chandra_encryption_peer_sessions:max_rate%(w)s{%(whereNode)s} * 60)' % p, legend: 'sessions/min {{%(node)s}} {{interface}}' % f },
+      local legend = '{{namespace}} {{pod}} {{%(node)s}}' % f,
+      local sessions = { expr: 'topk(5, interface:chandra_encryption_peer_sessions:max_rate%(w)s{%(whereNode)s} * 60)' % p, legend: '{{%(node)s}} {{interface}} sessions' % f },
 
       first:: panels.timeseries(
         'Encryption CPU time',
-        'CPU seconds a second by node (left), and sessions derived a minute with the worst peer of an interface (dashed, right). Half a session a minute is normal; above the red line the encryption context is rebuilt all the time. Runbook: EncryptionRekeyStorm.',
+        'CPU cores by node (left), and sessions derived a minute with the worst peer of an interface (thick, right). Half a session a minute is normal; above the dashed line they turn red: the encryption context is rebuilt all the time. Runbook: EncryptionRekeyStorm.',
         [
-          { expr: 'topk(10, node:chandra_encryption_cpu_seconds:rate%(w)s{%(whereNode)s})' % p, legend: 'CPU {{%(node)s}}' % f },
+          { expr: 'topk(10, node:chandra_encryption_cpu_seconds:rate%(w)s{%(whereNode)s})' % p, legend: '{{%(node)s}} CPU' % f },
           sessions,
         ],
-        's',
+        panels.cores,
       ) + panels.onTheRight(['B'], 'short', 'sessions a minute with one peer', [panels.above(e.EncryptionRekeyStorm.threshold)]),
 
       panels: [
-        $.signals.encryption.first { w: 24, h: 10 },
+        $.signals.encryption.first + panels.wide { h: 9 },
         panels.timeseries(
           'Encryption CPU by pod',
           'Whose packets cost it: the inner source of what is encrypted, the inner destination of what is decrypted. Above the line EncryptionCpuHigh fires.',
           [{ expr: 'topk(10, pod:chandra_encryption_cpu_seconds:rate%(w)s{%(where)s})' % p, legend: legend }],
-          's',
+          panels.cores,
           [panels.above(e.EncryptionCpuHigh.threshold)],
         ),
         panels.timeseries(
@@ -130,7 +130,7 @@ local text = import '../lib/text.libsonnet';
             { expr: 'topk(10, node:chandra_encryption_cpu_seconds:rate%(w)s{%(whereNode)s})' % p, legend: '{{%(node)s}} encryption' % f },
             { expr: 'topk(10, node_mode:node_cpu_seconds:rate%(w)s{%(whereNode)s})' % p, legend: '{{%(node)s}} {{mode}}' % f },
           ],
-          's',
+          panels.cores,
         ),
         panels.timeseries(
           'Encrypted traffic by pod',
@@ -146,21 +146,21 @@ local text = import '../lib/text.libsonnet';
         ),
         panels.timeseries(
           'Sessions derived',
-          'All peers of an interface together. WireGuard: one every 120 s for each peer with traffic.',
-          [{ expr: 'topk(10, interface:chandra_encryption_sessions:rate%(w)s{%(whereNode)s} * 60)' % p, legend: '{{%(node)s}} {{interface}} per minute' % f }],
+          'A minute, all peers of an interface together. WireGuard: one every 120 s for each peer with traffic.',
+          [{ expr: 'topk(10, interface:chandra_encryption_sessions:rate%(w)s{%(whereNode)s} * 60)' % p, legend: '{{%(node)s}} {{interface}}' % f }],
           'short',
         ),
         panels.timeseries(
           'Time between sessions with a peer, median',
-          'WireGuard keeps a session for 120 s. Seconds here are the rebuild.',
+          'WireGuard keeps a session for 120 s. A few seconds here are the rebuild. An estimate: the buckets grow by four.',
           [{ expr: 'bottomk(10, interface:chandra_encryption_session_interval_seconds:p50_rate%(w)s{%(whereNode)s})' % p, legend: '{{%(node)s}} {{interface}}' % f }],
-          's',
+          'suffix:s',
         ),
         panels.timeseries(
           'Handshakes',
           'Initiated without completed: the peer does not answer. Expired: sessions that nobody renewed.',
           [{ expr: 'topk(10, interface_event:chandra_encryption_handshakes:rate%(w)s{%(whereNode)s})' % p, legend: '{{%(node)s}} {{interface}} {{event}}' % f }],
-          'ops',
+          panels.perSecond,
         ),
         panels.timeseries(
           'Packets by pod',

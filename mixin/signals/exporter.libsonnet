@@ -166,9 +166,9 @@ local text = import '../lib/text.libsonnet';
         ),
         panels.timeseries(
           'CPU of the programs',
-          'CPU seconds a second, where the host keeps bpf statistics (kernel.bpf_stats_enabled=1).',
+          'CPU cores, where the host keeps bpf statistics (kernel.bpf_stats_enabled=1).',
           [{ expr: 'topk(20, program:chandra_program_run_seconds:rate%(w)s{%(where)s})' % p, legend: '{{%(node)s}} {{program}}' % f }],
-          's',
+          panels.cores,
         ),
         panels.timeseries(
           'Cost of one event',

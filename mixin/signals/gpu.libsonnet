@@ -50,7 +50,7 @@ local text = import '../lib/text.libsonnet';
 
       local where = panels.where(c, ['cluster', 'node', 'namespace', 'pod']),
       local p = f { where: where },
-      local legend = '{{namespace}}/{{pod}} {{%(node)s}}' % f,
+      local legend = '{{namespace}} {{pod}} {{%(node)s}}' % f,
 
       panels: [
         panels.timeseries(
@@ -64,7 +64,7 @@ local text = import '../lib/text.libsonnet';
           'Time that GPU threads wait for a CPU',
           'Seconds waited per second, of all GPU threads of a pod together.',
           [{ expr: 'topk(20, pod:chandra_gpu_runqueue_delay_seconds:rate%(w)s{%(where)s})' % p, legend: legend }],
-          's',
+          'suffix:s/s',
         ),
         panels.timeseries(
           'Processes that drive a GPU',

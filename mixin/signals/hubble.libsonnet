@@ -266,7 +266,7 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
         'Hubble drop reasons by namespace',
         'Packets a second that Cilium drops now, by namespace and reason. An inference namespace should show none: POLICY_DENIED is a policy that is too tight, CT_MAP_INSERTION_FAILED a full connection tracking table. Runbook: HubbleDropsHigh.',
         'topk(50, sum by (namespace, reason) (namespace_reason:hubble_drop:rate%(w)s{%(where)s} > 0))' % (f { where: where }),
-        'pps',
+        panels.perSecond,
         'namespace',
         'reason',
         [panels.above(h.HubbleDropsHigh.threshold)],
@@ -279,7 +279,7 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
           'Drops by namespace and reason',
           'The same over time. When did it begin, and what was rolled out then? `hubble observe --verdict DROPPED` names the peers.',
           [{ expr: 'topk(20, sum by (namespace, reason) (namespace_reason:hubble_drop:rate%(w)s{%(where)s} > 0))' % (f { where: where }), legend: '{{namespace}} {{reason}}' }],
-          'pps',
+          panels.perSecond,
         ),
         panels.timeseries(
           'Connection tracking map in use',

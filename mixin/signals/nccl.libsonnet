@@ -134,7 +134,7 @@ local text = import '../lib/text.libsonnet';
       local where = panels.where(c, ['cluster', 'node', 'namespace', 'pod']),
       local whereNode = panels.where(c, ['cluster', 'node', 'namespace']),
       local p = f { where: where, whereNode: whereNode },
-      local legend = '{{namespace}}/{{pod}} {{%(node)s}}' % f,
+      local legend = '{{namespace}} {{pod}} {{%(node)s}}' % f,
 
       panels: [
         panels.timeseries(
@@ -157,6 +157,7 @@ local text = import '../lib/text.libsonnet';
           [{ expr: 'topk(10, rank:chandra_nccl_waited_for_seconds:mean%(w)s{%(where)s})' % p, legend: '{{pod}} rank {{rank}} {{communicator}} {{%(node)s}}' % f }],
           's',
           [panels.above(n.NcclStraggler.threshold)],
+          min=null,
         ),
         panels.timeseries(
           'Oldest collective under way',
@@ -195,7 +196,7 @@ local text = import '../lib/text.libsonnet';
           'Ranks of one communicator do the same number; one that falls behind has a collective under way.',
           [{ expr: 'topk(20, rank:chandra_nccl_collectives:rate%(w)s{%(where)s})' % p, legend: '{{pod}} rank {{rank}} {{communicator}} {{source}}' }],
           'ops',
-        ),
+        ) + panels.wide,
       ],
     },
   },

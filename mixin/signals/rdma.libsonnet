@@ -175,14 +175,14 @@ local text = import '../lib/text.libsonnet';
       local whereNode = panels.where(c, ['cluster', 'node']),
       local where = panels.where(c, ['cluster', 'node', 'namespace', 'pod']),
       local p = f { where: where, whereNode: whereNode },
-      local legend = '{{namespace}}/{{pod}} {{%(node)s}}' % f,
+      local legend = '{{namespace}} {{pod}} {{%(node)s}}' % f,
 
       first:: panels.stat(
         'RDMA queue pair count',
         'Queue pairs of pods and host, and how often the worst node replaced its own within %(spike)s. During a run the count is steady; red is above the spike threshold: workers die and rebuild. Runbook: RdmaQueuePairSpike.' % f,
         [
           { expr: 'sum(pod_state:chandra_rdma_queue_pairs:sum{%(where)s}) or sum(node:chandra_rdma_queue_pairs:sum{%(whereNode)s}) * 0' % p, legend: 'queue pairs' },
-          { expr: 'max(node:chandra_rdma_queue_pairs_replaced:ratio%(spike)s{%(whereNode)s}) or sum(node:chandra_rdma_queue_pairs:sum{%(whereNode)s}) * 0' % p, legend: 'times replaced in %(spike)s, worst node' % p },
+          { expr: 'max(node:chandra_rdma_queue_pairs_replaced:ratio%(spike)s{%(whereNode)s}) or sum(node:chandra_rdma_queue_pairs:sum{%(whereNode)s}) * 0' % p, legend: 'times replaced' },
           { expr: 'sum(pod_state:chandra_rdma_queue_pairs:sum{state="ERR", %(where)s}) or sum(node:chandra_rdma_queue_pairs:sum{%(whereNode)s}) * 0' % p, legend: 'in ERR' },
         ],
         'short',
@@ -225,7 +225,7 @@ local text = import '../lib/text.libsonnet';
             { expr: 'topk(10, pod:chandra_rdma_queue_pairs_created:rate%(w)s{%(where)s} > 0)' % p, legend: legend + ' created' },
             { expr: 'topk(10, pod:chandra_rdma_queue_pairs_destroyed:rate%(w)s{%(where)s} > 0)' % p, legend: legend + ' destroyed' },
           ],
-          'ops',
+          panels.perSecond,
         ),
         panels.timeseries(
           'Time to connect, p90',
@@ -253,7 +253,7 @@ local text = import '../lib/text.libsonnet';
           'Events reported by the device',
           'Asynchronous errors of queue pairs: fatal, access and request errors are a bug or a broken peer, path migration a link that went.',
           [{ expr: 'topk(10, pod_event:chandra_rdma_queue_pair_events:rate%(w)s{%(where)s} > 0)' % p, legend: legend + ' {{event}}' }],
-          'ops',
+          panels.perSecond,
         ),
         panels.timeseries(
           'Memory registered',

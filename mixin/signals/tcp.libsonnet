@@ -51,9 +51,9 @@ local text = import '../lib/text.libsonnet';
 
       first:: panels.heatmap(
         'TCP retransmits per pod',
-        'Segments sent again a second, one row per pod: the 20 pods with most in the time shown. These are the pods whose p99 suffers first. Runbook: TcpRetransmitsHigh.',
-        { expr: worst(20), legend: '{{namespace}}/{{pod}} {{%(node)s}}' % f },
-        'pps',
+        'Segments sent again a second, one row per pod: the 20 pods with most in the time shown. These are the pods whose p99 suffers first; a row with a node alone is the host itself. Runbook: TcpRetransmitsHigh.',
+        { expr: worst(20), legend: '{{namespace}} {{pod}} {{%(node)s}}' % f },
+        panels.perSecond,
       ),
 
       panels: [
@@ -61,28 +61,28 @@ local text = import '../lib/text.libsonnet';
         panels.timeseries(
           'Retransmits per pod',
           'The ten pods with most. Above the line the alert fires. One pod: look at its node and link; all pods of a node: at the NIC; all nodes: at the switch.',
-          [{ expr: worst(10), legend: '{{namespace}}/{{pod}} {{%(node)s}}' % f }],
-          'pps',
+          [{ expr: worst(10), legend: '{{namespace}} {{pod}} {{%(node)s}}' % f }],
+          panels.perSecond,
           [panels.above(c.tcp.TcpRetransmitsHigh.threshold)],
         ),
         panels.timeseries(
           'Retransmits by kind',
           'fast: loss on the path. rto: nothing came back for a whole timeout. syn: the peer does not answer; synack: the client does not. probe: tail loss probes, cheap.',
           [{ expr: 'sum by (kind) (pod_kind:chandra_tcp_retransmits:rate%(w)s{%(where)s})' % (f { where: where }), legend: '{{kind}}' }],
-          'pps',
+          panels.perSecond,
           stack=true,
         ),
         panels.timeseries(
           'Retransmits per node',
           'One node that stands out has a bad link, NIC or cable.',
           [{ expr: 'topk(20, sum by (%(node)s) (pod:chandra_tcp_retransmits:rate%(w)s{%(where)s}))' % (f { where: where }), legend: '{{%(node)s}}' % f }],
-          'pps',
+          panels.perSecond,
         ),
         panels.table(
           'Worst pods now',
           'The 20 pods that retransmit most at the end of the time shown.',
           'topk(20, pod:chandra_tcp_retransmits:rate%(w)s{%(where)s} > 0)' % (f { where: where }),
-          'pps',
+          panels.perSecond,
           ['namespace', 'pod', c.nodeLabel],
           'retransmits',
         ),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks that the keys of helm-values/*.yaml are the charts' own (no schema forbids others), that the charts' schemas
-hold, and that what Helm renders has what each file is for. Then makes mistakes and requires that each is refused.
+hold, and that what Helm renders has what each file is for. Then makes mistakes and requires that each is refused. Then
+reads what `chandra-mixin merge` makes of users' values files (mixin/tests/values), as Helm does: nothing of theirs is lost.
 usage: check.py CHART..."""
 
 import json
@@ -23,8 +24,8 @@ def load(text):
 
 RULES = {path.stem: load(path.read_text()) for path in sorted((ROOT / "alerts").glob("*.yaml"))}
 DASHBOARDS = {path.name: json.loads(path.read_text()) for path in sorted((ROOT / "dashboards").glob("*.json"))}
-# Maps that have defaults and are for the user's own keys all the same.
-OPEN = {"scrapeConfigs"}
+# Maps that have defaults and are for the user's own keys all the same; config.data is the configuration of the program.
+OPEN = {"scrapeConfigs", "config.data"}
 
 
 def unknown_keys(values, *defaults, path=""):
@@ -119,6 +120,20 @@ def prometheus(objects, values):
     yield "promtool on the scrape job", rest and promtool("config", json.dumps({"scrape_configs": rest}))
 
 
+def opentelemetry_ebpf_instrumentation(objects, values):
+    name = "opentelemetry-ebpf-instrumentation"
+    data = at(objects("ConfigMap", name), "data") or {}
+    config = load(next(iter(data.values()), "{}"))
+    ours = values["config"]["data"]
+    yield "the attributes of requests", (at(config, "attributes") or {}).items() >= ours["attributes"].items()
+    yield "nothing is sent to a collector", config and not any(key in config for key, value in ours.items() if value is None)
+    monitor = objects("ServiceMonitor", name)
+    yield "its ServiceMonitor", values["serviceMonitor"]["additionalLabels"].items() <= (at(monitor, "metadata", "labels") or {}).items()
+    [endpoint] = at(monitor, "spec", "endpoints") or [{}]
+    ports = at(objects("Service", name), "spec", "ports") or []
+    yield "the Service that it selects", endpoint.get("port") in [port["name"] for port in ports]
+
+
 def promtool(what, text):
     if not shutil.which("promtool"):
         print(f"SKIPPED: promtool check {what}: promtool is missing: make setup", file=sys.stderr)
@@ -129,6 +144,94 @@ def promtool(what, text):
         done = subprocess.run(["promtool", "check", what, file.name], capture_output=True, text=True)
     print(done.stderr, end="", file=sys.stderr)
     return done.returncode == 0
+
+
+def lost(before, after, kept, path=""):
+    """Paths of a user's values that are not as they were, but for what merging does to metrics and to nothing."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key, value in before.items():
+            where = f"{path}.{key}".lstrip(".")
+            if key in after:
+                yield from lost(value, after[key], kept, where)
+            else:
+                yield where
+    elif isinstance(before, list) and isinstance(after, list):
+        rest = after[: len(before)]
+        if path == "hubble.metrics.enabled":
+            same = [mine(old) <= mine(new) for old, new in zip(before, rest)]
+        else:
+            same = [old == new for old, new in zip(before, rest)]
+        if len(rest) < len(before) or not all(same):
+            yield path
+    elif before != after and not (before is None and path not in kept and isinstance(after, dict | list)):
+        yield path
+
+
+def mine(entry):
+    """What an entry of hubble.metrics.enabled says: `drop:labelsContext=a,b` is the metric, and a pair for each value."""
+    name, _, options = entry.partition(":")
+    pairs = [option.partition("=") for option in options.split(";") if option]
+    return {name} | {(name, key.lower(), value) for key, _, values in pairs for value in values.replace("|", ",").split(",")}
+
+
+def absent(ours, after, kept, path=""):
+    """Paths of ours that are not in merged values, and that the user did not decide otherwise."""
+    if any(path == other or path.startswith(f"{other}.") for other in kept):
+        return
+    if isinstance(ours, dict) and isinstance(after, dict):
+        for key, value in ours.items():
+            yield from absent(value, after.get(key), kept, f"{path}.{key}".lstrip("."))
+    elif path == "hubble.metrics.enabled":
+        said = set().union(*map(mine, after or []))
+        yield from (f"{path}: {entry}" for entry in ours if not mine(entry) <= said)
+    elif isinstance(ours, list):
+        names = [item["name"] for item in after or []]
+        yield from (f"{path}: {item['name']}" for item in ours if item["name"] not in names)
+    elif ours != after:
+        yield path
+
+
+def unlisted(values, listed, path=""):
+    """Keys of a chart that mixin/charts does not have; a leaf there is a list."""
+    for key, value in values.items():
+        if key not in listed:
+            yield path + key
+        elif isinstance(value, dict) and isinstance(listed[key], dict):
+            yield from unlisted(value, listed[key], f"{path}{key}.")
+
+
+def merged(chart, ours):
+    """Problems of what merging makes of users' values."""
+    for golden in sorted((ROOT / "mixin/tests/values/expected").glob("*.merged.yaml")):
+        name = golden.name.removesuffix(".merged.yaml")
+        before = values_from_yaml((ROOT / f"mixin/tests/values/{name}.yaml").read_bytes().decode())
+        after = values_from_yaml(golden.read_bytes().decode())
+        notes = (ROOT / f"mixin/tests/values/expected/{name}.merge.txt").read_text().splitlines()[:-1]
+        notes = [note.split(": ", 2) for note in notes]
+        kept = {path for _, path, text in notes if " stays" in text}
+        if "hubble.metrics.dynamic.enabled" in kept:
+            kept.add("hubble.metrics.enabled")
+        wanted = {key: value for file, values in ours.items() for key, value in values.items() if "sidecar" not in file or name == "sidecar"}
+        yield from (f"{name}: lost {path}" for path in lost(before, after, kept))
+        yield from (f"{name}: without our {path}" for path in absent(wanted, after, kept))
+        # What the user's own values are refused for comes in any order.
+        own = {line for refusal in refusals(chart, before) for line in refusal.splitlines()}
+        yield from (f"{name}: {line}" for refusal in refusals(chart, after) for line in refusal.splitlines() if line not in own)
+        if not chart.templates:
+            continue
+        try:
+            render(chart, before)
+        except HelmError:
+            # Their own mistake: nothing can be said of what comes of it.
+            continue
+        try:
+            config = at(render(chart, after)("ConfigMap", "cilium-config"), "data")
+        except HelmError as error:
+            yield f"{name}: {error}"
+            continue
+        static = at(after, "hubble", "metrics", "enabled") or []
+        if at(after, "hubble", "enabled") is not False and (config.get("hubble-metrics") or "").split() != static:
+            yield f"{name}: Hubble's metrics are not rendered"
 
 
 # Per chart: our files, what they have to bring about, and mistakes that keys or the schema have to refuse.
@@ -148,6 +251,11 @@ CHARTS = {
         kube_prometheus_stack,
         [{"additionalPrometheusRuleMap": {}}, {"grafana": {"dashboard": {}}}],
     ),
+    "opentelemetry-ebpf-instrumentation": (
+        ["opentelemetry-ebpf-instrumentation.yaml"],
+        opentelemetry_ebpf_instrumentation,
+        [{"serviceMonitor": {"labels": {}}}, {"service": {"enabled": "yes"}}, {"config": {"data": "application"}}],
+    ),
     "prometheus": (
         ["prometheus.yaml"],
         prometheus,
@@ -164,6 +272,13 @@ def check(chart):
     refused += [f"accepted, and should not be: {mistake}" for mistake in mistakes if not refusals(chart, mistake)]
     if refused:
         return refused
+    problems = list(merged(chart, ours)) if chart.name == "cilium" else []
+    for path in (ROOT / "mixin/charts").glob(f"{chart.name}-*.json"):
+        listed = json.loads(path.read_text())
+        if listed["version"] == chart.version:
+            problems += [f"{path.name}: no {key}: chandra-mixin keys writes it" for key in unlisted(chart.values, listed["keys"])]
+    if problems:
+        return problems
     if not chart.templates:
         print(f"SKIPPED: rendering of {chart.name} {chart.version}: only its values are there", file=sys.stderr)
         return []
