@@ -886,7 +886,7 @@ fn anonymous_structs_that_double_at_each_level_end_at_the_bound() {
         Err(BtfError::TooComplex)
     ));
     assert!(
-        start.elapsed() < Duration::from_secs(5),
+        start.elapsed() < Duration::from_secs(60),
         "took {:?}",
         start.elapsed()
     );

@@ -19,7 +19,10 @@ use std::{
 };
 
 use anyhow::{Context, anyhow};
-use chandra::server::{Limits, Site, bind, serve};
+use chandra::{
+    server::{Limits, Site, bind, serve},
+    web::Web,
+};
 use tokio::{runtime::Runtime, sync::oneshot};
 
 const fn ms(n: u64) -> Duration {
@@ -27,10 +30,10 @@ const fn ms(n: u64) -> Duration {
 }
 
 /// Far longer than anything here takes on a busy machine, so that a hang is a failure.
-const HANG: Duration = Duration::from_secs(30);
+const HANG: Duration = Duration::from_secs(60);
 
-/// What a time-out of a few hundred milliseconds may take on a busy machine.
-const SOON: Duration = Duration::from_secs(5);
+/// A time-out that never ends a test.
+const NEVER: Duration = Duration::from_secs(3600);
 
 const MEGABYTE: usize = 1 << 20;
 
@@ -145,7 +148,7 @@ impl Server {
             let served = runtime.block_on(async {
                 let listener = bind(address).await.unwrap();
                 bound.send(listener.local_addr().unwrap()).unwrap();
-                serve(listener, shown, limits, async {
+                serve(listener, shown, Arc::new(Web::default()), limits, async {
                     let _ = stopped.await;
                 })
                 .await
@@ -189,7 +192,9 @@ impl Server {
     }
 
     fn wait_for_end(&mut self) {
-        self.thread.take().unwrap().join().unwrap().unwrap();
+        let thread = self.thread.take().unwrap();
+        until("the server ends", || thread.is_finished());
+        thread.join().unwrap().unwrap();
     }
 }
 
@@ -296,11 +301,9 @@ impl Client {
         }
     }
 
-    /// Waits for the close, before which nothing comes, and returns how long it took.
-    fn closed(&mut self) -> Duration {
-        let start = Instant::now();
+    /// Waits for the close, before which nothing comes.
+    fn closed(&mut self) {
         assert_eq!(self.drain(), 0);
-        start.elapsed()
     }
 
     /// Like `closed`, for a close that is not a reset.
@@ -311,6 +314,48 @@ impl Client {
 
 fn request(method: &str, path: &str) -> String {
     format!("{method} {path} HTTP/1.1\r\nHost: node\r\n\r\n")
+}
+
+/// A socket of the server's: its state, as the kernel numbers it, and how many bytes of it nobody has read.
+struct Socket {
+    state: u32,
+    unread: u32,
+}
+
+const ESTABLISHED: u32 = 1;
+const TIME_WAIT: u32 = 6;
+const LISTEN: u32 = 10;
+
+impl Server {
+    /// The server's ends of its connections (`/proc/net/tcp`).
+    fn sockets(&self) -> Vec<Socket> {
+        let text = std::fs::read_to_string("/proc/net/tcp").unwrap();
+        let local = format!(":{:04X}", self.address.port());
+        let sockets = text.lines().skip(1).filter_map(|line| {
+            let words: Vec<_> = line.split_whitespace().collect();
+            let hex = |text: &str| u32::from_str_radix(text, 16).unwrap();
+            words[1].ends_with(&local).then(|| Socket {
+                state: hex(words[3]),
+                unread: hex(words[4].split(':').nth(1).unwrap()),
+            })
+        });
+        sockets
+            .filter(|socket| ![LISTEN, TIME_WAIT].contains(&socket.state))
+            .collect()
+    }
+
+    /// Waits until the server has read all that was sent on so many connections.
+    fn has_read(&self, connections: usize) {
+        until("the server reads", || {
+            let sockets = self.sockets();
+            sockets.len() >= connections && sockets.iter().all(|socket| socket.unread == 0)
+        });
+    }
+
+    /// Waits until the server has closed what clients have closed.
+    fn has_so_many(&self, connections: usize) {
+        until("the server closes", || self.sockets().len() <= connections);
+    }
 }
 
 fn until(what: &str, condition: impl Fn() -> bool) {
@@ -665,7 +710,7 @@ fn sharers_of_a_scrape_may_differ_in_encoding() {
     let mut packed = server.connect();
     plain.send(&request("GET", "/metrics"));
     packed.send("GET /metrics HTTP/1.1\r\nAccept-Encoding: gzip\r\n\r\n");
-    thread::sleep(ms(300));
+    server.has_read(3);
     server.site.release();
     let (plain, packed) = (plain.reply(), packed.reply());
     assert_eq!(packed.header("content-encoding"), "gzip");
@@ -689,8 +734,8 @@ fn a_hundred_requests_at_once_share_a_handful_of_scrapes() {
     for client in &mut late {
         client.send(&request("GET", "/metrics"));
     }
-    // Time for the server to read them all while the first scrape still runs.
-    thread::sleep(ms(500));
+    // While the first scrape still runs.
+    server.has_read(101);
     assert_eq!(server.site.started(), 1);
     server.site.release();
     assert_eq!(early.reply().number(), 1);
@@ -728,10 +773,10 @@ fn scrapes_run_one_at_a_time_though_every_client_leaves() {
     }
     until("a scrape", || server.site.started() > 0);
     drop(leaving);
-    thread::sleep(ms(200));
+    server.has_so_many(0);
     let mut patient = server.connect();
     patient.send(&request("GET", "/metrics"));
-    thread::sleep(ms(200));
+    server.has_read(1);
     assert_eq!(server.site.started(), 1);
     server.site.release();
     assert!(patient.reply().number() > 1);
@@ -764,7 +809,7 @@ fn pages_for_people_that_wait_for_the_scrape_hold_up_nobody() {
     for client in &mut people {
         client.send(&request("GET", "/"));
     }
-    thread::sleep(ms(200));
+    server.has_read(20);
     assert_eq!(server.get("/livez").status, 200);
     server.site.release();
     for client in &mut people {
@@ -829,13 +874,13 @@ fn a_header_that_never_ends_is_cut_while_others_are_served() {
         header: ms(500),
         ..Limits::default()
     });
+    let start = Instant::now();
     let mut slow = server.connect();
     slow.send("GET /metrics HTTP/1.1\r\n");
-    let start = Instant::now();
     assert_eq!(server.get("/metrics").status, 200);
     // A byte now and then does not help.
     while slow.try_send("A: b\r\n").is_ok() {
-        assert!(start.elapsed() < SOON, "the header may go on for ever");
+        assert!(start.elapsed() < HANG, "the header may go on for ever");
         assert_eq!(server.get("/livez").status, 200);
         thread::sleep(ms(50));
     }
@@ -846,54 +891,67 @@ fn a_header_that_never_ends_is_cut_while_others_are_served() {
 fn a_silent_connection_is_closed_at_the_header_time_out() {
     let server = Server::limited(Limits {
         header: ms(400),
+        idle: NEVER,
         ..Limits::default()
     });
-    let took = server.connect().closed();
-    assert!((ms(300)..SOON).contains(&took), "{took:?}");
+    let start = Instant::now();
+    server.connect().closed();
+    assert!(start.elapsed() >= ms(400), "{:?}", start.elapsed());
 }
 
 #[test]
 fn a_connection_at_rest_outlives_the_header_time_out_but_not_its_own() {
+    // A header that is not there in time would be the end of a connection; its first has to be.
     let server = Server::limited(Limits {
-        header: ms(200),
-        idle: ms(1500),
+        header: ms(1000),
+        idle: NEVER,
         ..Limits::default()
     });
     let mut client = server.connect();
     assert_eq!(client.get("/livez").status, 200);
-    thread::sleep(ms(600));
+    thread::sleep(ms(1500));
     assert_eq!(client.get("/livez").status, 200);
-    let took = client.closed();
-    assert!((ms(1200)..SOON).contains(&took), "{took:?}");
+
+    let server = Server::limited(Limits {
+        header: NEVER,
+        idle: ms(500),
+        ..Limits::default()
+    });
+    let mut client = server.connect();
+    let start = Instant::now();
+    assert_eq!(client.get("/livez").status, 200);
+    client.closed();
+    assert!(start.elapsed() >= ms(500), "{:?}", start.elapsed());
 }
 
 #[test]
 fn the_header_time_out_holds_for_later_requests() {
     let server = Server::limited(Limits {
-        header: ms(300),
-        idle: HANG,
+        header: ms(1000),
+        idle: NEVER,
         ..Limits::default()
     });
     let mut client = server.connect();
     assert_eq!(client.get("/livez").status, 200);
-    thread::sleep(ms(500));
+    thread::sleep(ms(1500));
+    let start = Instant::now();
     client.send("GET /livez HT");
-    let took = client.closed();
-    assert!((ms(200)..SOON).contains(&took), "{took:?}");
+    client.closed();
+    assert!(start.elapsed() >= ms(1000), "{:?}", start.elapsed());
 }
 
 #[test]
 fn a_slow_scrape_is_no_fault_of_the_client() {
     let server = Server::limited(Limits {
-        header: ms(200),
-        idle: ms(200),
-        write: ms(200),
+        header: ms(1000),
+        idle: ms(1000),
+        write: ms(1000),
         ..Limits::default()
     });
     server.site.hold();
     let mut client = server.connect();
     client.send(&request("GET", "/metrics"));
-    thread::sleep(ms(1000));
+    thread::sleep(ms(2500));
     server.site.release();
     assert_eq!(client.reply().number(), 1);
 }
@@ -906,7 +964,6 @@ fn a_client_that_never_reads_a_large_response_is_cut() {
             ..Fake::default()
         },
         Limits {
-            connections: 1,
             write: ms(500),
             ..Limits::default()
         },
@@ -914,10 +971,11 @@ fn a_client_that_never_reads_a_large_response_is_cut() {
     let mut deaf = server.connect();
     deaf.send(&request("GET", "/metrics"));
     until("the scrape", || server.site.started() == 1);
-    let start = Instant::now();
-    assert_eq!(server.get_when_free("/livez").text(), "ok");
-    let took = start.elapsed();
-    assert!((ms(300)..SOON).contains(&took), "{took:?}");
+    // What is closed with bytes that nobody has read waits for them in another state.
+    until("the server closes", || {
+        let open = |socket: &Socket| socket.state == ESTABLISHED;
+        !server.sockets().iter().any(open)
+    });
     assert!(deaf.drain() < 20 * MEGABYTE);
 }
 
@@ -930,7 +988,8 @@ fn a_client_that_reads_slowly_but_steadily_gets_all_of_it() {
             ..Fake::default()
         },
         Limits {
-            write: ms(1000),
+            // Less than all of it takes, and more than any part.
+            write: ms(2500),
             ..Limits::default()
         },
     );
@@ -939,7 +998,7 @@ fn a_client_that_reads_slowly_but_steadily_gets_all_of_it() {
     client.head().unwrap();
     let (mut buffer, mut total) = (vec![0; MEGABYTE], 0);
     while total < 2 + padding {
-        thread::sleep(ms(100));
+        thread::sleep(ms(200));
         let wanted = buffer.len().min(2 + padding - total);
         client.0.read_exact(&mut buffer[..wanted]).unwrap();
         total += wanted;
@@ -949,34 +1008,88 @@ fn a_client_that_reads_slowly_but_steadily_gets_all_of_it() {
 
 // Connections.
 
+/// Takes every slot with a request for the scrape, which is held.
+fn all_busy(server: &Server, connections: usize) -> Vec<Client> {
+    server.site.hold();
+    let asking = |_| {
+        let mut client = server.connect();
+        client.send(&request("GET", "/metrics"));
+        client
+    };
+    let mut busy: Vec<Client> = (0..connections - 1).map(asking).collect();
+    busy.push(asking(0));
+    until("a scrape starts", || server.site.started() == 1);
+    server.has_read(connections);
+    busy
+}
+
 #[test]
-fn connections_over_the_limit_are_answered_503_until_the_silent_ones_are_cut() {
+fn connections_over_the_limit_are_answered_503_while_all_others_are_answered() {
     let server = Server::limited(Limits {
         connections: 4,
-        header: ms(2500),
         ..Limits::default()
     });
-    let held: Vec<Client> = (0..4).map(|_| server.connect()).collect();
-    let start = Instant::now();
+    let mut busy = all_busy(&server, 4);
     let mut over = server.connect();
     let reply = over.get("/metrics");
     assert_eq!((reply.status, reply.text()), (503, "too many connections"));
     over.closed_in_order();
-    assert!(start.elapsed() < ms(2400), "the answer waits for a slot");
-    assert_eq!(server.site.started(), 0);
-    assert_eq!(server.get_when_free("/metrics").number(), 1);
-    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
-    drop(held);
+    // The answer has not waited for a slot.
+    server.site.release();
+    for client in &mut busy {
+        assert_eq!(client.reply().status, 200);
+    }
+    drop(busy);
+    assert_eq!(server.get_when_free("/livez").text(), "ok");
+}
+
+#[test]
+fn the_connection_that_has_rested_longest_makes_room() {
+    let server = Server::limited(Limits {
+        connections: 3,
+        header: NEVER,
+        idle: NEVER,
+        ..Limits::default()
+    });
+    // They are accepted in the order in which they came.
+    let mut silent = server.connect();
+    let mut trickling = server.connect();
+    trickling.send("GET /livez HTTP/1.1\r\n");
+    server.has_read(2);
+    let mut served = server.connect();
+    assert_eq!(served.get("/livez").status, 200);
+    let mut new = server.connect();
+    assert_eq!(new.get("/livez").status, 200);
+    silent.closed();
+    trickling.send("Host: node\r\n\r\n");
+    assert_eq!(trickling.reply().status, 200, "it was not the oldest");
+}
+
+#[test]
+fn a_scrape_that_runs_is_not_given_up_for_new_connections() {
+    let server = Server::limited(Limits {
+        connections: 2,
+        header: NEVER,
+        ..Limits::default()
+    });
+    server.site.hold();
+    let mut scraping = server.connect();
+    scraping.send(&request("GET", "/metrics"));
+    until("the scrape starts", || server.site.started() == 1);
+    let flood: Vec<Client> = (0..50).map(|_| server.connect()).collect();
+    assert_eq!(server.get("/livez").status, 200);
+    server.site.release();
+    assert_eq!(scraping.reply().number(), 1);
+    drop(flood);
 }
 
 #[test]
 fn a_refusal_survives_a_request_that_is_still_on_its_way() {
     let server = Server::limited(Limits {
         connections: 1,
-        header: HANG,
         ..Limits::default()
     });
-    let _held = server.connect();
+    let _busy = all_busy(&server, 1);
     let mut over = server.connect();
     over.send("GET /metrics HTTP/1.1\r\n");
     thread::sleep(ms(100));
@@ -991,22 +1104,19 @@ fn a_refusal_survives_a_request_that_is_still_on_its_way() {
 fn a_refused_connection_that_says_nothing_is_closed() {
     let server = Server::limited(Limits {
         connections: 1,
-        header: HANG,
         ..Limits::default()
     });
-    let _held = server.connect();
-    let took = server.connect().closed();
-    assert!(took < SOON, "{took:?}");
+    let _busy = all_busy(&server, 1);
+    server.connect().closed();
 }
 
 #[test]
 fn refused_connections_have_a_limit_too() {
     let server = Server::limited(Limits {
         connections: 8,
-        header: HANG,
         ..Limits::default()
     });
-    let _held: Vec<Client> = (0..8).map(|_| server.connect()).collect();
+    let _busy = all_busy(&server, 8);
     let mut waiting: Vec<Client> = (0..8).map(|_| server.connect()).collect();
     let mut over = server.connect();
     // The connection may be closed before these bytes arrive.
@@ -1037,8 +1147,8 @@ fn connections_at_rest_take_at_most_half_of_the_slots() {
 fn a_client_that_leaves_gives_its_slot_back() {
     let server = Server::limited(Limits {
         connections: 1,
-        header: HANG,
-        idle: HANG,
+        header: NEVER,
+        idle: NEVER,
         ..Limits::default()
     });
     for _ in 0..20 {
@@ -1072,8 +1182,14 @@ fn a_server_out_of_file_descriptors_logs_seldom_and_recovers() {
 }
 
 fn serve_without_file_descriptors() {
+    /// How often the server has said something.
+    static SAID: AtomicUsize = AtomicUsize::new(0);
+    let log = || {
+        SAID.fetch_add(1, SeqCst);
+        io::stderr()
+    };
     tracing_subscriber::fmt()
-        .with_writer(io::stderr)
+        .with_writer(log)
         .with_ansi(false)
         .init();
     let server = Server::new();
@@ -1083,6 +1199,8 @@ fn serve_without_file_descriptors() {
     files.pop();
     let mut client = server.connect();
     client.send(&request("GET", "/livez"));
+    until("the server says it", || SAID.load(SeqCst) > 0);
+    // It tries again now and then, and does not say so each time.
     thread::sleep(ms(1000));
     drop(files);
     assert_eq!(client.reply().text(), "ok");
@@ -1093,7 +1211,7 @@ fn serve_without_file_descriptors() {
 #[test]
 fn shutdown_answers_the_request_in_flight_and_closes_connections_at_rest() {
     let mut server = Server::limited(Limits {
-        drain: HANG,
+        drain: NEVER,
         ..Limits::default()
     });
     let mut resting = server.connect();
@@ -1104,7 +1222,6 @@ fn shutdown_answers_the_request_in_flight_and_closes_connections_at_rest() {
     in_flight.send(&request("GET", "/metrics"));
     until("the scrape", || server.site.started() == 1);
 
-    let start = Instant::now();
     server.tell_to_stop();
     resting.closed();
     silent.closed();
@@ -1116,7 +1233,6 @@ fn shutdown_answers_the_request_in_flight_and_closes_connections_at_rest() {
     in_flight.closed_in_order();
     drop(in_flight);
     server.wait_for_end();
-    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
 }
 
 #[test]
@@ -1132,15 +1248,14 @@ fn shutdown_cuts_what_is_not_done_in_time() {
     let start = Instant::now();
     server.tell_to_stop();
     server.wait_for_end();
-    let took = start.elapsed();
-    assert!((ms(500)..SOON).contains(&took), "{took:?}");
+    assert!(start.elapsed() >= ms(500), "{:?}", start.elapsed());
     stuck.closed();
 }
 
 #[test]
 fn shutdown_of_an_idle_server_is_immediate() {
     let mut server = Server::limited(Limits {
-        drain: HANG,
+        drain: NEVER,
         ..Limits::default()
     });
     server.tell_to_stop();

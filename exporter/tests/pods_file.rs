@@ -66,7 +66,7 @@ async fn until(what: &str, so: impl Fn() -> bool) {
     let began = Instant::now();
     while !so() {
         assert!(
-            began.elapsed() < Duration::from_secs(20),
+            began.elapsed() < Duration::from_secs(60),
             "not so in time: {what}"
         );
         sleep(Duration::from_millis(10)).await;
@@ -240,6 +240,6 @@ async fn an_unchanged_file_is_fresh() {
     let pods = follow(&path);
     until("the first list", || listed(&pods) == ["a"]).await;
     sleep(Duration::from_millis(3200)).await;
-    let age = pods.view().age(Instant::now()).expect("an age");
-    assert!(age < Duration::from_millis(1500), "{age:?}");
+    let age = || pods.view().age(Instant::now()).expect("an age");
+    until("a low age", || age() < Duration::from_millis(1500)).await;
 }
