@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The real binary on a real kernel. Needs root, and for most tests a kernel with veth and netem: `make kernel-test`
-//! runs all of it in a VM, `make test` what this host can. A test that cannot run here prints why.
+//! runs all of it in a VM, `make test` what this host can, and one test of each signal in a VM. A test that cannot run here prints
+//! why.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 mod common;
 
+#[path = "kernel/capabilities.rs"]
+mod capabilities;
 #[path = "kernel/churn.rs"]
 mod churn;
 #[path = "kernel/encryption.rs"]
@@ -18,6 +21,8 @@ mod nccl;
 mod process;
 #[path = "kernel/rdma.rs"]
 mod rdma;
+#[path = "kernel/smoke.rs"]
+mod smoke;
 #[path = "kernel/tcp.rs"]
 mod tcp;
 
@@ -30,6 +35,12 @@ fn skip(why: &str) {
 /// Says if this is the VM of `make kernel-test`.
 fn in_vm() -> bool {
     std::env::var_os("CHANDRA_TEST_VM").is_some()
+}
+
+/// Says if durations are held against another measurement of the same. On a machine that has other things to do that fails now and
+/// then, so `make kernel-test` does it (`KERNEL=host` for this one) and `make test` does not.
+fn compares_durations() -> bool {
+    std::env::var_os("CHANDRA_TEST_DURATIONS").is_some()
 }
 
 /// Taken by every test: what one does to the kernel, another would count.

@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The exporter as a guest of the node: what it leaves behind.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::BTreeSet,
+    thread,
+    time::{Duration, Instant},
+};
 
 use super::{alone, can_trace, common::*, skip};
 
 /// The programs and maps that a process holds, as `prog` or `map` and an id, from its descriptors.
-fn held(pid: u32) -> BTreeSet<(&'static str, String)> {
+pub(crate) fn held(pid: u32) -> BTreeSet<(&'static str, String)> {
     let text = run(&format!("cat /proc/{pid}/fdinfo/*"));
     let ids = text.lines().filter_map(|line| {
         let (key, id) = line.split_once(':')?;
@@ -18,6 +22,15 @@ fn held(pid: u32) -> BTreeSet<(&'static str, String)> {
         Some((kind, id.trim().to_owned()))
     });
     ids.collect()
+}
+
+/// Waits until the kernel has freed programs and maps, which it does after a grace period.
+pub(crate) fn is_freed(held: &BTreeSet<(&'static str, String)>) {
+    let end = Instant::now() + Duration::from_secs(60);
+    while held.iter().any(in_kernel) {
+        assert!(Instant::now() < end, "some are left of {held:?}");
+        thread::sleep(Duration::from_millis(100));
+    }
 }
 
 fn in_kernel((kind, id): &(&str, String)) -> bool {
@@ -48,11 +61,6 @@ fn nothing_of_ours_remains_in_the_kernel_however_it_ends() {
         );
         // The kernel waits for a grace period for each probe that it takes out.
         assert!(took < Duration::from_secs(10), "SIG{signal} took {took:?}");
-        // Programs and maps are freed after a grace period.
-        let freed = (0..100).any(|_| {
-            std::thread::sleep(Duration::from_millis(100));
-            !held.iter().any(in_kernel)
-        });
-        assert!(freed, "SIG{signal} left some of {held:?}");
+        is_freed(&held);
     }
 }

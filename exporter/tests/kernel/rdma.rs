@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{alone, can_trace, common::*, skip};
+use super::{alone, can_trace, common::*, skip, smoke};
 
 const CREATED: &str = "chandra_rdma_queue_pairs_created_total";
 const DESTROYED: &str = "chandra_rdma_queue_pairs_destroyed_total";
@@ -401,6 +401,36 @@ const TOOLS: [&str; 8] = [
     "killed",
     "registers",
 ];
+
+#[test]
+fn smoke() {
+    let _alone = alone();
+    if !can_rdma() {
+        return;
+    }
+    let _rxe = Rxe::new();
+    let cluster = Cluster::new(&["smoke", "rping-0", "rping-1"]);
+    let file = cluster.folder.path().join("pods.json");
+    let exporter = smoke::start("rdma", &["--pods", &file.display().to_string()]);
+    cluster.run(
+        "smoke",
+        &format!("{} {UVERBS} churn 20 1000 2 >/dev/null", verbs()),
+    );
+    both(
+        &cluster,
+        ("rping-0", "rping -s -C 2 -a 10.78.0.1"),
+        ("rping-1", "rping -c -C 2 -a 10.78.0.1"),
+    );
+    let done = tools_done(&exporter.scrape());
+    let mut pods: Vec<_> = done
+        .into_iter()
+        .filter(|(pod, _)| pod.starts_with("rping"))
+        .collect();
+    pods.push(("smoke", Done::whole(20.0)));
+    expect(&exporter, &pods);
+    agree(&exporter);
+    smoke::ends("rdma", exporter);
+}
 
 #[test]
 fn every_pod_has_what_its_tools_did() {

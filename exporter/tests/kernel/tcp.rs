@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use super::{alone, can_lose_packets, can_trace, common::*};
+use super::{alone, can_lose_packets, can_trace, common::*, smoke};
 
 const RETRANSMITS: &str = "chandra_tcp_retransmits_total";
 
@@ -108,6 +108,37 @@ fn spawn_in(cgroup: &str, netns: Option<&str>, work: &str) -> Child {
 fn finish(work: Vec<Child>) {
     for mut child in work {
         assert!(child.wait().expect("it ends").success(), "the work failed");
+    }
+}
+
+#[test]
+fn smoke() {
+    let _alone = alone();
+    if !can_trace() || !can_lose_packets() {
+        return;
+    }
+    let root = cgroup_root().display().to_string();
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("pods.json");
+    let pod = Pod::new("inference", "smoke", 6);
+    write_pods(&file, std::slice::from_ref(&pod));
+    run("ip netns add chandra-peer");
+    let cgroup = format!("{root}/{}", pod.cgroup(0));
+    let side = Side::new(Some("chandra-s"), cgroup, 7, "delay 1ms");
+    // An address of the peer's network that is nobody's: its SYNs are sent again.
+    run("ip -n chandra-s neigh add 10.79.7.9 lladdr 02:00:00:00:00:09 dev c7 nud permanent");
+    let exporter = smoke::start("tcp", &["--pods", &file.display().to_string()]);
+    finish(vec![side.spawn("knock 10.79.7.9:81 4 4")]);
+    let kernel = side.counters()["Tcp.RetransSegs"];
+    assert!(kernel >= 4.0, "{kernel}");
+    exporter.scrape_until("the pod's are the kernel's", |scrape| {
+        scrape.sum(RETRANSMITS, &[("pod", "smoke"), ("kind", "syn")]) == kernel
+    });
+    assert_eq!(exporter.scrape().sum(RETRANSMITS, &[]), kernel);
+    smoke::ends("tcp", exporter);
+    run("ip netns del chandra-s; ip netns del chandra-peer");
+    while fs::remove_dir(&side.cgroup).is_err() {
+        thread::sleep(Duration::from_millis(100));
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    super::{alone, common::*, in_vm, skip},
+    super::{alone, common::*, compares_durations, in_vm, skip, smoke},
     DEVICE, Worker, can_drive, exporter as signal_up, processes,
 };
 
@@ -122,6 +122,34 @@ impl Drop for Overlays {
 }
 
 #[test]
+fn smoke() {
+    let _alone = alone();
+    let Some(folder) = can_drive().then(built).flatten() else {
+        return;
+    };
+    let flags = [
+        "--gpu.device",
+        DEVICE,
+        "--cuda-calls",
+        "--cuda-calls.budget",
+        "1",
+    ];
+    let exporter = smoke::start("gpu", &[&["--pods", "none"], &flags[..]].concat());
+    let mut worker = start(&folder, &folder.join("libcuda.so.1"));
+    exporter.scrape_until("the hooks", |scrape| {
+        hook(scrape, "cuLaunchKernel", "attached")
+    });
+    calls(&mut worker, "cuLaunchKernel 4 100 0 0");
+    calls(&mut worker, "cuStreamSynchronize 2 50 0 1000");
+    let scrape = exporter.scrape();
+    for (call, made) in [("launch", 400.0), ("stream_synchronize", 100.0)] {
+        let count = scrape.sum(COUNT, &[("call", call)]);
+        assert_eq!(count, made, "{}", scrape.text);
+    }
+    smoke::ends("gpu", exporter);
+}
+
+#[test]
 fn nothing_is_probed_unless_it_is_asked_for() {
     let _alone = alone();
     let Some(folder) = can_drive().then(built).flatten() else {
@@ -209,7 +237,7 @@ fn each_call_is_counted_once_and_as_long_as_it_took() {
         // In an emulator two traps take long.
         let probe = if in_vm() { 500e-6 } else { 20e-6 };
         assert!(
-            seconds >= took - made * probe - took * 0.2,
+            !compares_durations() || seconds >= took - made * probe - took * 0.2,
             "{}",
             scrape.text
         );
@@ -260,6 +288,10 @@ fn what_a_call_waits_for_a_cpu_is_told_from_what_it_sleeps() {
     let of = |metric, call| scrape.sum(metric, &[("call", call)]);
     let (took, preempted) = (of(SUM, "launch"), of(PREEMPTED, "launch"));
     println!("beside a hog: {took:.3} s, {preempted:.3} s preempted, {computed:.3} s computed");
+    assert!(preempted > 0.0, "{}", scrape.text);
+    if !compares_durations() {
+        return;
+    }
     assert!(preempted > 0.1 * took, "{}", scrape.text);
     // What is not one is the other; the hypervisor takes its share too.
     let rest = took - preempted;
@@ -300,7 +332,11 @@ fn the_budget_limits_the_share_of_the_time() {
     );
     // Detaching takes long, and is within the budget: most of the calls that a window allows are not seen.
     let least = if in_vm() { 0.002 } else { 0.03 };
-    assert!(share >= least && share <= 0.2, "{}", scrape.text);
+    let (least, most) = match compares_durations() {
+        true => (least, 0.2),
+        false => (0.0, 1.0),
+    };
+    assert!(share > least && share < most, "{}", scrape.text);
     // No entry of one window is paired with a return of another.
     let bucket = |le: &str| scrape.sum("chandra_cuda_call_seconds_bucket", &[("le", le)]);
     for (le, bound) in [
