@@ -33,7 +33,7 @@ use common::skip;
 type Make = fn() -> String;
 
 /// The committed pages, by name, and what makes each.
-const PAGES: [(&str, Make); 6] = [
+const PAGES: &[(&str, Make)] = &[
     ("gpu", gpu_page),
     ("encryption", encryption_page),
     ("exporter", exporter_page),
@@ -260,9 +260,12 @@ fn exporter_page() -> String {
     signals.retain(|running| running.entry.name == "tcp");
     let args = Args::try_parse_from(["chandra", "--pods", "pods.json"]).expect("valid flags");
     let pods = Pods::new(&args.serve.source(), Duration::from_secs(300));
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let web = chandra::web::Web::load(file.path()).expect("an empty file");
     let exporter = Exporter::new(
         signals,
         Arc::new(pods),
+        Arc::new(web),
         None,
         &kernel,
         &Hierarchy::Absent,
