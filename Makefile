@@ -3,12 +3,13 @@
 KERNEL ?= 6.12
 SIGNAL ?=
 KERNELS ?= 5.10 6.1 6.12 6.18 newest
+HOST_ARCH := $(if $(filter aarch64,$(shell uname -m)),arm64,amd64)
+ARCH ?= $(HOST_ARCH)
 LISTEN ?= 127.0.0.1:9970
 
 CACHE := $(or $(CHANDRA_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/chandra)
 export PATH := $(CACHE)/tools/bin:$(PATH):/usr/sbin:/sbin
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
-SHELL_FILES := $(shell git ls-files | xargs grep -lE '^\#!.*/(env )?(ba)?sh' 2>/dev/null)
 
 .PHONY: help
 help: ## What there is
@@ -23,50 +24,31 @@ run: ## Build, and run the exporter on this host
 	@echo; echo "Open http://$(LISTEN)/ for people, http://$(LISTEN)/metrics for Prometheus. Ctrl-C ends it."; echo
 	@exec $(AS_ROOT) target/release/chandra --web.listen-address $(LISTEN)
 
+.PHONY: quick
+quick: ## Format, clippy, unit, golden and rule tests: no root, no network, no VM
+	@tools/checks quick
+
 .PHONY: test
-# The churn test measures time, which a loaded emulator does not keep: here it runs natively only.
-test: setup lint generate-check rendered-check ## Everything that a development machine can check
-	@objects=$$(tools/objects) || exit; [ -z "$$objects" ] || export CHANDRA_EBPF_OBJECTS=$$objects; \
-	cargo test --locked --workspace || exit; \
-	cargo test --locked --manifest-path nccl-profiler/Cargo.toml || exit; \
-	tests/nccl-sim/check straggler kinds versions || exit; \
-	if tests/vm/fetch $(KERNEL); then CHANDRA_KERNEL_TEST_ARGS="--skip churn::" tools/kernel-test "$(SIGNAL)" $(KERNEL); \
-	else echo "SKIPPED: kernel tests in a VM (see above)"; [ -z "$$CI" ]; fi
+test: setup ## Everything that decides if a change is good, in a quarter of an hour: quick, servers, native kernel tests, one VM
+	@KERNEL=$(KERNEL) tools/checks test
+
+.PHONY: nightly
+nightly: setup ## All there is, part by part: goes on where it was interrupted, FRESH=1 begins anew; table in target/nightly.md
+	@FRESH=$(FRESH) tools/checks nightly
 
 .PHONY: setup
 setup:
 	tools/setup test
 
-.PHONY: lint
-lint: ## Format, clippy, cargo-deny, shellcheck
-	cargo fmt --check
-	cargo fmt --check --manifest-path exporter-ebpf/Cargo.toml
-	cargo fmt --check --manifest-path nccl-profiler/Cargo.toml
-	cargo clippy --locked --workspace --all-targets -- -D warnings
-	cargo clippy --locked --manifest-path nccl-profiler/Cargo.toml --all-targets -- -D warnings
-	cargo deny --log-level error check licenses bans sources
-	cargo deny --manifest-path nccl-profiler/Cargo.toml --config deny.toml --log-level error check licenses bans sources
-	shellcheck $(SHELL_FILES)
-
 .PHONY: ebpf
 ebpf: ## Rebuild the committed BPF objects
 	exporter-ebpf/build exporter-ebpf/objects
+	tools/objects --record exporter-ebpf/objects
 
 .PHONY: generate
 generate: ebpf ## Rewrite all generated files
 	cargo run --quiet --locked --bin chandra -- metrics >docs/metrics.md
 	cargo run --quiet --locked --package chandra-mixin -- render
-
-.PHONY: generate-check
-generate-check:
-	@cargo run --quiet --locked --bin chandra -- metrics | diff -u docs/metrics.md - || \
-		{ echo "docs/metrics.md is not what the sources make: run make generate" >&2; exit 1; }
-	@cargo run --quiet --locked --package chandra-mixin -- render --check || { echo "run make generate" >&2; exit 1; }
-
-.PHONY: rendered-check
-rendered-check: ## Dashboards, manifests and Helm values against Grafana's types, the operator's models, the charts
-	tests/schema/check
-	tests/helm/check
 
 .PHONY: mutate-rules
 mutate-rules: setup ## Change every threshold and duration of the alerts: each change has to break a test
@@ -88,6 +70,29 @@ scenario: setup ## Incidents replayed in a VM, from the cause to the webhook: NA
 nccl-wheels: setup ## The profiler plugin, and what is probed, in real NCCL libraries (300 MB of packages for each version)
 	tests/nccl-wheels/check
 	CHANDRA_NCCL_VERSIONS=all cargo test --locked --package exporter --test nccl_wheels -- --nocapture
+
+.PHONY: dashboards
+dashboards: setup ## Draw every dashboard with Grafana's components, and say what is wrong with it
+	tools/setup browser
+	tests/dashboards/draw
+
+.PHONY: bpftrace
+bpftrace: setup ## The scripts of docs/bpftrace and the runbooks' commands in a VM: KERNEL=5.10
+	cargo build --quiet --locked --bin chandra
+	tests/bpftrace/check $(KERNEL)
+
+.PHONY: image
+image: ## The image as an archive, without a container engine, and what is in it run: ARCH=amd64|arm64
+	tools/setup image
+	$(if $(filter arm64,$(ARCH)),tools/setup arm64)
+	mkdir -p target
+	tools/image --arch $(ARCH) target/chandra-$(ARCH).tar
+	$(if $(filter $(HOST_ARCH),$(ARCH)),$(AS_ROOT) tests/image/check,tests/vm/run --arch $(ARCH) $(KERNEL) tests/image/check) target/chandra-$(ARCH).tar
+
+.PHONY: kernel-test-arm64
+kernel-test-arm64: ## Kernel tests on Debian's arm64 kernel, emulated
+	tools/setup arm64
+	tools/kernel-test --arch arm64 "$(or $(SIGNAL),tcp)" $(KERNEL)
 
 .PHONY: churn
 churn: setup ## 500 pods created and deleted on this host, with every rule of the counters checked (needs root)
