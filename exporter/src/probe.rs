@@ -4,7 +4,12 @@
 //! Offsets are resolved from BTF, set as constants, and the programs loaded and attached one by one. A hook that is
 //! missing costs its own metrics and says why. Metric: `chandra_hook_info`.
 
-use std::{error::Error, fmt, io, path::Path};
+use std::{
+    error::Error,
+    fmt, io,
+    path::Path,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use anyhow::Context;
 use aya::{
@@ -93,11 +98,13 @@ pub enum Reason {
     PartOfHierarchy,
     /// It would cost what is probed too much.
     Expensive,
+    /// As many probes of files are attached as may be.
+    NoRoom,
 }
 
 impl Reason {
     /// Every reason, for the reference.
-    pub const LABELS: [&'static str; 11] = [
+    pub const LABELS: [&'static str; 12] = [
         "attached",
         "no_btf",
         "no_hook",
@@ -109,12 +116,49 @@ impl Reason {
         "no_cgroup_v2",
         "part_of_hierarchy",
         "expensive",
+        "no_room",
     ];
 
     /// The label.
     pub fn label(self) -> &'static str {
         Self::LABELS[self as usize]
     }
+}
+
+/// Probes of files that may be attached at once, of all signals. The kernel takes up to an eighth of a second to take one out (6.12, 6.18:
+/// a grace period under one lock, so threads do not help), and a process that ends waits for all of them: half a minute at most.
+pub const FILE_PROBES: usize = 224;
+
+/// Probes of one file.
+pub const PROBES_OF_FILE: usize = 64;
+
+/// Files that one signal probes at once. Nodes have one, some containers their own.
+pub const PROBED_FILES: usize = 16;
+
+/// A place among [`FILE_PROBES`].
+struct Room;
+
+static TAKEN: AtomicUsize = AtomicUsize::new(0);
+
+impl Room {
+    fn take() -> Option<Self> {
+        let more = |taken: usize| (taken < FILE_PROBES).then_some(taken + 1);
+        let taken = TAKEN.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        taken.is_ok().then_some(Self)
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        TAKEN.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A probe of a file, attached until it is dropped.
+pub struct FileLink {
+    // Dropped first: its place is free when the kernel has taken it out.
+    _link: UProbeLink,
+    _room: Room,
 }
 
 /// One hook of a signal, and what came of it.
@@ -548,7 +592,13 @@ impl Attached {
         file: &Path,
         offset: u64,
         kernel: &Kernel,
-    ) -> Result<UProbeLink, (Reason, String)> {
+    ) -> Result<FileLink, (Reason, String)> {
+        let Some(room) = Room::take() else {
+            let why = format!(
+                "{FILE_PROBES} probes of files are attached on this node, which is as many as are taken out in half a minute"
+            );
+            return Err((Reason::NoRoom, why));
+        };
         let mut attach = || {
             let probe: &mut UProbe = self
                 .ebpf
@@ -558,7 +608,11 @@ impl Attached {
             let id = probe.attach(offset, file, UProbeScope::AllProcesses)?;
             probe.take_link(id)
         };
-        attach().map_err(|error| {
+        let attached = attach().map(|link| FileLink {
+            _link: link,
+            _room: room,
+        });
+        attached.map_err(|error| {
             let what = format!("attach {program} at {offset:#x}");
             let reason = reason_of(&error);
             // Since 2025 kernels, stable ones too, want it for uprobes, whatever kernel.perf_event_paranoid is.
@@ -884,7 +938,7 @@ mod tests {
         assert_eq!(Reason::Attached.label(), "attached");
         assert_eq!(Reason::Failed.label(), "failed");
         assert_eq!(Reason::PartOfHierarchy.label(), "part_of_hierarchy");
-        assert_eq!(Reason::Expensive.label(), "expensive");
-        assert_eq!(Reason::Expensive as usize + 1, Reason::LABELS.len());
+        assert_eq!(Reason::NoRoom.label(), "no_room");
+        assert_eq!(Reason::NoRoom as usize + 1, Reason::LABELS.len());
     }
 }

@@ -143,6 +143,7 @@ fn the_declared_label_values_are_those_that_the_code_produces() {
         Reason::NoCgroupV2,
         Reason::PartOfHierarchy,
         Reason::Expensive,
+        Reason::NoRoom,
     ];
     let produced = reasons.map(|reason| match reason {
         Reason::Attached
@@ -155,7 +156,8 @@ fn the_declared_label_values_are_those_that_the_code_produces() {
         | Reason::Failed
         | Reason::NoCgroupV2
         | Reason::PartOfHierarchy
-        | Reason::Expensive => reason.label(),
+        | Reason::Expensive
+        | Reason::NoRoom => reason.label(),
     });
     assert_eq!(declared("chandra_hook_info", "reason"), produced);
 

@@ -141,7 +141,9 @@ fn one(version: &str, places: Option<[i64; 4]>, library: &Path, program: &Path) 
     let shown = library.display();
     let mut loader = Loader::start(program, library, places.unwrap_or([-1; 4]));
     let exporter = Exporter::start(&["--pods", "none"]);
-    let scrape = exporter.scrape_until("it is probed", |scrape| attached(scrape, "ncclAllReduce"));
+    let scrape = exporter.scrape_until("it is probed", |scrape| {
+        attached(scrape, "ncclEnqueueCheck")
+    });
 
     // What the library has, by binutils.
     let exported = run(&format!("nm -D --defined-only {shown}"));
@@ -150,8 +152,9 @@ fn one(version: &str, places: Option<[i64; 4]>, library: &Path, program: &Path) 
             .lines()
             .any(|line| line.ends_with(&format!(" {name}")))
     };
+    // All of them come through one place, which is probed instead.
     for (function, _) in FUNCTIONS {
-        assert_eq!(attached(&scrape, function), exports(function), "{function}");
+        assert!(!attached(&scrape, function), "{function}");
     }
     for function in [
         "ncclCommInitRank",

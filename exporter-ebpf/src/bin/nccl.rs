@@ -2,7 +2,7 @@
 //! Which rank do the others wait for, and how long does NCCL take to initialise?
 //!
 //! Hooks: uprobes and uretprobes on functions that libnccl exports or has symbols of, on the profiler plugin, and on
-//! libcuda's launch of graphs. Maps: `SEATS` feeds the counters of ranks, `OWNERS` the histograms, `PAIRS` and `STARTED` the
+//! libcuda's launch of graphs. Where there are symbols every call is seen at ncclEnqueueCheck, else at the exported functions. Maps: `SEATS` feeds the counters of ranks, `OWNERS` the histograms, `PAIRS` and `STARTED` the
 //! age of what is pending.
 //!
 //! Ranks of one communicator meet in `PAIRS`, at the n-th call of an operation. The one whose arrival completes it reckons what
@@ -439,9 +439,9 @@ fn complete(pair: &Pair, arrivals: *mut Arrivals, source: Source) {
     }
 }
 
-/// The host calls a collective.
+/// The host calls a collective, one of the first [`COLLECTIVES`] operations.
 #[inline(always)]
-fn collective(operation: Operation, address: u64, at: u64) -> Result<(), Loss> {
+fn collective(operation: u64, address: u64, at: u64) -> Result<(), Loss> {
     let name = handle(address);
     let known = match COMMUNICATORS_.get_ptr_mut(&name) {
         Some(known) => known,
@@ -456,6 +456,12 @@ fn collective(operation: Operation, address: u64, at: u64) -> Result<(), Loss> {
         }
     };
     let index = operation as usize;
+    // Bounded just before its use: 5.10 forgets what it knew of a number that was on the stack.
+    // SAFETY: within the array of a map value.
+    let own = |known: *mut Handle| unsafe {
+        let index = unknown(operation) & (COLLECTIVES as u64 - 1);
+        addr_of_mut!((*known).made).cast::<u64>().add(index as usize)
+    };
     // SAFETY: a map value; one thread at a time uses a communicator, as NCCL demands.
     unsafe {
         if (*known).state & LEARNT == 0 {
@@ -484,16 +490,16 @@ fn collective(operation: Operation, address: u64, at: u64) -> Result<(), Loss> {
         if index >= NUMBERED {
             let numbered: u64 = (&(*known).made)[..NUMBERED].iter().sum();
             let least = numbered << 16;
-            if (*known).made[index] < least {
-                (*known).made[index] = least;
+            if *own(known) < least {
+                *own(known) = least;
             }
         }
         let pair = Pair {
             group: (*known).group,
-            operation: operation as u64,
-            sequence: (*known).made[index],
+            operation,
+            sequence: *own(known),
         };
-        (*known).made[index] = pair.sequence + 1;
+        *own(known) = pair.sequence + 1;
         let seat = (*known).seat;
         match GROUPS_.get_ptr(&pair.group) {
             Some(group) => arrive(group, &pair, seat, at, Source::Host),
@@ -570,7 +576,7 @@ macro_rules! collectives {
     keep_own_stack(&ctx, &NOWHERE);
             let at = now();
             let registers = Registers::of(&ctx);
-            or_lose!($communicator(registers).and_then(|address| collective(Operation::$operation, address, at)));
+            or_lose!($communicator(registers).and_then(|address| collective(Operation::$operation as u64, address, at)));
             begin(registers, 0, call(Operation::$operation as u64));
             0
         }
@@ -615,6 +621,53 @@ pub fn nccl_send(ctx: ProbeContext) -> u32 {
 pub fn nccl_recv(ctx: ProbeContext) -> u32 {
     keep_own_stack(&ctx, &NOWHERE);
     begin(Registers::of(&ctx), 0, call(Operation::Recv as u64));
+    0
+}
+
+/// Where `struct ncclInfo` has its operation and its communicator (info.h, alike from 2.18 on; later ones have more at the end).
+const INFO_OPERATION: u64 = 0;
+const INFO_COMMUNICATOR: u64 = 56;
+
+/// An operation by its number in NCCL (`ncclFunc_t` of nccl_common.h: new ones come at the end). `None`: it is not followed.
+#[inline(always)]
+fn operation(number: u32) -> Option<u64> {
+    let operation = match number {
+        0 => Operation::Broadcast,
+        1 => Operation::Reduce,
+        2 => Operation::AllGather,
+        3 => Operation::ReduceScatter,
+        4 => Operation::AllReduce,
+        6 => Operation::Send,
+        7 => Operation::Recv,
+        8 => Operation::AllToAll,
+        9 => Operation::Scatter,
+        10 => Operation::Gather,
+        _ => return None,
+    };
+    Some(operation as u64)
+}
+
+#[inline(always)]
+fn enqueue(registers: Registers, at: u64) -> Result<(), Loss> {
+    let info = registers.argument::<0>();
+    let Some(what) = operation(read_user(info + INFO_OPERATION)?) else {
+        return Ok(());
+    };
+    let arrived = if what < COLLECTIVES as u64 {
+        read_user(info + INFO_COMMUNICATOR).and_then(|address| collective(what, address, at))
+    } else {
+        Ok(())
+    };
+    begin(registers, 0, call(what));
+    arrived
+}
+
+/// `ncclEnqueueCheck(struct ncclInfo *)`, through which every exported operation goes.
+#[uprobe]
+pub fn nccl_enqueue(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
+    let at = now();
+    or_lose!(enqueue(Registers::of(&ctx), at));
     0
 }
 
@@ -792,14 +845,17 @@ fn made(begun: &Begun) -> Result<bool, Loss> {
     Ok(true)
 }
 
-#[uretprobe]
-pub fn nccl_init_return(ctx: RetProbeContext) -> u32 {
-    keep_own_stack(&ctx, &NOWHERE);
-    let registers = Registers::of(&ctx);
+/// The end of an exported function that makes a communicator. With `timed` what it took counts as the whole of the initialisation.
+#[inline(always)]
+fn init_return(registers: Registers, timed: bool) {
+    let at = now();
     let Some(begun) = end(registers, 0) else {
-        return 0;
+        return;
     };
     let result = registers.returned() as u32 as u64;
+    if timed && result == SUCCESS {
+        count_phase(Phase::Total as u64, at.wrapping_sub(begun.at));
+    }
     let made = if result == SUCCESS || result == NCCL_IN_PROGRESS {
         made(&begun)
     } else {
@@ -812,6 +868,20 @@ pub fn nccl_init_return(ctx: RetProbeContext) -> u32 {
         unsafe { add(addr_of_mut!((*group).members), u64::MAX) };
     }
     or_lose!(made);
+}
+
+#[uretprobe]
+pub fn nccl_init_return(ctx: RetProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
+    init_return(Registers::of(&ctx), false);
+    0
+}
+
+/// Of a library without symbols of what is inside.
+#[uretprobe]
+pub fn nccl_init_timed_return(ctx: RetProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
+    init_return(Registers::of(&ctx), true);
     0
 }
 
@@ -906,38 +976,23 @@ pub fn nccl_end(ctx: ProbeContext) -> u32 {
     0
 }
 
-macro_rules! phases {
-    ($($name:ident: $phase:ident;)*) => { $(
-        #[uprobe]
-        pub fn $name(ctx: ProbeContext) -> u32 {
-    keep_own_stack(&ctx, &NOWHERE);
-            begin(Registers::of(&ctx), 1, call(Phase::$phase as u64));
-            0
-        }
-    )* };
-}
+// Phases of an initialisation. One thread goes through all of them, one after the other: each ends where the next begins, so that only
+// the last one needs its return.
 
-phases! {
-    nccl_rendezvous: Rendezvous;
-    nccl_allocate: Allocate;
-    nccl_transports: Transports;
-    nccl_total: Total;
-}
+/// The address of the frame of a thread's present phase: no real frame has it.
+const PRESENT: u64 = 2;
 
-#[uretprobe]
-pub fn nccl_phase_return(ctx: RetProbeContext) -> u32 {
-    keep_own_stack(&ctx, &NOWHERE);
-    let at = now();
-    let registers = Registers::of(&ctx);
-    let Some(begun) = end(registers, 1) else {
-        return 0;
-    };
-    // What has failed, or goes on without its caller, took another time.
-    if registers.returned() as u32 as u64 != SUCCESS {
-        return 0;
+#[inline(always)]
+fn present() -> Frame {
+    Frame {
+        thread: bpf_get_current_pid_tgid(),
+        address: PRESENT,
     }
-    let took = at.wrapping_sub(begun.at);
-    let first = init_slots(0) as u64 + begun.what * INIT.slots() as u64;
+}
+
+#[inline(always)]
+fn count_phase(phase: u64, took: u64) {
+    let first = init_slots(0) as u64 + phase * INIT.slots() as u64;
     match owner(cgroup()) {
         Ok(slots) => observe(
             slots,
@@ -946,6 +1001,94 @@ pub fn nccl_phase_return(ctx: RetProbeContext) -> u32 {
             took,
         ),
         Err(loss) => lose(&LOST, loss),
+    }
+}
+
+/// Ends the present phase, which has done what it should.
+#[inline(always)]
+fn end_phase() {
+    let at = now();
+    let frame = present();
+    let Some(begun) = IN_PROGRESS_.get_ptr(&frame) else {
+        return;
+    };
+    // SAFETY: a value of a preallocated map: its memory lives as long as the program runs.
+    let begun = unsafe { *begun };
+    let _ = IN_PROGRESS_.remove(&frame);
+    count_phase(begun.what, at.wrapping_sub(begun.at));
+}
+
+#[inline(always)]
+fn begin_phase(phase: Phase) {
+    let begun = Begun {
+        at: now(),
+        ..call(phase as u64)
+    };
+    if IN_PROGRESS_
+        .insert(&present(), &begun, u64::from(BPF_ANY))
+        .is_err()
+    {
+        lose(&LOST, Loss::MapFull);
+    }
+}
+
+/// commAlloc, the first.
+#[uprobe]
+pub fn nccl_allocate(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
+    begin_phase(Phase::Allocate);
+    0
+}
+
+/// bootstrapInit, bootstrapSplit.
+#[uprobe]
+pub fn nccl_rendezvous(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
+    end_phase();
+    begin_phase(Phase::Rendezvous);
+    0
+}
+
+/// initTransportsRank, the last.
+#[uprobe]
+pub fn nccl_transports(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
+    end_phase();
+    begin_phase(Phase::Transports);
+    0
+}
+
+#[uretprobe]
+pub fn nccl_transports_return(ctx: RetProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
+    // What has failed took another time.
+    if Registers::of(&ctx).returned() as u32 as u64 == SUCCESS {
+        end_phase();
+    }
+    0
+}
+
+/// ncclCommInitRankFunc.
+#[uprobe]
+pub fn nccl_total(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
+    begin(Registers::of(&ctx), 1, call(Phase::Total as u64));
+    0
+}
+
+#[uretprobe]
+pub fn nccl_total_return(ctx: RetProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
+    let at = now();
+    // One that has failed.
+    let _ = IN_PROGRESS_.remove(&present());
+    let registers = Registers::of(&ctx);
+    let Some(begun) = end(registers, 1) else {
+        return 0;
+    };
+    // What has failed, or goes on without its caller, took another time.
+    if registers.returned() as u32 as u64 == SUCCESS {
+        count_phase(begun.what, at.wrapping_sub(begun.at));
     }
     0
 }

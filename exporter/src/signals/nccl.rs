@@ -30,7 +30,6 @@ use anyhow::Context;
 use aya::{
     include_bytes_aligned,
     maps::{self, MapData},
-    programs::uprobe::UProbeLink,
 };
 use exporter_common::nccl::{
     ANY_PROCESS, Arrivals, Begun, CALL, COLLECTIVES, Communicator, Frame, GRAPH_SLOT, GROUP_SEATS,
@@ -53,7 +52,10 @@ use crate::{
     ledger::{Attribution, Ledger, Opening, UNKNOWN},
     library::{self, Identity},
     pods::{Labels, Resolution},
-    probe::{self, Attached, Hook, Method, Need, Program, Reason, Runs},
+    probe::{
+        self, Attached, FileLink, Hook, Method, Need, PROBED_FILES, PROBES_OF_FILE, Program,
+        Reason, Runs,
+    },
 };
 
 /// The signal.
@@ -86,8 +88,9 @@ static INIT_SECONDS: Desc = Desc {
     per_pod: true,
     labels: &["phase"],
     values: &[("phase", &PHASES)],
-    source: "uprobes on ncclCommInitRankFunc (total), bootstrapInit and bootstrapSplit (rendezvous), commAlloc, initTransportsRank; of a \
-             library without symbols only the total, of the exported functions, which return too early in a group and where they do not block",
+    source: "uprobes on ncclCommInitRankFunc (total), commAlloc, bootstrapInit and bootstrapSplit (rendezvous), initTransportsRank, each phase \
+             until the next begins; of a library without symbols only the total, of the exported functions, which return too early in a group \
+             and where they do not block",
 };
 
 static ENQUEUE: Desc = Desc {
@@ -97,7 +100,8 @@ static ENQUEUE: Desc = Desc {
     per_pod: true,
     labels: &["operation"],
     values: &[("operation", &OPERATIONS)],
-    source: "uprobes on the exported functions, entry to return; not what a CUDA graph replays",
+    source: "uprobes on ncclEnqueueCheck, entry to return; of a library without symbols on the exported functions, of the most used ones as far as \
+             24 probes go; not what a CUDA graph replays",
 };
 
 static ARRIVAL_WAIT: Desc = Desc {
@@ -201,9 +205,6 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// How long a process is not looked at again: longer each time, since a library that comes comes soon.
 const RARELY: Duration = Duration::from_secs(16);
-
-/// Files that are probed at once. Nodes have some, each container image its own.
-const FILES: usize = 64;
 
 /// Files that are known to have nothing to do with NCCL.
 const STRANGERS: usize = 8192;
@@ -398,7 +399,7 @@ struct Probed {
     /// Its file: probes go to this and no other, whatever its path becomes.
     file: File,
     sites: Sites,
-    links: Vec<UProbeLink>,
+    links: Vec<FileLink>,
     /// What came of each site, once it has been probed.
     outcomes: Vec<Result<(), (Reason, String)>>,
 }
@@ -559,7 +560,7 @@ impl Core {
                 continue;
             }
             match Sites::of(&file) {
-                Ok(Some(sites)) if self.files.len() < FILES => {
+                Ok(Some(sites)) if self.files.len() < PROBED_FILES => {
                     let probed = Probed {
                         path: mapped.path,
                         file,
@@ -571,7 +572,7 @@ impl Core {
                 }
                 Ok(Some(_)) => {
                     let why = format!(
-                        "{} is one more than the {FILES} files that are probed at once",
+                        "{} is one more than the {PROBED_FILES} files that are probed at once",
                         mapped.path
                     );
                     self.unread.insert(identity, why);
@@ -621,6 +622,13 @@ impl Core {
                     let attached = &mut live.attached;
                     attached.attach_to_file(program, path, site.place, &live.kernel)
                 };
+                if probed.links.len() + site.probes.count() > PROBES_OF_FILE {
+                    let why = format!(
+                        "the file has {PROBES_OF_FILE} probes, which is as many as one may have"
+                    );
+                    probed.outcomes.push(Err((Reason::NoRoom, why)));
+                    continue;
+                }
                 // The return first: each entry that is seen is followed by a return that is.
                 let exit = site.probes.exit.map(&mut attach).transpose();
                 let outcome = exit.and_then(|exit| {

@@ -121,7 +121,7 @@ fn found(exporter: &Exporter) {
     exporter.scrape_until("the library is probed", |scrape| {
         let attached = [
             ("signal", "nccl"),
-            ("hook", "ncclAllReduce"),
+            ("hook", "ncclEnqueueCheck"),
             ("reason", "attached"),
         ];
         scrape.sum("chandra_hook_info", &attached) == 1.0
@@ -608,4 +608,39 @@ fn the_cost_of_a_call() {
             "{ranks} ranks: a call of {without:.0} ns, added {median:.0} ns ({least:.0} to {most:.0})"
         );
     }
+}
+
+/// The kernel takes a tenth of a second for each probe of a file that it takes out, while the process can do nothing else.
+#[test]
+fn it_ends_in_half_a_minute_whatever_is_mapped() {
+    let _alone = alone();
+    let Some(folder) = known() else { return };
+    if !compares_durations() {
+        return println!(
+            "SKIPPED: a minute, and durations: make kernel-test KERNEL=host SIGNAL=nccl"
+        );
+    }
+    let copies = tempfile::tempdir().expect("a folder");
+    let jobs: Vec<_> = (0..20)
+        .map(|copy| {
+            let own = copies.path().join(copy.to_string());
+            fs::create_dir(&own).expect("a folder");
+            for file in ["job", "libnccl.so.2"] {
+                fs::copy(folder.join(file), own.join(file)).expect("copied");
+            }
+            Job::start(&own, "--ranks 1 --communicators 1 --collectives 1 --wait")
+        })
+        .collect();
+    let mut exporter = Exporter::start(&["--pods", "none"]);
+    exporter.scrape_until("what has no room is said", |scrape| {
+        scrape.has("chandra_hook_info", "reason=\"no_room\"")
+    });
+    let page = exporter.get("/");
+    assert!(page.contains("probes of files are attached"), "{page}");
+    assert!(page.contains("one more than the 16 files"), "{page}");
+    let (status, took) = exporter.stop("TERM");
+    println!("ended in {took:?}");
+    assert!(status.success(), "{status}");
+    assert!(took < Duration::from_secs(30), "{took:?}");
+    drop(jobs);
 }

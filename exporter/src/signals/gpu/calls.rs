@@ -21,7 +21,6 @@ use anyhow::Context;
 use aya::{
     include_bytes_aligned,
     maps::{self, MapData},
-    programs::uprobe::UProbeLink,
 };
 use exporter_common::gpu::{
     CUDA_CALL, CUDA_CALL_SLOTS, CUDA_CALLS, CudaBegun, CudaCalls, CudaFrame,
@@ -37,7 +36,10 @@ use crate::{
     ledger::{Attribution, Ledger, Opening},
     library::{self as files, Identity},
     pods::Labels,
-    probe::{self, Attached, Constants, Hook, Method, Need, Program, Reason, Runs},
+    probe::{
+        self, Attached, Constants, FileLink, Hook, Method, Need, PROBED_FILES, PROBES_OF_FILE,
+        Program, Reason, Runs,
+    },
     signals::{Scope, entries, removed},
 };
 
@@ -110,9 +112,6 @@ const SHORTEST: Duration = Duration::from_secs(1);
 /// How long a process is not looked at again: longer each time, since a library that comes comes soon.
 const RARELY: Duration = Duration::from_secs(32);
 
-/// Libraries that are probed at once. Nodes have one, some containers their own.
-const LIBRARIES: usize = 16;
-
 /// How often calls are looked for that will not return, their process being gone.
 const SWEEP_EVERY: Duration = Duration::from_secs(30);
 
@@ -172,7 +171,7 @@ struct Library {
     /// What came of each site in the present window, or in the last.
     outcomes: Vec<Result<(), (Reason, String)>>,
     /// The probes, two for each site, that of the entry before that of the return.
-    links: Vec<UProbeLink>,
+    links: Vec<FileLink>,
 }
 
 impl Library {
@@ -193,6 +192,13 @@ impl Library {
         let path = Path::new(&path);
         self.outcomes.clear();
         for site in self.sites.iter().flatten() {
+            if self.links.len() + 2 > PROBES_OF_FILE {
+                let why = format!(
+                    "the file has {PROBES_OF_FILE} probes, which is as many as one may have"
+                );
+                self.outcomes.push(Err((Reason::NoRoom, why)));
+                continue;
+            }
             let mut attach = |place: u64| {
                 let mut to = |program| {
                     let attached = &mut live.attached;
@@ -212,7 +218,7 @@ impl Library {
 }
 
 /// Detaches probes, in the order of the list, beside everything else: the kernel takes about a tenth of a second for each.
-fn detach(links: Vec<UProbeLink>) -> io::Result<JoinHandle<()>> {
+fn detach(links: Vec<FileLink>) -> io::Result<JoinHandle<()>> {
     let thread = thread::Builder::new().name("cuda".to_owned());
     thread.spawn(move || links.into_iter().for_each(drop))
 }
@@ -459,8 +465,8 @@ fn find(
         let identity = Identity::of(&file).with_context(|| format!("look at {}", mapped.path))?;
         if !libraries.contains_key(&identity) {
             anyhow::ensure!(
-                libraries.len() < LIBRARIES,
-                "{} is one more than the {LIBRARIES} libraries that are probed at once",
+                libraries.len() < PROBED_FILES,
+                "{} is one more than the {PROBED_FILES} libraries that are probed at once",
                 mapped.path
             );
             libraries.insert(identity, Library::new(mapped.path, file));

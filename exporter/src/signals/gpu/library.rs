@@ -49,8 +49,11 @@ pub(super) fn sites(file: &File) -> anyhow::Result<Vec<Site>> {
     let mut sites: Vec<(u64, Site)> = Vec::new();
     for function in contents.functions {
         let (name, call) = function.what;
+        // One place a name, whatever the file says.
+        if sites.iter().any(|(_, site)| site.names.contains(&name)) {
+            continue;
+        }
         match sites.iter_mut().find(|(known, _)| *known == function.at) {
-            Some((_, site)) if site.names.contains(&name) => {}
             Some((_, site)) => site.names.push(name),
             None => {
                 let site = Site {

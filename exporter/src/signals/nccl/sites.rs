@@ -22,6 +22,13 @@ pub(super) struct Probes {
     pub(super) exit: Option<&'static str>,
 }
 
+impl Probes {
+    /// How many there are.
+    pub(super) fn count(self) -> usize {
+        1 + usize::from(self.exit.is_some())
+    }
+}
+
 const fn probes(entry: &'static str, exit: &'static str) -> Probes {
     Probes {
         entry,
@@ -35,21 +42,31 @@ const fn only(entry: &'static str) -> Probes {
 
 const RETURN: &str = "nccl_return";
 const INIT_RETURN: &str = "nccl_init_return";
-const PHASE_RETURN: &str = "nccl_phase_return";
+/// Counts the time of the function as that of the whole initialisation.
+const INIT_TIMED_RETURN: &str = "nccl_init_timed_return";
 
-/// What libnccl exports. Not ncclBcast, which calls ncclBroadcast.
+/// Probes of one library of NCCL: the kernel takes a tenth of a second to take one out, and has to take all of them out before the
+/// exporter can end.
+const PROBES_OF_LIBRARY: usize = 24;
+
+/// The operations that libnccl exports, the most used first. Not ncclBcast, which calls ncclBroadcast.
 #[rustfmt::skip] // one function a line
-const API: &[(&str, Probes)] = &[
+const OPERATIONS: &[(&str, Probes)] = &[
     ("ncclAllReduce", probes("nccl_all_reduce", RETURN)),
     ("ncclReduceScatter", probes("nccl_reduce_scatter", RETURN)),
     ("ncclAllGather", probes("nccl_all_gather", RETURN)),
+    ("ncclSend", probes("nccl_send", RETURN)),
+    ("ncclRecv", probes("nccl_recv", RETURN)),
     ("ncclBroadcast", probes("nccl_broadcast", RETURN)),
     ("ncclReduce", probes("nccl_reduce", RETURN)),
     ("ncclAlltoAll", probes("nccl_all_to_all", RETURN)),
     ("ncclGather", probes("nccl_gather", RETURN)),
     ("ncclScatter", probes("nccl_scatter", RETURN)),
-    ("ncclSend", probes("nccl_send", RETURN)),
-    ("ncclRecv", probes("nccl_recv", RETURN)),
+];
+
+/// What it exports besides: functions that make and end communicators.
+#[rustfmt::skip] // one function a line
+const LIVES: &[(&str, Probes)] = &[
     ("ncclCommInitRank", probes("nccl_init", INIT_RETURN)),
     ("ncclCommInitRankConfig", probes("nccl_init", INIT_RETURN)),
     ("ncclCommInitRankScalable", probes("nccl_init_scalable", INIT_RETURN)),
@@ -60,25 +77,22 @@ const API: &[(&str, Probes)] = &[
     ("ncclCommAbort", only("nccl_end")),
 ];
 
-/// Functions that make a communicator, for libraries without symbols of what is inside of them.
-const INITS: &[&str] = &[
-    "ncclCommInitRank",
-    "ncclCommInitRankConfig",
-    "ncclCommInitRankScalable",
-    "ncclCommSplit",
-    "ncclCommShrink",
-];
-
-/// What is inside, by the beginnings of C++'s names of it. The whole comes first.
-const TOTAL: (&str, Probes) = ("ncclCommInitRankFunc", probes("nccl_total", PHASE_RETURN));
-const PHASES: &[(&str, Probes)] = &[
+/// What is inside, by the beginnings of C++'s names of it: what all operations go through, the whole of an initialisation and its
+/// phases.
+const ENQUEUE: (&str, Probes) = ("ncclEnqueueCheck", probes("nccl_enqueue", RETURN));
+const TOTAL: (&str, Probes) = (
+    "ncclCommInitRankFunc",
+    probes("nccl_total", "nccl_total_return"),
+);
+const INSIDE: &[(&str, Probes)] = &[
+    ENQUEUE,
     TOTAL,
-    ("bootstrapInit", probes("nccl_rendezvous", PHASE_RETURN)),
-    ("bootstrapSplit", probes("nccl_rendezvous", PHASE_RETURN)),
-    ("commAlloc", probes("nccl_allocate", PHASE_RETURN)),
+    ("commAlloc", only("nccl_allocate")),
+    ("bootstrapInit", only("nccl_rendezvous")),
+    ("bootstrapSplit", only("nccl_rendezvous")),
     (
         "initTransportsRank",
-        probes("nccl_transports", PHASE_RETURN),
+        probes("nccl_transports", "nccl_transports_return"),
     ),
 ];
 
@@ -98,12 +112,15 @@ const GRAPHS: &[(&str, Probes)] = &[
 
 /// Every program, for the object.
 pub(super) fn programs() -> impl Iterator<Item = (&'static str, bool)> {
-    let all = [API, PHASES, PLUGIN, GRAPHS].into_iter().flatten();
+    let all = [OPERATIONS, LIVES, INSIDE, PLUGIN, GRAPHS]
+        .into_iter()
+        .flatten();
     let mut seen = Vec::new();
     let programs = all.flat_map(|(_, probes)| {
         let exit = probes.exit.map(|exit| (exit, true));
         [(probes.entry, false)].into_iter().chain(exit)
     });
+    let programs = programs.chain([(INIT_TIMED_RETURN, true)]);
     programs.filter(move |program| {
         let new = !seen.contains(program);
         seen.push(*program);
@@ -151,6 +168,10 @@ impl Sites {
         let mut places: BTreeMap<u64, Site> = BTreeMap::new();
         for function in contents.functions {
             let (name, probes) = function.what;
+            // One place a name, whatever the file says.
+            if places.values().any(|site| site.name == name) {
+                continue;
+            }
             // Where nothing is cheap the beginning will do: these are not called a million times a second.
             let skipped = match contents.machine {
                 EM_X86_64 => cheap(&function.code).unwrap_or_default(),
@@ -173,15 +194,8 @@ impl Sites {
         } else {
             return Ok(None);
         };
-        if kind == Kind::Nccl && !has(&sites, TOTAL.0) {
-            let inits = sites.iter().filter(|site| INITS.contains(&site.name));
-            let totals: Vec<_> = inits
-                .map(|site| Site {
-                    probes: TOTAL.1,
-                    ..site.clone()
-                })
-                .collect();
-            sites.extend(totals);
+        if kind == Kind::Nccl {
+            sites = few(sites);
         }
         let version = match kind {
             Kind::Nccl => Version::of(file)?,
@@ -201,9 +215,39 @@ impl Sites {
     }
 }
 
+/// Chooses what is probed of NCCL, so that it takes at most [`PROBES_OF_LIBRARY`].
+///
+/// With its symbols all operations are seen at one place. Without, each is at its own, the phases of an initialisation are not seen, and how long
+/// operations take is, of the most used ones, as far as there is room.
+fn few(mut sites: Vec<Site>) -> Vec<Site> {
+    let is_in =
+        |list: &[(&str, Probes)], site: &Site| list.iter().any(|(name, _)| *name == site.name);
+    let has = |name: &str| sites.iter().any(|site| site.name == name);
+    if has(ENQUEUE.0) && has(TOTAL.0) {
+        sites.retain(|site| !is_in(OPERATIONS, site));
+        return sites;
+    }
+    sites.retain(|site| !is_in(INSIDE, site));
+    for site in &mut sites {
+        if site.probes.exit == Some(INIT_RETURN) {
+            site.probes.exit = Some(INIT_TIMED_RETURN);
+        }
+    }
+    let probes = |sites: &[Site]| sites.iter().map(|site| site.probes.count()).sum::<usize>();
+    for (name, _) in OPERATIONS.iter().rev() {
+        if probes(&sites) <= PROBES_OF_LIBRARY {
+            break;
+        }
+        if let Some(site) = sites.iter_mut().find(|site| site.name == *name) {
+            site.probes.exit = None;
+        }
+    }
+    sites
+}
+
 /// Which function has this name.
 fn known(name: &[u8]) -> Option<(&'static str, Probes)> {
-    let exact = [API, PLUGIN, GRAPHS].into_iter().flatten();
+    let exact = [OPERATIONS, LIVES, PLUGIN, GRAPHS].into_iter().flatten();
     let mut exact = exact.filter(|(known, _)| known.as_bytes() == name);
     if let Some(found) = exact.next() {
         return Some(*found);
@@ -218,8 +262,8 @@ fn known(name: &[u8]) -> Option<(&'static str, Probes)> {
     if memchr::memmem::find(name, b".cold").is_some() {
         return None;
     }
-    let mut phases = PHASES.iter();
-    phases.find(|(known, _)| known.as_bytes() == plain).copied()
+    let mut inside = INSIDE.iter();
+    inside.find(|(known, _)| known.as_bytes() == plain).copied()
 }
 
 /// A version of NCCL.
@@ -340,6 +384,43 @@ mod tests {
         let all: Vec<_> = programs().collect();
         let unique: std::collections::BTreeSet<_> = all.iter().collect();
         assert_eq!(unique.len(), all.len());
-        assert!(all.contains(&("nccl_phase_return", true)), "{all:?}");
+        assert!(all.contains(&("nccl_total_return", true)), "{all:?}");
+    }
+
+    #[test]
+    fn a_library_takes_few_probes() {
+        let site = |(name, probes): &(&'static str, Probes)| Site {
+            name,
+            probes: *probes,
+            place: 0,
+        };
+        let of = |lists: &[&[(&'static str, Probes)]]| {
+            let sites = lists.iter().flat_map(|list| list.iter().map(site));
+            few(sites.collect())
+        };
+        let count = |sites: &[Site]| sites.iter().map(|site| site.probes.count()).sum::<usize>();
+        let exit = |sites: &[Site], name: &str| {
+            let site = sites.iter().find(|site| site.name == name);
+            site.map(|site| site.probes.exit)
+        };
+
+        let with_symbols = of(&[OPERATIONS, LIVES, INSIDE]);
+        assert_eq!(count(&with_symbols), 23);
+        assert_eq!(exit(&with_symbols, "ncclAllReduce"), None);
+        assert_eq!(exit(&with_symbols, "ncclEnqueueCheck"), Some(Some(RETURN)));
+
+        let stripped = of(&[OPERATIONS, LIVES]);
+        assert_eq!(count(&stripped), PROBES_OF_LIBRARY);
+        assert_eq!(exit(&stripped, "ncclAllReduce"), Some(None));
+        let timed = Some(Some(INIT_TIMED_RETURN));
+        assert_eq!(exit(&stripped, "ncclCommInitRank"), timed);
+
+        // 2.18 exports less.
+        let older = of(&[&OPERATIONS[..7], &LIVES[..2], &LIVES[3..5], &LIVES[6..]]);
+        assert!(count(&older) <= PROBES_OF_LIBRARY);
+        assert_eq!(exit(&older, "ncclReduce"), Some(Some(RETURN)));
+
+        // One without the place where all come through.
+        assert!(count(&of(&[OPERATIONS, LIVES, &INSIDE[1..]])) <= PROBES_OF_LIBRARY);
     }
 }
