@@ -117,6 +117,8 @@ impl Api {
         self.task = Some(tokio::spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
+                // What waits to be acknowledged would wait in real time.
+                stream.set_nodelay(true).ok();
                 let store = Arc::clone(&store);
                 connections.spawn(async move {
                     let service = service_fn(|request| serve(Arc::clone(&store), request));
@@ -486,7 +488,8 @@ fn age(pods: &Pods) -> Duration {
     pods.view().age(now).unwrap_or(Duration::MAX)
 }
 
-/// Waits until it is so. Time is the paused clock's, which goes on as soon as everything waits.
+/// Waits until it is so. Time is the paused clock's, which goes on as soon as everything waits, for the network too: that gets a moment of
+/// real time for each step.
 async fn until(what: &str, mut so: impl FnMut() -> bool) {
     let began = Instant::now();
     while !so() {
@@ -494,6 +497,7 @@ async fn until(what: &str, mut so: impl FnMut() -> bool) {
             began.elapsed() < Duration::from_secs(60),
             "not so in time: {what}"
         );
+        std::thread::sleep(Duration::from_micros(500));
         sleep(Duration::from_millis(10)).await;
     }
 }
