@@ -460,7 +460,9 @@ fn collective(operation: u64, address: u64, at: u64) -> Result<(), Loss> {
     // SAFETY: within the array of a map value.
     let own = |known: *mut Handle| unsafe {
         let index = unknown(operation) & (COLLECTIVES as u64 - 1);
-        addr_of_mut!((*known).made).cast::<u64>().add(index as usize)
+        addr_of_mut!((*known).made)
+            .cast::<u64>()
+            .add(index as usize)
     };
     // SAFETY: a map value; one thread at a time uses a communicator, as NCCL demands.
     unsafe {
