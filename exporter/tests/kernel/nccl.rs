@@ -9,12 +9,12 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Stdio},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde_json::Value;
 
-use super::{alone, can_trace, common::*, compares_durations, in_vm, skip, smoke};
+use super::{alone, can_trace, common::*, compares_durations, in_vm, process, skip, smoke};
 
 const COLLECTIVES: &str = "chandra_nccl_rank_collectives_total";
 const WAIT: &str = "chandra_nccl_rank_wait_seconds_total";
@@ -487,30 +487,37 @@ fn plugin() -> Option<PathBuf> {
     Some(folder)
 }
 
+/// A program that calls the plugin as NCCL does, once it is ready.
+fn start_plugin(folder: &Path, ranks: u32, collectives: u32) -> Job {
+    let mut child = Command::new(folder.join("plugin"))
+        .arg(folder.join("libnccl-profiler.so"))
+        .args([ranks.to_string(), collectives.to_string()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    let says = BufReader::new(child.stdout.take().expect("piped"));
+    let mut job = Job { child, says };
+    job.hear("ready");
+    job
+}
+
+fn plugin_found(exporter: &Exporter) {
+    exporter.scrape_until("the plugin is probed", |scrape| {
+        let attached = [("signal", "nccl"), ("hook", "nccl_profiler_finished")];
+        scrape.sum("chandra_hook_info", &attached) == 1.0
+    });
+}
+
 #[test]
 fn the_plugin_tells_how_long_collectives_took_on_the_gpu_and_who_came_last() {
     let _alone = alone();
     let Some(folder) = plugin() else { return };
     let (ranks, collectives) = (8, 2000);
-    let start = |ranks: u32| {
-        let mut child = Command::new(folder.join("plugin"))
-            .arg(folder.join("libnccl-profiler.so"))
-            .args([ranks.to_string(), collectives.to_string()])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("it starts");
-        let says = BufReader::new(child.stdout.take().expect("piped"));
-        let mut job = Job { child, says };
-        job.hear("ready");
-        job
-    };
+    let start = |ranks: u32| start_plugin(&folder, ranks, collectives);
     let idle = start(1);
     let exporter = Exporter::start(&["--pods", "none"]);
-    exporter.scrape_until("the plugin is probed", |scrape| {
-        let attached = [("signal", "nccl"), ("hook", "nccl_profiler_finished")];
-        scrape.sum("chandra_hook_info", &attached) == 1.0
-    });
+    plugin_found(&exporter);
     let mut job = start(ranks);
     let does = |job: &mut Job, what: &str| {
         job.tell(what);
@@ -611,6 +618,34 @@ fn the_cost_of_a_call() {
 }
 
 /// The kernel takes a tenth of a second for each probe of a file that it takes out, while the process can do nothing else.
+#[test]
+fn it_ends_soon_beside_a_job_of_both_tiers_and_leaves_nothing() {
+    let _alone = alone();
+    let (Some(folder), Some(plugin)) = (known(), plugin()) else {
+        return;
+    };
+    let mut job = Job::start(
+        &folder,
+        "--ranks 8 --communicators 2 --straggler 1 --delay-us 3000 --forever",
+    );
+    job.hear("ready");
+    let _plugin = start_plugin(&plugin, 8, 100);
+    for signal in ["TERM", "KILL"] {
+        let mut exporter = Exporter::start(&["--pods", "none"]);
+        found(&exporter);
+        plugin_found(&exporter);
+        let held = process::held(exporter.child.id());
+        let (_, took) = exporter.stop(signal);
+        let begin = Instant::now();
+        process::is_freed(&held);
+        let left = begin.elapsed();
+        println!("SIG{signal}: ended in {took:?}, nothing left after {left:?}");
+        let limit = Duration::from_secs(5);
+        assert!(!compares_durations() || took.max(left) < limit);
+    }
+    job.tell("stop");
+}
+
 #[test]
 fn it_ends_in_half_a_minute_whatever_is_mapped() {
     let _alone = alone();

@@ -60,7 +60,7 @@ fn nothing_of_ours_remains_in_the_kernel_however_it_ends() {
             "after SIG{signal}"
         );
         // The kernel waits for a grace period for each probe that it takes out.
-        assert!(took < Duration::from_secs(10), "SIG{signal} took {took:?}");
+        assert!(took < Duration::from_secs(60), "SIG{signal} took {took:?}");
         is_freed(&held);
     }
 }
