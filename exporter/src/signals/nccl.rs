@@ -50,7 +50,7 @@ use crate::{
     families::{Desc, Families, Kind},
     kernel::Kernel,
     ledger::{Attribution, Ledger, Opening, UNKNOWN},
-    library::{self, Identity},
+    libraries::{self, Identity},
     pods::{Labels, Resolution},
     probe::{
         self, Attached, FileLink, Hook, Method, Need, PROBED_FILES, PROBES_OF_FILE, Program,
@@ -532,7 +532,7 @@ impl Core {
     fn find(&mut self, process: u32) -> anyhow::Result<Vec<Identity>> {
         let folder = format!("/proc/{process}");
         let folder = Path::new(&folder);
-        let Some(maps) = library::read_maps(folder)? else {
+        let Some(maps) = libraries::read_maps(folder)? else {
             return Ok(Vec::new());
         };
         // NCCL may be linked into anything that uses CUDA.
@@ -541,7 +541,7 @@ impl Core {
             return Ok(Vec::new());
         }
         let mut found = Vec::new();
-        for mapped in library::mapped(&maps, |name| cuda || is_wanted(name)) {
+        for mapped in libraries::mapped(&maps, |name| cuda || is_wanted(name)) {
             let file = match mapped.open(folder) {
                 Ok(file) => file,
                 Err(_) if !is_wanted(mapped.path.rsplit('/').next().unwrap_or_default()) => {
@@ -707,6 +707,9 @@ impl Core {
                 None => String::new(),
             };
             let path = &probed.path;
+            if let Some(why) = &probed.sites.lacks {
+                found.push(format!("{path} is taken for stripped: {why}"));
+            }
             match (probed.sites.kind, probed.sites.version) {
                 (Library::Nccl, Some(version)) if version.is_known() => {
                     found.push(format!("NCCL {version}: {path}{build}"));

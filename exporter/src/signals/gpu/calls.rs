@@ -34,7 +34,7 @@ use crate::{
     families::{Desc, Families, Kind},
     kernel::Kernel,
     ledger::{Attribution, Ledger, Opening},
-    library::{self as files, Identity},
+    libraries::{self as files, Identity},
     pods::Labels,
     probe::{
         self, Attached, Constants, FileLink, Hook, Method, Need, PROBED_FILES, PROBES_OF_FILE,

@@ -7,7 +7,7 @@ use anyhow::{bail, ensure};
 use exporter_common::gpu::CudaCall;
 use object::elf::EM_X86_64;
 
-use crate::library::{self, cheap};
+use crate::libraries::elf::{Elf, cheap};
 
 use CudaCall::{
     ContextSynchronize, EventSynchronize, GraphLaunch, Launch, Memcpy, StreamSynchronize,
@@ -41,13 +41,13 @@ pub(super) fn sites(file: &File) -> anyhow::Result<Vec<Site>> {
         let known = FUNCTIONS.iter().find(|(known, _)| known.as_bytes() == name);
         known.copied()
     };
-    let contents = library::contents(file, wanted)?;
+    let elf = Elf::of(file)?;
     ensure!(
-        contents.machine == EM_X86_64,
+        elf.machine == EM_X86_64,
         "it is not of x86-64: what probes cost elsewhere is not known"
     );
     let mut sites: Vec<(u64, Site)> = Vec::new();
-    for function in contents.functions {
+    for function in elf.functions(wanted)?.found {
         let (name, call) = function.what;
         // One place a name, whatever the file says.
         if sites.iter().any(|(_, site)| site.names.contains(&name)) {
@@ -76,7 +76,7 @@ pub(super) fn sites(file: &File) -> anyhow::Result<Vec<Site>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::library::Identity;
+    use crate::libraries::Identity;
 
     #[test]
     fn what_is_no_library_is_refused() {

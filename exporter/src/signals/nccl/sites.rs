@@ -11,7 +11,7 @@ use exporter_common::{
 };
 use object::elf::EM_X86_64;
 
-use crate::library::{self, cheap};
+use crate::libraries::elf::{Elf, cheap};
 
 /// What is done at a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,6 +156,8 @@ pub(super) struct Sites {
     pub(super) sites: Vec<Site>,
     pub(super) version: Option<Version>,
     pub(super) build_id: Option<String>,
+    /// Why its symbols were not read, where it has some.
+    pub(super) lacks: Option<String>,
 }
 
 impl Sites {
@@ -164,16 +166,17 @@ impl Sites {
     /// # Errors
     /// When it cannot be read as an ELF file.
     pub(super) fn of(file: &File) -> anyhow::Result<Option<Self>> {
-        let contents = library::contents(file, known)?;
+        let elf = Elf::of(file)?;
+        let functions = elf.functions(known)?;
         let mut places: BTreeMap<u64, Site> = BTreeMap::new();
-        for function in contents.functions {
+        for function in functions.found {
             let (name, probes) = function.what;
             // One place a name, whatever the file says.
             if places.values().any(|site| site.name == name) {
                 continue;
             }
             // Where nothing is cheap the beginning will do: these are not called a million times a second.
-            let skipped = match contents.machine {
+            let skipped = match elf.machine {
                 EM_X86_64 => cheap(&function.code).unwrap_or_default(),
                 _ => 0,
             };
@@ -198,14 +201,15 @@ impl Sites {
             sites = few(sites);
         }
         let version = match kind {
-            Kind::Nccl => Version::of(file)?,
+            Kind::Nccl => Version::of(&elf)?,
             _ => None,
         };
         Ok(Some(Self {
             kind,
             sites,
             version,
-            build_id: contents.build_id,
+            build_id: elf.build_id(),
+            lacks: functions.lacks,
         }))
     }
 
@@ -300,9 +304,9 @@ const LAYOUTS: &[(Version, [u32; 4])] = &[
 
 impl Version {
     /// What the library says of itself: `NCCL version 2.27.5+cuda12.9`.
-    fn of(file: &File) -> anyhow::Result<Option<Self>> {
+    fn of(elf: &Elf<'_>) -> anyhow::Result<Option<Self>> {
         let is_part = |byte: u8| byte.is_ascii_digit() || byte == b'.';
-        let text = library::text_after(file, b"NCCL version ", is_part)?;
+        let text = elf.text_after(b"NCCL version ", is_part)?;
         let Some(text) = text else {
             return Ok(None);
         };

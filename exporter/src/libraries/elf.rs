@@ -1,0 +1,682 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What is in a library: which functions, and where in them does a probe cost little?
+//!
+//! A file comes from a container, so nothing that it says of itself is believed. Every length is bounded before it is read, all
+//! that is read of a file is bounded together, and no work is more than linear in what is read.
+
+use std::{
+    cell::Cell,
+    fs::File,
+    os::unix::fs::FileExt,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, ensure};
+use object::{
+    Endianness, Pod,
+    elf::{
+        FileHeader64, NT_GNU_BUILD_ID, PF_X, PT_LOAD, ProgramHeader64, SHN_UNDEF, SHT_DYNSYM,
+        SHT_NOTE, SHT_SYMTAB, STT_FUNC, STT_GNU_IFUNC, SectionHeader64, Sym64,
+    },
+    pod,
+    read::elf::{FileHeader, ProgramHeader, SectionHeader, Sym},
+};
+
+/// Bytes that are read of one file in one attempt. Of libnccl and libcuda it is a tenth.
+const READ: u64 = 64 << 20;
+
+/// How long one attempt may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Bytes that are read at once.
+const PIECE: u64 = 1 << 20;
+
+/// Sections and segments of a file. Libraries have some forty.
+const HEADERS: u16 = 4096;
+
+/// Bytes of a table of names, which is held while its symbols pass by.
+const NAMES: u64 = 32 << 20;
+
+/// Bytes of a name.
+const NAME: usize = 256;
+
+/// Bytes of a section of notes, how many of them are looked at, and bytes of a build id.
+const NOTES: u64 = 4 << 10;
+const NOTE_SECTIONS: usize = 8;
+const BUILD_ID: usize = 64;
+
+/// Functions that are found. Nobody looks for as many names.
+const FUNCTIONS: usize = 256;
+
+/// Bytes of a function that are looked at.
+const BEGINNING: u64 = 32;
+
+/// Bytes of a text that is looked for.
+const TEXT: usize = 64;
+
+/// Reads a file piece by piece, as much as one attempt may.
+struct Reader<'f> {
+    file: &'f File,
+    size: u64,
+    left: Cell<u64>,
+    until: Instant,
+}
+
+impl Reader<'_> {
+    fn read(&self, at: u64, length: u64) -> anyhow::Result<Vec<u8>> {
+        let end = at.checked_add(length);
+        ensure!(
+            end.is_some_and(|end| end <= self.size),
+            "it says that it has more than it has"
+        );
+        let left = self.left.get().checked_sub(length);
+        let left =
+            left.with_context(|| format!("more than {} MiB of it would be read", READ >> 20))?;
+        self.left.set(left);
+        let mut bytes = vec![0; usize::try_from(length)?];
+        let mut from = at;
+        for piece in bytes.chunks_mut(PIECE as usize) {
+            ensure!(
+                Instant::now() < self.until,
+                "reading it takes longer than {} s",
+                PATIENCE.as_secs()
+            );
+            self.file.read_exact_at(piece, from).context("read it")?;
+            from += piece.len() as u64;
+        }
+        Ok(bytes)
+    }
+
+    fn table<T: Pod>(&self, at: u64, count: usize) -> anyhow::Result<Vec<T>> {
+        let bytes = self.read(at, (count * size_of::<T>()) as u64)?;
+        let (table, _) = pod::slice_from_bytes::<T>(&bytes, count)
+            .map_err(|()| anyhow::anyhow!("a table of it is cut off"))?;
+        Ok(table.to_vec())
+    }
+}
+
+type Section = SectionHeader64<Endianness>;
+
+/// An ELF file of 64 bits, as far as its headers tell.
+pub(crate) struct Elf<'f> {
+    reader: Reader<'f>,
+    endian: Endianness,
+    /// The machine that it is for, `e_machine`.
+    pub(crate) machine: u16,
+    sections: Vec<Section>,
+    segments: Vec<ProgramHeader64<Endianness>>,
+    names: u16,
+}
+
+/// A function of a library that has one of the names that are looked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Function<T> {
+    /// Where it begins in the file.
+    pub(crate) at: u64,
+    /// What its name was taken for.
+    pub(crate) what: T,
+    /// Its first bytes.
+    pub(crate) code: Vec<u8>,
+}
+
+/// The functions of a library that were looked for.
+#[derive(Clone, Debug)]
+pub(crate) struct Functions<T> {
+    /// Each that has a name, of several names of one place each.
+    pub(crate) found: Vec<Function<T>>,
+    /// Why those that it does not export are not among them, where it has a table of them.
+    pub(crate) lacks: Option<String>,
+}
+
+impl<'f> Elf<'f> {
+    /// Reads the headers.
+    ///
+    /// # Errors
+    /// When it is no such file, or one that says of itself what no library would.
+    pub(crate) fn of(file: &'f File) -> anyhow::Result<Self> {
+        let reader = Reader {
+            file,
+            size: file.metadata()?.len(),
+            left: Cell::new(READ),
+            until: Instant::now() + PATIENCE,
+        };
+        let header = reader.table::<FileHeader64<Endianness>>(0, 1);
+        let header = header.context("it is no ELF file")?[0];
+        ensure!(header.is_supported(), "it is no ELF file of 64 bits");
+        let endian = header.endian()?;
+        let (sections, segments) = (header.e_shnum(endian), header.e_phnum(endian));
+        ensure!(
+            (1..=HEADERS).contains(&sections) && segments <= HEADERS,
+            "it has no table of sections, or too large ones"
+        );
+        Ok(Self {
+            endian,
+            machine: header.e_machine(endian),
+            sections: reader.table(header.e_shoff(endian), sections.into())?,
+            segments: reader.table(header.e_phoff(endian), segments.into())?,
+            names: header.e_shstrndx(endian),
+            reader,
+        })
+    }
+
+    /// Its build id, in hex digits.
+    pub(crate) fn build_id(&self) -> Option<String> {
+        let endian = self.endian;
+        let notes = self.sections.iter().filter(|section| {
+            section.sh_type(endian) == SHT_NOTE && section.sh_size(endian) <= NOTES
+        });
+        notes.take(NOTE_SECTIONS).find_map(|section| {
+            let bytes = self.all(section).ok()?;
+            build_id(&bytes, |word| match endian {
+                Endianness::Little => u32::from_le_bytes(word),
+                Endianness::Big => u32::from_be_bytes(word),
+            })
+        })
+    }
+
+    fn all(&self, section: &Section) -> anyhow::Result<Vec<u8>> {
+        let endian = self.endian;
+        self.reader
+            .read(section.sh_offset(endian), section.sh_size(endian))
+    }
+
+    /// Finds functions among those that it exports and, where it is not stripped, all others. `wanted` is asked of each name.
+    ///
+    /// # Errors
+    /// When what it exports cannot be read.
+    pub(crate) fn functions<T>(
+        &self,
+        wanted: impl Fn(&[u8]) -> Option<T>,
+    ) -> anyhow::Result<Functions<T>> {
+        let table = |kind: u32| {
+            let mut tables = self.sections.iter();
+            tables.find(|section| section.sh_type(self.endian) == kind)
+        };
+        let mut found = Vec::new();
+        let mut lacks = None;
+        if let Some(exported) = table(SHT_DYNSYM) {
+            self.functions_of(exported, &wanted, &mut found)?;
+        }
+        if let Some(all) = table(SHT_SYMTAB) {
+            let before = found.len();
+            match self.functions_of(all, &wanted, &mut found) {
+                Err(why) if before > 0 => {
+                    found.truncate(before);
+                    lacks = Some(format!("{why:#}"));
+                }
+                other => other?,
+            }
+        }
+        Ok(Functions { found, lacks })
+    }
+
+    fn functions_of<T>(
+        &self,
+        table: &Section,
+        wanted: impl Fn(&[u8]) -> Option<T>,
+        found: &mut Vec<Function<T>>,
+    ) -> anyhow::Result<()> {
+        let endian = self.endian;
+        let names = self.sections.get(table.sh_link(endian) as usize);
+        let names = names.context("its symbols have no names")?;
+        ensure!(
+            names.sh_size(endian) <= NAMES,
+            "the names of its symbols have more than {} MiB",
+            NAMES >> 20
+        );
+        let names = self.all(names)?;
+        let each = size_of::<Sym64<Endianness>>() as u64;
+        let (mut at, mut left) = (table.sh_offset(endian), table.sh_size(endian) / each);
+        while left > 0 {
+            let count = left.min(PIECE / each);
+            let symbols = self.reader.table::<Sym64<Endianness>>(at, count as usize)?;
+            left -= count;
+            at += count * each;
+            for symbol in &symbols {
+                let is_code = [STT_FUNC, STT_GNU_IFUNC].contains(&symbol.st_type());
+                if !is_code || symbol.st_shndx(endian) == SHN_UNDEF {
+                    continue;
+                }
+                let Some(what) = name(&names, symbol.st_name(endian)).and_then(&wanted) else {
+                    continue;
+                };
+                ensure!(
+                    found.len() < FUNCTIONS,
+                    "more than {FUNCTIONS} functions have the names that are looked for"
+                );
+                let at = self.offset(symbol.st_value(endian))?;
+                let code = self.reader.size.saturating_sub(at).min(BEGINNING);
+                let code = self.reader.read(at, code)?;
+                found.push(Function { at, what, code });
+            }
+        }
+        Ok(())
+    }
+
+    /// Where an address of the library lies in its file.
+    fn offset(&self, address: u64) -> anyhow::Result<u64> {
+        let endian = self.endian;
+        let inside = self.segments.iter().find_map(|segment| {
+            let code = segment.p_type(endian) == PT_LOAD && segment.p_flags(endian) & PF_X != 0;
+            let within = address.checked_sub(segment.p_vaddr(endian))?;
+            let there = code && within < segment.p_filesz(endian);
+            there.then(|| within.checked_add(segment.p_offset(endian)))?
+        });
+        inside.context("a function lies outside of the code")
+    }
+
+    /// Returns the first text of the library's read-only data that follows `begin`, as far as `is_part` says, at most 64 bytes. It
+    /// begins with a digit.
+    ///
+    /// # Errors
+    /// When the data cannot be read.
+    pub(crate) fn text_after(
+        &self,
+        begin: &[u8],
+        is_part: impl Fn(u8) -> bool,
+    ) -> anyhow::Result<Option<String>> {
+        let endian = self.endian;
+        let names = self.sections.get(usize::from(self.names));
+        let names = names.filter(|names| names.sh_size(endian) <= u64::from(HEADERS) * 64);
+        let names = names.map(|names| self.all(names)).transpose()?;
+        for section in &self.sections {
+            let names = names.as_deref().unwrap_or_default();
+            let called = name(names, section.sh_name(endian)).unwrap_or_default();
+            if !called.starts_with(b".rodata") {
+                continue;
+            }
+            // Pieces overlap, so that what lies across two is whole in one.
+            let overlap = (begin.len() + TEXT) as u64;
+            let (mut at, mut left) = (section.sh_offset(endian), section.sh_size(endian));
+            while left > 0 {
+                let piece = self.reader.read(at, left.min(PIECE))?;
+                let mut places = memchr::memmem::find_iter(&piece, begin);
+                let text = places.find_map(|place| {
+                    let rest = &piece[place + begin.len()..];
+                    let rest = &rest[..rest.len().min(TEXT)];
+                    let text: Vec<u8> = rest.iter().copied().take_while(|b| is_part(*b)).collect();
+                    let starts = text.first().is_some_and(u8::is_ascii_digit);
+                    // One at the end of its piece is whole in the next.
+                    let whole = text.len() < rest.len() || rest.len() == TEXT || left <= PIECE;
+                    (starts && whole).then(|| String::from_utf8_lossy(&text).into_owned())
+                });
+                if text.is_some() {
+                    return Ok(text);
+                }
+                let step = match left > PIECE {
+                    true => PIECE - overlap,
+                    false => left,
+                };
+                at += step;
+                left -= step;
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// A name that begins somewhere in a table of names. `None`: it lies outside, or is longer than any that is looked for.
+fn name(names: &[u8], begin: u32) -> Option<&[u8]> {
+    let rest = names.get(begin as usize..)?;
+    let rest = &rest[..rest.len().min(NAME)];
+    let end = memchr::memchr(0, rest)?;
+    Some(&rest[..end])
+}
+
+/// The build id among notes.
+fn build_id(mut notes: &[u8], number: impl Fn([u8; 4]) -> u32) -> Option<String> {
+    loop {
+        let (head, rest) = notes.split_at_checked(12)?;
+        let word = |at: usize| number([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+        let padded = |length: u32| (length as usize).checked_next_multiple_of(4);
+        let (name, rest) = rest.split_at_checked(padded(word(0))?)?;
+        let (desc, rest) = rest.split_at_checked(padded(word(4))?)?;
+        let desc = desc.get(..word(4) as usize)?;
+        if name == b"GNU\0" && word(8) == NT_GNU_BUILD_ID && (1..=BUILD_ID).contains(&desc.len()) {
+            return Some(desc.iter().map(|byte| format!("{byte:02x}")).collect());
+        }
+        notes = rest;
+    }
+}
+
+/// How many bytes after a function's beginning a probe costs little, or why there is no such place.
+///
+/// The kernel emulates pushes of a register, `nop`, and relative jumps and calls (`push_setup_xol_ops` and
+/// `branch_setup_xol_ops` of arch/x86/kernel/uprobes.c, alike since 5.1), about 0.5 µs; anything else it runs out of line, with
+/// two traps more. What is passed over neither touches the stack, so that the return address is on top of it at the probe, nor
+/// is it jumped back to.
+pub(crate) fn cheap(code: &[u8]) -> Result<u64, String> {
+    let mut at = 0;
+    loop {
+        let rest = code.get(at..).unwrap_or_default();
+        at += match rest {
+            // push, nop, jmp, call, the conditional jumps with a short and a long way.
+            [0x50..=0x57 | 0x90 | 0xeb | 0xe9 | 0xe8 | 0x70..=0x7f, ..]
+            | [0x41, 0x50..=0x57, ..]
+            | [0x0f, 0x80..=0x8f, ..] => return Ok(at as u64),
+            // endbr64.
+            [0xf3, 0x0f, 0x1e, 0xfa, ..] => 4,
+            // nopl 0(%rax,%rax,1), which the kernel emulates from 6.18 on.
+            [0x0f, 0x1f, 0x44, 0x00, 0x00, ..] => 5,
+            // cmpl $number, distance(%rip), with which the stubs of NVIDIA's driver begin. A conditional jump follows.
+            [0x81, 0x3d, _, _, _, _, _, _, _, _, 0x70..=0x7f, ..]
+            | [0x81, 0x3d, _, _, _, _, _, _, _, _, 0x0f, 0x80..=0x8f, ..] => 10,
+            [0xf0, ..] => {
+                return Err("it begins with a lock prefix, where the kernel says that it probes and does not".to_owned());
+            }
+            _ => {
+                let bytes = rest.iter().take(8).map(|byte| format!(" {byte:02x}"));
+                return Err(format!(
+                    "a probe would cost each call some 20 µs: the kernel does not emulate the instruction{}",
+                    bytes.collect::<String>()
+                ));
+            }
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, io::Write};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_probe_goes_where_the_kernel_emulates_the_instruction() {
+        let stub = [
+            0x81, 0x3d, 1, 2, 3, 4, 0x00, 0xba, 0x1c, 0x32, 0x74, 6, 0xff, 0x25,
+        ];
+        for (place, code) in [
+            (0, &[0x55, 0x48][..]),
+            (0, &[0x41, 0x57, 0x41]),
+            (0, &[0x90]),
+            (0, &[0xe9, 1, 2, 3, 4]),
+            (0, &[0x0f, 0x84, 1, 2, 3, 4]),
+            (4, &[0xf3, 0x0f, 0x1e, 0xfa, 0x53]),
+            (9, &[0xf3, 0x0f, 0x1e, 0xfa, 0x0f, 0x1f, 0x44, 0, 0, 0x55]),
+            (10, &stub),
+            (14, &[&[0xf3, 0x0f, 0x1e, 0xfa][..], &stub].concat()),
+        ] {
+            assert_eq!(cheap(code), Ok(place), "{code:x?}");
+        }
+        for (why, code) in [
+            ("instruction 48 89 f8", &[0x48, 0x89, 0xf8][..]),
+            (
+                "instruction 48 83 ec 08 e8",
+                &[0xf3, 0x0f, 0x1e, 0xfa, 0x48, 0x83, 0xec, 8, 0xe8],
+            ),
+            // What follows the comparison is no jump, or not known.
+            ("instruction 81 3d", &stub[..10]),
+            (
+                "instruction 81 3d",
+                &[0x81, 0x3d, 1, 2, 3, 4, 5, 6, 7, 8, 0x0f, 0x94],
+            ),
+            // A jump of 16 bits, which the kernel refuses; jumps by pointer.
+            ("instruction 66 e9", &[0x66, 0xe9, 1, 2]),
+            ("instruction ff 25", &[0xff, 0x25, 1, 2, 3, 4]),
+            ("lock prefix", &[0xf0, 0xff, 0x05]),
+            ("emulate the instruction", &[]),
+        ] {
+            let said = cheap(code).expect_err("refused");
+            assert!(said.contains(why), "{said}");
+        }
+    }
+
+    /// Where a made-up library has its parts.
+    const CODE: usize = 0x1000;
+    const SECTIONS: usize = 0x2000;
+    const DATA: usize = 0x3000;
+
+    /// A library with symbols, texts and notes of its own.
+    struct Library {
+        /// Name, address.
+        symbols: Vec<(Vec<u8>, u64)>,
+        text: Vec<u8>,
+        note: Vec<u8>,
+    }
+
+    impl Library {
+        fn new() -> Self {
+            let symbols = [
+                ("ncclAllReduce", 0x10),
+                ("other", 0x20),
+                ("cuLaunchKernel", 0x30),
+            ];
+            let mut note = Vec::new();
+            for word in [4, 3, 3] {
+                note.extend(u32::to_le_bytes(word));
+            }
+            note.extend(b"GNU\0\x01\xab\xff\0");
+            Self {
+                symbols: symbols
+                    .map(|(name, at)| (name.as_bytes().to_vec(), at))
+                    .to_vec(),
+                text: b"so NCCL version x and NCCL version 2.27.5+cuda12.9\0".to_vec(),
+                note,
+            }
+        }
+
+        /// The parts after the headers: null, dynsym, dynstr, rodata, note, names of sections.
+        fn bytes(&self) -> Vec<u8> {
+            let mut names = vec![0];
+            let mut table = vec![0; 24];
+            for (name, at) in &self.symbols {
+                table.extend(u32::try_from(names.len()).expect("small").to_le_bytes());
+                table.extend([0x12, 0, 1, 0]);
+                table.extend((0x4000 + at).to_le_bytes());
+                table.extend(8_u64.to_le_bytes());
+                names.extend(name);
+                names.push(0);
+            }
+            let shown = b"\0.dynsym\0.dynstr\0.rodata.str1.1\0.note\0.shstrtab\0";
+            let parts: [(u32, u32, u32, &[u8]); 5] = [
+                (1, SHT_DYNSYM, 2, &table),
+                (9, 3, 0, &names),
+                (17, 1, 0, &self.text),
+                (33, SHT_NOTE, 0, &self.note),
+                (39, 3, 0, shown),
+            ];
+            let mut file = b"\x7fELF\x02\x01\x01".to_vec();
+            file.resize(16, 0);
+            file.extend([3, 0, 62, 0, 1, 0, 0, 0]);
+            for word in [0, 64, SECTIONS as u64] {
+                file.extend(word.to_le_bytes());
+            }
+            file.extend([0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 64, 0, 6, 0, 5, 0]);
+            // One segment: all of the file at 0x3000 and on, its code at 0x4000.
+            file.extend([1, 0, 0, 0, 5, 0, 0, 0]);
+            for word in [0, 0x3000, 0x3000, 0x2000_u64, 0x2000, 0x1000] {
+                file.extend(word.to_le_bytes());
+            }
+            file.resize(CODE, 0);
+            file.resize(SECTIONS, 0x90);
+            file.resize(SECTIONS + 64, 0);
+            let mut at = DATA;
+            for (name, kind, link, part) in parts {
+                file.extend(u32::to_le_bytes(name));
+                file.extend(u32::to_le_bytes(kind));
+                for word in [0, 0, at as u64, part.len() as u64] {
+                    file.extend(word.to_le_bytes());
+                }
+                file.extend(u32::to_le_bytes(link));
+                file.extend([0; 20]);
+                at += part.len();
+            }
+            file.resize(DATA, 0);
+            for (.., part) in parts {
+                file.extend(part);
+            }
+            file
+        }
+    }
+
+    fn file(bytes: &[u8]) -> File {
+        let mut file = tempfile::tempfile().expect("a file");
+        file.write_all(bytes).expect("room");
+        file
+    }
+
+    fn wanted(name: &[u8]) -> Option<usize> {
+        let names: [&[u8]; 2] = [b"ncclAllReduce", b"cuLaunchKernel"];
+        names.iter().position(|known| *known == name)
+    }
+
+    type Seen = (Vec<usize>, Option<String>, Option<String>);
+
+    /// All that is ever asked of a file, and how many bytes were read for it.
+    fn look(file: &File) -> (anyhow::Result<Seen>, u64) {
+        let elf = match Elf::of(file) {
+            Ok(elf) => elf,
+            Err(why) => return (Err(why), 0),
+        };
+        let seen = elf.functions(wanted).and_then(|functions| {
+            let found = functions.found.iter().map(|function| function.what);
+            let version = elf.text_after(b"NCCL version ", |byte| {
+                byte.is_ascii_digit() || byte == b'.'
+            });
+            Ok((found.collect(), elf.build_id(), version?))
+        });
+        (seen, READ - elf.reader.left.get())
+    }
+
+    #[test]
+    fn what_a_library_has_is_found() {
+        let (seen, read) = look(&file(&Library::new().bytes()));
+        let (found, build, version) = seen.expect("it is sound");
+        assert_eq!(found, [0, 1]);
+        assert_eq!(build.as_deref(), Some("01abff"));
+        assert_eq!(version.as_deref(), Some("2.27.5"));
+        assert!(read < 64 << 10, "{read}");
+
+        let own = File::open("/proc/self/exe").expect("it runs");
+        let elf = Elf::of(&own).expect("an ELF file");
+        let main = elf.functions(|name| (name == b"main").then_some(()));
+        assert_eq!(main.expect("it has symbols").found.len(), 1);
+    }
+
+    #[test]
+    fn a_text_across_two_pieces_is_found() {
+        for before in [
+            PIECE - 40,
+            PIECE - 20,
+            PIECE - 14,
+            PIECE - 1,
+            2 * PIECE - 100,
+        ] {
+            let mut library = Library::new();
+            library.text = vec![b'x'; before as usize];
+            library.text.extend(b"NCCL version 2.30.7+cuda13.0\0");
+            let (seen, _) = look(&file(&library.bytes()));
+            let (.., version) = seen.expect("it is sound");
+            assert_eq!(version.as_deref(), Some("2.30.7"), "{before}");
+        }
+    }
+
+    /// 20 000 symbols whose names all begin in one text of a megabyte that nothing ends: looked at to its end for each of them, these would be
+    /// twenty thousand million bytes.
+    #[test]
+    fn names_without_end_are_not_looked_for_to_the_end() {
+        let mut library = Library::new();
+        library.symbols = vec![(vec![b'n'; 1 << 20], 0)];
+        let mut bytes = library.bytes();
+        let end = bytes.len();
+        let mut symbols = Vec::new();
+        for number in 0..20_000_u32 {
+            symbols.extend((1 + number).to_le_bytes());
+            symbols.extend([0x12, 0, 1, 0]);
+            symbols.extend(0x4000_u64.to_le_bytes());
+            symbols.extend(8_u64.to_le_bytes());
+        }
+        let place = SECTIONS + 64 + 24;
+        bytes[place..place + 8].copy_from_slice(&(end as u64).to_le_bytes());
+        bytes[place + 8..place + 16].copy_from_slice(&(symbols.len() as u64).to_le_bytes());
+        bytes.extend(symbols);
+        let (seen, _) = look(&file(&bytes));
+        assert_eq!(seen.expect("it is read").0, [0; 0]);
+    }
+
+    /// A section of notes of two gigabytes of nothing, as a sparse file has it.
+    #[test]
+    fn what_is_large_is_not_read() {
+        let sound = Library::new().bytes();
+        for section in 1..=5_usize {
+            let mut bytes = sound.clone();
+            let place = SECTIONS + 64 * section + 32;
+            bytes[place..place + 8].copy_from_slice(&(2_u64 << 30).to_le_bytes());
+            let file = file(&bytes);
+            file.set_len(3 << 30).expect("a sparse file");
+            let (seen, read) = look(&file);
+            println!(
+                "section {section}: {:?}, {read} bytes read",
+                seen.map_err(|why| format!("{why:#}"))
+            );
+            assert!(read <= READ);
+        }
+    }
+
+    #[test]
+    fn a_library_with_too_many_functions_of_a_name_is_refused() {
+        let mut library = Library::new();
+        library.symbols = vec![(b"ncclAllReduce".to_vec(), 0x10); FUNCTIONS + 1];
+        let (seen, _) = look(&file(&library.bytes()));
+        let why = seen.expect_err("too many").to_string();
+        assert!(why.contains("more than 256 functions"), "{why}");
+    }
+
+    #[test]
+    fn what_is_no_file_of_elf_is_refused_in_a_line() {
+        for bytes in [&b""[..], b"\x7fELF", b"#!/bin/sh\n", &[0; 4096]] {
+            let why = look(&file(bytes)).0.expect_err("no ELF file");
+            let why = format!("{why:#}");
+            assert!(
+                why.contains("it is no ELF file") && !why.contains('\n'),
+                "{why}"
+            );
+        }
+        let maps = fs::File::open("/proc/self/maps").expect("procfs");
+        look(&maps).0.expect_err("no ELF file");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
+
+        /// Truncated, with any of its bytes another, with tables that lie over each other or themselves: it ends, with an answer or a reason.
+        #[test]
+        fn a_spoilt_library_is_read_or_refused(
+            cut in prop::option::weighted(0.3, 0..0x3400_usize),
+            bytes in prop::collection::vec((0..0x3400_usize, any::<u8>()), 0..8),
+            words in prop::collection::vec((prop::sample::select(vec![32_usize, 40, 56, 58, 60, 62, 64 + 8, 64 + 16, 64 + 32]), any::<u64>()), 0..3),
+            headers in prop::collection::vec((1..6_usize, prop::sample::select(vec![0_usize, 4, 24, 32, 40]), prop_oneof![any::<u64>(), 0..0x4000_u64]), 0..6),
+        ) {
+            let mut spoilt = Library::new().bytes();
+            for (at, byte) in bytes {
+                if let Some(place) = spoilt.get_mut(at) {
+                    *place = byte;
+                }
+            }
+            for (at, word) in words {
+                spoilt[at..at + 2].copy_from_slice(&word.to_le_bytes()[..2]);
+            }
+            for (section, field, word) in headers {
+                let at = SECTIONS + 64 * section + field;
+                let width = if field == 0 || field == 4 || field == 40 { 4 } else { 8 };
+                spoilt[at..at + width].copy_from_slice(&word.to_le_bytes()[..width]);
+            }
+            if let Some(cut) = cut {
+                spoilt.truncate(cut);
+            }
+            let (_, read) = look(&file(&spoilt));
+            prop_assert!(read <= READ);
+        }
+
+        #[test]
+        fn noise_is_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..2048)) {
+            let mut noise = b"\x7fELF\x02\x01\x01".to_vec();
+            noise.extend(bytes);
+            let (_, read) = look(&file(&noise));
+            prop_assert!(read <= READ);
+        }
+    }
+}
