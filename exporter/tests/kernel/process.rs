@@ -11,7 +11,8 @@ use super::{alone, can_trace, common::*, skip};
 
 /// The programs and maps that a process holds, as `prog` or `map` and an id, from its descriptors.
 pub(crate) fn held(pid: u32) -> BTreeSet<(&'static str, String)> {
-    let text = run(&format!("cat /proc/{pid}/fdinfo/*"));
+    // Some descriptors are closed meanwhile.
+    let text = run(&format!("cat /proc/{pid}/fdinfo/* 2>/dev/null || true"));
     let ids = text.lines().filter_map(|line| {
         let (key, id) = line.split_once(':')?;
         let kind = match key {
