@@ -125,9 +125,9 @@ impl Reason {
     }
 }
 
-/// Probes of files that may be attached at once, of all signals. The kernel takes up to an eighth of a second to take one out (6.12, 6.18:
-/// a grace period under one lock, so threads do not help), and a process that ends waits for all of them: half a minute at most.
-pub const FILE_PROBES: usize = 224;
+/// Probes of files that may be attached at once, of all signals. The kernel takes an eighth of a second to take one out (6.12, 6.18: a
+/// grace period under one lock, so threads do not help), and a process that ends waits for all of them: half a minute at most.
+pub const FILE_PROBES: usize = 192;
 
 /// Probes of one file.
 pub const PROBES_OF_FILE: usize = 64;

@@ -640,7 +640,7 @@ fn it_ends_soon_beside_a_job_of_both_tiers_and_leaves_nothing() {
         process::is_freed(&held);
         let left = begin.elapsed();
         println!("SIG{signal}: ended in {took:?}, nothing left after {left:?}");
-        let limit = Duration::from_secs(5);
+        let limit = Duration::from_secs(if in_vm() { 10 } else { 5 });
         assert!(!compares_durations() || took.max(left) < limit);
     }
     job.tell("stop");
@@ -676,6 +676,8 @@ fn it_ends_in_half_a_minute_whatever_is_mapped() {
     let (status, took) = exporter.stop("TERM");
     println!("ended in {took:?}");
     assert!(status.success(), "{status}");
-    assert!(took < Duration::from_secs(30), "{took:?}");
+    // An emulator shares its host.
+    let limit = Duration::from_secs(if in_vm() { 60 } else { 30 });
+    assert!(took < limit, "{took:?}");
     drop(jobs);
 }
