@@ -129,22 +129,31 @@ impl Reason {
 /// grace period under one lock, so threads do not help), and a process that ends waits for all of them: half a minute at most.
 pub const FILE_PROBES: usize = 192;
 
-/// Probes of one file.
-pub const PROBES_OF_FILE: usize = 64;
-
 /// Files that one signal probes at once. Nodes have one, some containers their own.
 pub const PROBED_FILES: usize = 16;
 
 /// A place among [`FILE_PROBES`].
-struct Room;
+pub struct Room;
 
 static TAKEN: AtomicUsize = AtomicUsize::new(0);
 
 impl Room {
-    fn take() -> Option<Self> {
-        let more = |taken: usize| (taken < FILE_PROBES).then_some(taken + 1);
-        let taken = TAKEN.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
-        taken.is_ok().then_some(Self)
+    /// Takes places for all probes of something, or none: a part of them would tell wrong times.
+    ///
+    /// # Errors
+    /// What to tell of a probe that has no place.
+    pub fn take(places: usize) -> Result<Vec<Self>, (Reason, String)> {
+        let more = |taken: usize| Some(taken + places).filter(|taken| *taken <= FILE_PROBES);
+        match TAKEN.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more) {
+            Ok(_) => Ok((0..places).map(|_| Self).collect()),
+            Err(taken) => {
+                let why = format!(
+                    "of {FILE_PROBES} probes of files that may be attached on this node, which is as many as are taken out in half a minute, \
+                     {taken} are"
+                );
+                Err((Reason::NoRoom, why))
+            }
+        }
     }
 }
 
@@ -591,14 +600,9 @@ impl Attached {
         program: &'static str,
         file: &Path,
         offset: u64,
+        room: Room,
         kernel: &Kernel,
     ) -> Result<FileLink, (Reason, String)> {
-        let Some(room) = Room::take() else {
-            let why = format!(
-                "{FILE_PROBES} probes of files are attached on this node, which is as many as are taken out in half a minute"
-            );
-            return Err((Reason::NoRoom, why));
-        };
         let mut attach = || {
             let probe: &mut UProbe = self
                 .ebpf

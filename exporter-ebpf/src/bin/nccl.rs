@@ -541,9 +541,14 @@ fn begin(registers: Registers, phase: u64, begun: Begun) {
 
 #[inline(always)]
 fn end(registers: Registers, phase: u64) -> Option<Begun> {
+    end_of(registers.returned_frame() + phase)
+}
+
+#[inline(always)]
+fn end_of(address: u64) -> Option<Begun> {
     let frame = Frame {
         thread: bpf_get_current_pid_tgid(),
-        address: registers.returned_frame() + phase,
+        address,
     };
     let begun = IN_PROGRESS_.get_ptr(&frame)?;
     // SAFETY: a value of a preallocated map: its memory lives as long as the program runs.
@@ -653,6 +658,8 @@ fn operation(number: u32) -> Option<u64> {
 fn enqueue(registers: Registers, at: u64) -> Result<(), Loss> {
     let info = registers.argument::<0>();
     let Some(what) = operation(read_user(info + INFO_OPERATION)?) else {
+        // Its return is not that of an earlier call, whose own was not seen.
+        let _ = end_of(registers.frame());
         return Ok(());
     };
     let arrived = if what < COLLECTIVES as u64 {
@@ -1010,14 +1017,9 @@ fn count_phase(phase: u64, took: u64) {
 #[inline(always)]
 fn end_phase() {
     let at = now();
-    let frame = present();
-    let Some(begun) = IN_PROGRESS_.get_ptr(&frame) else {
-        return;
-    };
-    // SAFETY: a value of a preallocated map: its memory lives as long as the program runs.
-    let begun = unsafe { *begun };
-    let _ = IN_PROGRESS_.remove(&frame);
-    count_phase(begun.what, at.wrapping_sub(begun.at));
+    if let Some(begun) = end_of(PRESENT) {
+        count_phase(begun.what, at.wrapping_sub(begun.at));
+    }
 }
 
 #[inline(always)]
@@ -1042,10 +1044,16 @@ pub fn nccl_allocate(ctx: ProbeContext) -> u32 {
     0
 }
 
-/// bootstrapInit, bootstrapSplit.
+/// bootstrapInit, bootstrapSplit. Before 2.18 they are a part of initTransportsRank, and counted with it.
 #[uprobe]
 pub fn nccl_rendezvous(ctx: ProbeContext) -> u32 {
     keep_own_stack(&ctx, &NOWHERE);
+    if let Some(begun) = IN_PROGRESS_.get_ptr(&present()) {
+        // SAFETY: a value of a preallocated map: its memory lives as long as the program runs.
+        if unsafe { (*begun).what } == Phase::Transports as u64 {
+            return 0;
+        }
+    }
     end_phase();
     begin_phase(Phase::Rendezvous);
     0
@@ -1083,7 +1091,7 @@ pub fn nccl_total_return(ctx: RetProbeContext) -> u32 {
     keep_own_stack(&ctx, &NOWHERE);
     let at = now();
     // One that has failed.
-    let _ = IN_PROGRESS_.remove(&present());
+    let _ = end_of(PRESENT);
     let registers = Registers::of(&ctx);
     let Some(begun) = end(registers, 1) else {
         return 0;

@@ -53,8 +53,7 @@ use crate::{
     libraries::{self, Identity},
     pods::{Labels, Resolution},
     probe::{
-        self, Attached, FileLink, Hook, Method, Need, PROBED_FILES, PROBES_OF_FILE, Program,
-        Reason, Runs,
+        self, Attached, FileLink, Hook, Method, Need, PROBED_FILES, Program, Reason, Room, Runs,
     },
 };
 
@@ -417,6 +416,8 @@ struct Core {
     any: Option<Layout>,
     /// Files that cannot be read, and why.
     unread: BTreeMap<Identity, String>,
+    /// Those of them that only had no room.
+    waiting: BTreeSet<Identity>,
     /// What of the object's loading works with less.
     lacks: Vec<String>,
     failed: Vec<Hook>,
@@ -470,6 +471,7 @@ impl Core {
             strangers: BTreeSet::new(),
             any: None,
             unread: BTreeMap::new(),
+            waiting: BTreeSet::new(),
             lacks: Vec::new(),
             failed: Vec::new(),
             trouble: None,
@@ -523,6 +525,11 @@ impl Core {
                 .spawn(detach);
         }
         self.unread.retain(|identity, _| used.contains(identity));
+        if self.files.len() < PROBED_FILES {
+            for identity in std::mem::take(&mut self.waiting) {
+                self.unread.remove(&identity);
+            }
+        }
         if self.strangers.len() > STRANGERS {
             self.strangers.clear();
         }
@@ -576,6 +583,7 @@ impl Core {
                         mapped.path
                     );
                     self.unread.insert(identity, why);
+                    self.waiting.insert(identity);
                 }
                 Err(error) if is_wanted(mapped.path.rsplit('/').next().unwrap_or_default()) => {
                     let why = format!("cannot probe {}: {error:#}", mapped.path);
@@ -606,29 +614,36 @@ impl Core {
         }
     }
 
-    /// Probes what is new.
+    /// Probes what is new, and what there was no room for.
     fn probe(&mut self) {
         let Some(live) = &mut self.live else {
             return;
         };
         for probed in self.files.values_mut() {
-            if !probed.outcomes.is_empty() {
+            let had_no_room = |outcome: &Result<(), (Reason, String)>| {
+                matches!(outcome, Err((Reason::NoRoom, _)))
+            };
+            if !probed.outcomes.is_empty() && !probed.outcomes.iter().all(had_no_room) {
                 continue;
             }
+            let sites = probed.sites.sites.iter();
+            let room = Room::take(sites.map(|site| site.probes.count()).sum());
+            let mut room = match room {
+                Ok(room) => room,
+                Err(full) => {
+                    probed.outcomes = vec![Err(full); probed.sites.sites.len()];
+                    continue;
+                }
+            };
+            probed.outcomes.clear();
             let path = format!("/proc/self/fd/{}", probed.file.as_raw_fd());
             let path = Path::new(&path);
             for site in &probed.sites.sites {
                 let mut attach = |program: &'static str| {
                     let attached = &mut live.attached;
-                    attached.attach_to_file(program, path, site.place, &live.kernel)
+                    let room = room.pop().expect("taken for all");
+                    attached.attach_to_file(program, path, site.place, room, &live.kernel)
                 };
-                if probed.links.len() + site.probes.count() > PROBES_OF_FILE {
-                    let why = format!(
-                        "the file has {PROBES_OF_FILE} probes, which is as many as one may have"
-                    );
-                    probed.outcomes.push(Err((Reason::NoRoom, why)));
-                    continue;
-                }
                 // The return first: each entry that is seen is followed by a return that is.
                 let exit = site.probes.exit.map(&mut attach).transpose();
                 let outcome = exit.and_then(|exit| {
@@ -708,7 +723,7 @@ impl Core {
             };
             let path = &probed.path;
             if let Some(why) = &probed.sites.lacks {
-                found.push(format!("{path} is taken for stripped: {why}"));
+                found.push(format!("{path} is not read whole: {why}"));
             }
             match (probed.sites.kind, probed.sites.version) {
                 (Library::Nccl, Some(version)) if version.is_known() => {

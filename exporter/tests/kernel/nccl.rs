@@ -671,7 +671,10 @@ fn it_ends_in_half_a_minute_whatever_is_mapped() {
         scrape.has("chandra_hook_info", "reason=\"no_room\"")
     });
     let page = exporter.get("/");
-    assert!(page.contains("probes of files are attached"), "{page}");
+    assert!(
+        page.contains("probes of files that may be attached"),
+        "{page}"
+    );
     assert!(page.contains("one more than the 16 files"), "{page}");
     let (status, took) = exporter.stop("TERM");
     println!("ended in {took:?}");

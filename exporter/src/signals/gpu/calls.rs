@@ -37,8 +37,8 @@ use crate::{
     libraries::{self as files, Identity},
     pods::Labels,
     probe::{
-        self, Attached, Constants, FileLink, Hook, Method, Need, PROBED_FILES, PROBES_OF_FILE,
-        Program, Reason, Runs,
+        self, Attached, Constants, FileLink, Hook, Method, Need, PROBED_FILES, Program, Reason,
+        Room, Runs,
     },
     signals::{Scope, entries, removed},
 };
@@ -192,20 +192,14 @@ impl Library {
         let path = Path::new(&path);
         self.outcomes.clear();
         for site in self.sites.iter().flatten() {
-            if self.links.len() + 2 > PROBES_OF_FILE {
-                let why = format!(
-                    "the file has {PROBES_OF_FILE} probes, which is as many as one may have"
-                );
-                self.outcomes.push(Err((Reason::NoRoom, why)));
-                continue;
-            }
             let mut attach = |place: u64| {
-                let mut to = |program| {
+                let mut to = |program, room| {
                     let attached = &mut live.attached;
-                    attached.attach_to_file(program, path, place, &live.kernel)
+                    attached.attach_to_file(program, path, place, room, &live.kernel)
                 };
-                let returns = to(RETURN)?;
-                let entries = to(ENTRIES[site.call as usize])?;
+                let mut room = Room::take(2)?;
+                let returns = to(RETURN, room.pop().expect("two"))?;
+                let entries = to(ENTRIES[site.call as usize], room.pop().expect("two"))?;
                 self.links.extend([entries, returns]);
                 Ok(())
             };

@@ -156,7 +156,7 @@ pub(super) struct Sites {
     pub(super) sites: Vec<Site>,
     pub(super) version: Option<Version>,
     pub(super) build_id: Option<String>,
-    /// Why its symbols were not read, where it has some.
+    /// What of it could not be read, and why.
     pub(super) lacks: Option<String>,
 }
 
@@ -197,11 +197,18 @@ impl Sites {
         } else {
             return Ok(None);
         };
-        if kind == Kind::Nccl {
-            sites = few(sites);
+        // What else a file has the names of is not what it is for.
+        match kind {
+            Kind::Nccl => sites = few(sites),
+            Kind::Plugin => sites.retain(|site| is_in(PLUGIN, site)),
+            Kind::Cuda => sites.retain(|site| is_in(GRAPHS, site)),
         }
+        let mut lacks = functions.lacks;
         let version = match kind {
-            Kind::Nccl => Version::of(&elf)?,
+            Kind::Nccl => Version::of(&elf).unwrap_or_else(|why| {
+                lacks.get_or_insert(format!("its version is not known: {why:#}"));
+                None
+            }),
             _ => None,
         };
         Ok(Some(Self {
@@ -209,7 +216,7 @@ impl Sites {
             sites,
             version,
             build_id: elf.build_id(),
-            lacks: functions.lacks,
+            lacks,
         }))
     }
 
@@ -219,13 +226,20 @@ impl Sites {
     }
 }
 
+fn is_in(list: &[(&str, Probes)], site: &Site) -> bool {
+    list.iter().any(|(name, _)| *name == site.name)
+}
+
 /// Chooses what is probed of NCCL, so that it takes at most [`PROBES_OF_LIBRARY`].
 ///
 /// With its symbols all operations are seen at one place. Without, each is at its own, the phases of an initialisation are not seen, and how long
 /// operations take is, of the most used ones, as far as there is room.
 fn few(mut sites: Vec<Site>) -> Vec<Site> {
-    let is_in =
-        |list: &[(&str, Probes)], site: &Site| list.iter().any(|(name, _)| *name == site.name);
+    sites.retain(|site| {
+        [OPERATIONS, LIVES, INSIDE]
+            .iter()
+            .any(|list| is_in(list, site))
+    });
     let has = |name: &str| sites.iter().any(|site| site.name == name);
     if has(ENQUEUE.0) && has(TOTAL.0) {
         sites.retain(|site| !is_in(OPERATIONS, site));
