@@ -38,7 +38,7 @@ nightly: setup ## All there is, part by part: goes on where it was interrupted, 
 
 .PHONY: setup
 setup:
-	tools/setup test
+	@[ -n "$(CHECKED)" ] || tools/setup test
 
 .PHONY: ebpf
 ebpf: ## Rebuild the committed BPF objects

@@ -31,7 +31,7 @@ pub const PROMTOOLS: [Package; 2] = [
     ("sid", "promtool", "usr/bin/promtool"),
 ];
 
-/// The suite that moves: what it has may be missing any day, or not run here.
+/// The suite that moves: what it has may be missing any day, or not start here.
 const MOVING: &str = "sid";
 
 /// A program out of its package, fetched once, without installing it. `None` where it cannot be had or does not run, with the
