@@ -2,8 +2,8 @@
 //! Which rank do the others wait for, and how long does NCCL take to initialise?
 //!
 //! Hooks: uprobes and uretprobes on functions that libnccl exports or has symbols of, on the profiler plugin, and on
-//! libcuda's launch of graphs. Where there are symbols every call is seen at ncclEnqueueCheck, else at the exported functions. Maps: `SEATS` feeds the counters of ranks, `OWNERS` the histograms, `PAIRS` and `STARTED` the
-//! age of what is pending.
+//! libcuda's launch of graphs. Where there are symbols every call is seen at ncclEnqueueCheck, else at the exported functions.
+//! Maps: `SEATS` feeds the counters of ranks, `OWNERS` the histograms, `PAIRS` and `STARTED` the age of what is pending.
 //!
 //! Ranks of one communicator meet in `PAIRS`, at the n-th call of an operation. The one whose arrival completes it reckons what
 //! each of them waited. 5.10 has no atomic operation that tells what it changed, so whether an arrival is the last one is
@@ -21,6 +21,7 @@ use aya_ebpf::{
     programs::{ProbeContext, RetProbeContext},
 };
 use exporter_common::{
+    histogram::Shape,
     nccl::{
         ANCHORED, ANY_PROCESS, Arrivals, Begun, CALL, CLAIMS, COLLECTIVES, COMMUNICATORS,
         Communicator, Frame, GRAPH_SLOT, GROUP_SEATS, GROUPS, Group, Handle, IN_PROGRESS, INIT,
@@ -157,6 +158,28 @@ fn observe(slots: *mut u64, bucket: u64, sum: u64, nanoseconds: u64) {
 #[inline(always)]
 fn owner(cgroup: u64) -> Result<*mut u64, Loss> {
     Ok(entry(&OWNERS_, &cgroup, &NO_OWNER)?.cast())
+}
+
+/// Counts a time of a cgroup in the `index`-th of the histograms of one shape that begin at a slot.
+#[inline(always)]
+fn count(cgroup: u64, first: usize, index: u64, shape: Shape, time: u64) -> Result<(), Loss> {
+    let slots = owner(cgroup)?;
+    let first = first as u64 + index * shape.slots() as u64;
+    observe(
+        slots,
+        first + shape.bucket(time) as u64,
+        first + shape.sum() as u64,
+        time,
+    );
+    Ok(())
+}
+
+macro_rules! or_lose {
+    ($result:expr) => {
+        if let Err(loss) = $result {
+            lose(&LOST, loss);
+        }
+    };
 }
 
 // What comes and goes.
@@ -426,16 +449,8 @@ fn complete(pair: &Pair, arrivals: *mut Arrivals, source: Source) {
             }
             (*member).cgroup
         };
-        let first = wait_slots(source as usize, 0) as u64 + pair.operation * WAIT.slots() as u64;
-        match owner(cgroup) {
-            Ok(slots) => observe(
-                slots,
-                first + WAIT.bucket(waited) as u64,
-                first + WAIT.sum() as u64,
-                waited,
-            ),
-            Err(loss) => lose(&LOST, loss),
-        }
+        let first = wait_slots(source as usize, 0);
+        or_lose!(count(cgroup, first, pair.operation, WAIT, waited));
     }
 }
 
@@ -568,14 +583,6 @@ const fn call(what: u64) -> Begun {
     }
 }
 
-macro_rules! or_lose {
-    ($result:expr) => {
-        if let Err(loss) = $result {
-            lose(&LOST, loss);
-        }
-    };
-}
-
 macro_rules! collectives {
     ($($name:ident: $operation:ident, $communicator:ident;)*) => { $(
         #[uprobe]
@@ -688,16 +695,7 @@ pub fn nccl_return(ctx: RetProbeContext) -> u32 {
         return 0;
     };
     let took = at.wrapping_sub(begun.at);
-    let first = call_slots(0) as u64 + begun.what * CALL.slots() as u64;
-    match owner(cgroup()) {
-        Ok(slots) => observe(
-            slots,
-            first + CALL.bucket(took) as u64,
-            first + CALL.sum() as u64,
-            took,
-        ),
-        Err(loss) => lose(&LOST, loss),
-    }
+    or_lose!(count(cgroup(), call_slots(0), begun.what, CALL, took));
     0
 }
 
@@ -1001,16 +999,7 @@ fn present() -> Frame {
 
 #[inline(always)]
 fn count_phase(phase: u64, took: u64) {
-    let first = init_slots(0) as u64 + phase * INIT.slots() as u64;
-    match owner(cgroup()) {
-        Ok(slots) => observe(
-            slots,
-            first + INIT.bucket(took) as u64,
-            first + INIT.sum() as u64,
-            took,
-        ),
-        Err(loss) => lose(&LOST, loss),
-    }
+    or_lose!(count(cgroup(), init_slots(0), phase, INIT, took));
 }
 
 /// Ends the present phase, which has done what it should.
@@ -1227,14 +1216,7 @@ fn finished(told: &Told) -> Result<(), Loss> {
     if operation >= COLLECTIVES as u64 {
         return Ok(());
     }
-    let slots = owner(cgroup())?;
-    let first = duration_slots(0) as u64 + operation * WAIT.slots() as u64;
-    observe(
-        slots,
-        first + WAIT.bucket(told.duration) as u64,
-        first + WAIT.sum() as u64,
-        told.duration,
-    );
+    count(cgroup(), duration_slots(0), operation, WAIT, told.duration)?;
     if !ends_together(told.operation) {
         return Ok(());
     }
