@@ -115,6 +115,14 @@ impl Exporter {
         }
     }
 
+    /// Scrapes until a signal is in a state.
+    pub fn until_state(&self, signal: &str, state: &str) -> Scrape {
+        self.scrape_until(&format!("{signal} is {state}"), |scrape| {
+            let labels = [("signal", signal), ("state", state)];
+            scrape.sum("chandra_signal_state", &labels) == 1.0
+        })
+    }
+
     /// Sends a signal and waits for the end.
     pub fn stop(&mut self, signal: &str) -> (std::process::ExitStatus, Duration) {
         let begin = Instant::now();

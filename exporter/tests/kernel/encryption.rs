@@ -529,12 +529,7 @@ fn what_one_node_encrypts_the_other_decrypts() {
         "--encryption.timed-every",
         "4",
     ]);
-    exporter.scrape_until("the signal is up", |scrape| {
-        scrape.sum(
-            "chandra_signal_state",
-            &[("signal", "encryption"), ("state", "up")],
-        ) == 1.0
-    });
+    exporter.until_state("encryption", "up");
 
     for six in [false, true] {
         nodes.wireguard(six);
@@ -637,12 +632,7 @@ fn sessions_are_counted_and_peers_survive_being_added_again() {
     }
     let nodes = Nodes::new();
     let exporter = Exporter::start(&["--pods", "none"]);
-    exporter.scrape_until("the signal is up", |scrape| {
-        scrape.sum(
-            "chandra_signal_state",
-            &[("signal", "encryption"), ("state", "up")],
-        ) == 1.0
-    });
+    exporter.until_state("encryption", "up");
     nodes.wireguard(false);
     nodes.routes("wg0");
     const SESSIONS: &str = "chandra_encryption_sessions_total";
@@ -837,12 +827,7 @@ fn the_time_is_that_of_an_independent_measurement_and_goes_by_bytes() {
             "--encryption.timed-every",
             &timed_every.to_string(),
         ]);
-        exporter.scrape_until("the signal is up", |scrape| {
-            scrape.sum(
-                "chandra_signal_state",
-                &[("signal", "encryption"), ("state", "up")],
-            ) == 1.0
-        });
+        exporter.until_state("encryption", "up");
         let first = if protocol == "wireguard" { 0 } else { 2 };
         if protocol == "wireguard" {
             nodes.wireguard(false);

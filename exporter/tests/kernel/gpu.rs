@@ -99,21 +99,15 @@ const RENDER_NODE: &str = "/dev/dri/renderD128";
 
 /// With the device named by flag; or, for the render node, with its driver loaded late.
 fn exporter(device: &str) -> Exporter {
-    let state = |exporter: &Exporter, state: &str| {
-        exporter.scrape_until(&format!("the signal is {state}"), |scrape| {
-            let labels = [("signal", "gpu"), ("state", state)];
-            scrape.sum("chandra_signal_state", &labels) == 1.0
-        });
-    };
     if device == RENDER_NODE {
         let exporter = Exporter::start(&["--pods", "none"]);
-        state(&exporter, "absent");
+        exporter.until_state("gpu", "absent");
         run(&format!("modprobe {DRIVER}"));
-        state(&exporter, "up");
+        exporter.until_state("gpu", "up");
         return exporter;
     }
     let exporter = Exporter::start(&["--pods", "none", "--gpu.device", device]);
-    state(&exporter, "up");
+    exporter.until_state("gpu", "up");
     exporter
 }
 

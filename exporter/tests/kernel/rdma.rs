@@ -597,9 +597,7 @@ fn modules_come_and_go() {
             );
             thread::sleep(Duration::from_millis(200));
         }
-        let state = [("signal", "rdma"), ("state", "absent")];
-        let gone = |scrape: &Scrape| scrape.sum("chandra_signal_state", &state) == 1.0;
-        exporter.scrape_until("the signal is absent", gone);
+        exporter.until_state("rdma", "absent");
     };
     assert!(succeeds(unload), "the modules are in use");
     let file = cluster.folder.path().join("pods.json");
@@ -608,9 +606,7 @@ fn modules_come_and_go() {
     let mut destroyed = 0.0;
     for _ in 0..3 {
         load();
-        let state = [("signal", "rdma"), ("state", "up")];
-        let up = |scrape: &Scrape| scrape.sum("chandra_signal_state", &state) == 1.0;
-        exporter.scrape_until("the signal is up", up);
+        exporter.until_state("rdma", "up");
         let ended = |pairs: f64| {
             exporter.scrape_until("the pairs of this round", |scrape| {
                 scrape.sum(DESTROYED, &of("works")) == pairs

@@ -18,10 +18,7 @@ pub(crate) fn start(signal: &str, flags: &[&str]) -> Exporter {
         .collect();
     let others = others.join(",");
     let exporter = Exporter::start(&[&["--disable", &others], flags].concat());
-    exporter.scrape_until("the signal is up", |scrape| {
-        let state = [("signal", signal), ("state", "up")];
-        scrape.sum("chandra_signal_state", &state) == 1.0
-    });
+    exporter.until_state(signal, "up");
     exporter
 }
 
