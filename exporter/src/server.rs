@@ -3,7 +3,8 @@
 //!
 //! Everything a client can hold has a bound: connections, the time to send a header, to rest between
 //! requests and to take a response ([`Limits`]), and scrapes, of which at most one runs and one waits.
-//! Where all connections are taken, the one that has kept the server waiting longest makes room for a new one.
+//! Where all connections are taken, the oldest that has not finished its header makes room for a new one, or else the one that has rested
+//! longest. Some are kept from other requests for `/livez` and `/readyz`.
 //!
 //! What [`Web`] asks for comes first: TLS, the rate limit and the password. `/livez` and `/readyz` are open to whoever
 //! gets through TLS, for the kubelet has no password; where there is one, `/readyz` gives no reason.
@@ -63,6 +64,8 @@ pub trait Site: Send + Sync + 'static {
 pub struct Limits {
     /// Open connections; for the next one another at rest is closed, or else it is answered 503.
     pub connections: usize,
+    /// Those of them that no request takes but the kubelet's, for `/livez` and `/readyz`: of the others so many more are answered 503.
+    pub kept: usize,
     /// From the accept, or from the first byte of a later request, to the end of its header.
     pub header: Duration,
     /// From a response to the first byte of the next request; the response must be taken by then.
@@ -78,6 +81,7 @@ impl Default for Limits {
         Self {
             // A node is read by two or three Prometheus servers, the kubelet and a few people.
             connections: 64,
+            kept: 8,
             // Scrapers send the header in one packet; four retransmissions of it fit, the first after 0.2 s.
             header: Duration::from_secs(5),
             // Longer than the usual scrape intervals, of at most a minute, so that scrapers reuse connections.
@@ -109,6 +113,9 @@ const REFUSED: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\n\
 /// What Go answers to HTTP on a port of HTTPS: clients know it.
 const NOT_TLS: &[u8] =
     b"HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTP request to an HTTPS server.\n";
+
+/// How long a client of this network takes to send a header.
+const PROMPT: Duration = Duration::from_millis(500);
 
 /// How long a connection that was told to make room may take to do so: its task has only to be polled.
 const EVICTION: Duration = Duration::from_millis(100);
@@ -221,10 +228,11 @@ pub async fn serve<S: Site>(
         scrapes: Scrapes::new(Arc::clone(&site)),
         site,
         web,
-        limits,
         slots: Arc::clone(&slots),
+        work: Semaphore::new(limits.connections.saturating_sub(limits.kept).max(1)),
         clocks: Mutex::default(),
         handshake_log: Seldom::default(),
+        limits,
     });
     let mut number = 0;
     let (accept_log, refusal_log) = (Seldom::default(), Seldom::default());
@@ -298,13 +306,16 @@ struct Server<S> {
     web: Arc<Web>,
     limits: Limits,
     slots: Arc<Semaphore>,
+    /// Requests other than the kubelet's that may be answered at once.
+    work: Semaphore,
     /// Of the connections that have a slot. One whose task panicked stays; `make_room` takes it once.
     clocks: Mutex<HashMap<u64, Arc<Clock>>>,
     handshake_log: Seldom,
 }
 
 impl<S: Site> Server<S> {
-    /// Ends the connection that has kept the server waiting longest; false where all are being answered.
+    /// Ends the oldest connection that has not finished its header, or else the one that has rested longest; false where all are being
+    /// answered.
     fn make_room(&self) -> bool {
         let mut clocks = lock(&self.clocks);
         let resting = clocks
@@ -422,9 +433,18 @@ impl<S: Site> Server<S> {
 
     async fn respond(&self, request: &Request<Incoming>, client: IpAddr) -> Response<Full<Bytes>> {
         let settings = self.web.settings().await;
-        let mut response = match self.admit(&settings, request, client).await {
-            Ok(()) => self.answer(&settings, request).await,
-            Err(refusal) => *refusal,
+        let is_probe = PROBES.contains(&request.uri().path());
+        let work = (!is_probe).then(|| self.work.try_acquire());
+        let mut response = if let Some(Err(_)) = work {
+            let mut response = text(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once");
+            let headers = response.headers_mut();
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+            response
+        } else {
+            match self.admit(&settings, request, client).await {
+                Ok(()) => self.answer(&settings, request).await,
+                Err(refusal) => *refusal,
+            }
         };
         let headers = response.headers_mut();
         headers.insert(
@@ -774,10 +794,14 @@ impl Clock {
         *lock(&self.phase) = (phase, Instant::now());
     }
 
-    /// Since when the client is the one who must act.
-    fn resting(&self) -> Option<Instant> {
+    /// Since when the client is the one who must act, and before that, whether it is at rest and not in a header that it does not finish.
+    fn resting(&self) -> Option<(bool, Instant)> {
         let (phase, since) = *lock(&self.phase);
-        (!matches!(phase, Phase::Busy)).then_some(since)
+        match phase {
+            Phase::Busy => None,
+            Phase::Header(_) => Some((since.elapsed() < PROMPT, since)),
+            Phase::Idle(_) => Some((true, since)),
+        }
     }
 
     /// The start of a header that came while the request before it was answered keeps the idle deadline.

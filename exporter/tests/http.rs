@@ -1027,6 +1027,7 @@ fn all_busy(server: &Server, connections: usize) -> Vec<Client> {
 fn connections_over_the_limit_are_answered_503_while_all_others_are_answered() {
     let server = Server::limited(Limits {
         connections: 4,
+        kept: 0,
         ..Limits::default()
     });
     let mut busy = all_busy(&server, 4);
@@ -1043,10 +1044,65 @@ fn connections_over_the_limit_are_answered_503_while_all_others_are_answered() {
     assert_eq!(server.get_when_free("/livez").text(), "ok");
 }
 
+/// However many wait for a scrape, the kubelet is answered.
+#[test]
+fn requests_for_scrapes_leave_slots_for_probes() {
+    let server = Server::limited(Limits {
+        connections: 10,
+        kept: 3,
+        ..Limits::default()
+    });
+    let mut busy = all_busy(&server, 7);
+    for _ in 0..20 {
+        let mut more = server.connect();
+        let reply = more.get("/metrics");
+        assert_eq!(
+            (reply.status, reply.text()),
+            (503, "too many requests at once")
+        );
+        more.closed_in_order();
+        for probe in ["/livez", "/readyz"] {
+            assert_eq!(server.get(probe).status, 200);
+        }
+    }
+    server.site.release();
+    for client in &mut busy {
+        assert_eq!(client.reply().status, 200);
+    }
+}
+
+/// A client at rest has been useful, one that does not finish its header has not.
+#[test]
+fn the_oldest_unfinished_header_makes_room_before_a_client_at_rest() {
+    let server = Server::limited(Limits {
+        connections: 4,
+        kept: 0,
+        header: NEVER,
+        idle: NEVER,
+        ..Limits::default()
+    });
+    let mut scraper = server.connect();
+    assert_eq!(scraper.get("/metrics").status, 200);
+    let mut slow: Vec<Client> = Vec::new();
+    for _ in 0..3 {
+        let mut client = server.connect();
+        client.send("GET /metrics HTTP/1.1\r\n");
+        slow.push(client);
+    }
+    server.has_read(4);
+    // As long as a client of this network may take to send a header.
+    thread::sleep(ms(600));
+    let mut new = server.connect();
+    assert_eq!(new.get("/livez").status, 200);
+    slow.remove(0).closed();
+    assert_eq!(scraper.get("/metrics").status, 200, "it was left alone");
+}
+
 #[test]
 fn the_connection_that_has_rested_longest_makes_room() {
     let server = Server::limited(Limits {
         connections: 3,
+        kept: 0,
         header: NEVER,
         idle: NEVER,
         ..Limits::default()
@@ -1069,6 +1125,7 @@ fn the_connection_that_has_rested_longest_makes_room() {
 fn a_scrape_that_runs_is_not_given_up_for_new_connections() {
     let server = Server::limited(Limits {
         connections: 2,
+        kept: 0,
         header: NEVER,
         ..Limits::default()
     });
@@ -1087,6 +1144,7 @@ fn a_scrape_that_runs_is_not_given_up_for_new_connections() {
 fn a_refusal_survives_a_request_that_is_still_on_its_way() {
     let server = Server::limited(Limits {
         connections: 1,
+        kept: 0,
         ..Limits::default()
     });
     let _busy = all_busy(&server, 1);
@@ -1104,6 +1162,7 @@ fn a_refusal_survives_a_request_that_is_still_on_its_way() {
 fn a_refused_connection_that_says_nothing_is_closed() {
     let server = Server::limited(Limits {
         connections: 1,
+        kept: 0,
         ..Limits::default()
     });
     let _busy = all_busy(&server, 1);
@@ -1114,6 +1173,7 @@ fn a_refused_connection_that_says_nothing_is_closed() {
 fn refused_connections_have_a_limit_too() {
     let server = Server::limited(Limits {
         connections: 8,
+        kept: 0,
         ..Limits::default()
     });
     let _busy = all_busy(&server, 8);
