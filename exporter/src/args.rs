@@ -37,6 +37,9 @@ pub enum Command {
     },
     /// Print the reference of all metrics, in Markdown.
     Metrics,
+    /// Look into files for an exporter that asks over standard input. It starts this itself.
+    #[command(hide = true)]
+    Look,
 }
 
 /// How to serve.
@@ -57,6 +60,14 @@ pub struct Serve {
         env = "CHANDRA_WEB_CONFIG_FILE"
     )]
     pub web_config: Option<PathBuf>,
+    /// Show paths and build ids of containers' libraries, and what the API server answers in error, on the page for people. They are always
+    /// in the log.
+    #[arg(
+        long = "web.show-paths",
+        env = "CHANDRA_WEB_SHOW_PATHS",
+        value_parser = clap::builder::BoolishValueParser::new()
+    )]
+    pub show_paths: bool,
     /// Where pod names come from: `kube` (default inside a cluster), a file with a PodList in JSON, or `none`.
     #[arg(long, value_name = "kube|FILE|none", env = "CHANDRA_PODS")]
     pub pods: Option<Source>,

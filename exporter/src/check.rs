@@ -89,7 +89,13 @@ pub fn run(cgroupfs: Option<&Path>) -> anyhow::Result<Report> {
     let kernel = Kernel::read();
     let hierarchy = Hierarchy::of_host(cgroupfs);
     let host = facts(&kernel, &hierarchy);
-    let running = scrape::attach(&kernel, &[], Options::default());
+    let options = Options {
+        show_paths: true,
+        ..Options::default()
+    };
+    // What processes have mapped is looked at right away.
+    options.gate.open();
+    let running = scrape::attach(&kernel, &[], options);
     let signals = running.into_iter().map(signal).collect::<Vec<_>>();
     let bytes = |cpus| {
         SIGNALS

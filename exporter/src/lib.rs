@@ -10,7 +10,7 @@ pub mod check;
 pub mod families;
 pub mod kernel;
 pub mod ledger;
-mod libraries;
+pub mod libraries;
 pub mod maps;
 pub mod page;
 pub mod pods;

@@ -1,23 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Which libraries has a process mapped?
+//! Which libraries do processes have mapped, and what is in them?
 //!
-//! A file is known by its inode's number, size and time of change. Overlay file systems hand these on from the file
-//! beneath, but not its device: two containers of one image show different devices for what is one inode to the kernel, and a
-//! probe in one of them is in both. No two files of different file systems change in the same nanosecond and have one number.
+//! [`watch`] looks at processes in a thread of its own and publishes what it has found; [`helper`] is the process that reads what
+//! containers have made: [`maps`] which files are mapped, [`open`] the very file, [`elf`] what is in it.
 
 pub(crate) mod elf;
+mod helper;
+pub(crate) mod maps;
+mod open;
+pub(crate) mod watch;
 
-use std::{
-    fs::{self, File, OpenOptions},
-    io,
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
-    path::{Path, PathBuf},
-};
+use std::{fs::File, io, os::unix::fs::MetadataExt};
 
-use anyhow::bail;
+use serde::{Deserialize, Serialize};
 
-/// A file, whatever it is called and wherever it is mounted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub use helper::look;
+pub use watch::Gate;
+
+/// A file, whatever it is called and wherever it is mounted: its inode's number, size and time of change.
+///
+/// Overlay file systems hand these on from the file beneath, but not its device: two containers of one image show different
+/// devices for what is one inode to the kernel, and a probe in one of them is in both. No two files of different file systems
+/// change in the same nanosecond and have one number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) struct Identity {
     inode: u64,
     size: u64,
@@ -39,168 +44,70 @@ impl Identity {
     }
 }
 
-/// A library in the memory of a process.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Mapped {
-    /// Its path, as the process sees it.
-    pub(crate) path: String,
-    range: String,
-    inode: u64,
+/// Why a file, or a part of one, is not looked at. The label `reason` of `chandra_libraries_skipped_total`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Skip {
+    /// It says of itself what cannot be.
+    Malformed,
+    /// More of it would have to be read or held than a file may take.
+    Size,
+    /// Functions with longer names than any that is looked for.
+    Names,
+    /// Notes that are larger than a build id's.
+    Notes,
+    /// More tables of symbols, or more functions of the names that are looked for, than a library has.
+    Symbols,
+    /// It does not come in time. It is tried again.
+    Deadline,
+    /// It cannot be opened or read. It is tried again.
+    Unreadable,
+    /// It lies on a file system of user space, for which the kernel would wait as long as that likes.
+    FileSystem,
+    /// A process has more mappings than are read.
+    Mappings,
+    /// More files than are remembered of one container's pod, or probed at once. It is tried again.
+    Files,
+    /// Looking at a pod has taken its share of the time. It is gone on with later.
+    Share,
 }
 
-/// The files with code in a text of `/proc/PID/maps`, each once, of those whose name is `wanted`.
-pub(crate) fn mapped(maps: &str, wanted: impl Fn(&str) -> bool) -> Vec<Mapped> {
-    let mut found: Vec<Mapped> = Vec::new();
-    for line in maps.lines() {
-        let mut fields = line.splitn(6, ' ');
-        let (Some(range), Some(access), Some(_offset), Some(_device), Some(inode), Some(path)) = (
-            fields.next(),
-            fields.next(),
-            fields.next(),
-            fields.next(),
-            fields.next(),
-            fields.next(),
-        ) else {
-            continue;
-        };
-        let path = path.trim_start();
-        let path = path.strip_suffix(" (deleted)").unwrap_or(path);
-        let name = path.rsplit('/').next().unwrap_or_default();
-        let inode = inode.parse().unwrap_or_default();
-        let known = found
-            .iter()
-            .any(|other| other.path == path && other.inode == inode);
-        if path.starts_with('/') && wanted(name) && access.contains('x') && !known {
-            found.push(Mapped {
-                path: path.to_owned(),
-                range: range.to_owned(),
-                inode,
-            });
-        }
-    }
-    found
-}
+impl Skip {
+    /// Every reason, for the reference.
+    pub const LABELS: [&'static str; 11] = [
+        "malformed",
+        "size",
+        "names",
+        "notes",
+        "symbols",
+        "deadline",
+        "unreadable",
+        "file_system",
+        "mappings",
+        "files",
+        "share",
+    ];
 
-/// Whether a file is called as a library is, whatever its version.
-pub(crate) fn is_library(name: &str, library: &str) -> bool {
-    let rest = name
-        .strip_prefix(library)
-        .and_then(|rest| rest.strip_prefix(".so"));
-    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
-}
-
-impl Mapped {
-    /// Opens the very file that is mapped.
-    ///
-    /// The path may have got another file since, and wants no more than CAP_SYS_PTRACE; `map_files` is exact.
-    pub(crate) fn open(&self, process: &Path) -> anyhow::Result<File> {
-        let address = |text: &str| match text.trim_start_matches('0') {
-            "" => "0".to_owned(),
-            text => text.to_owned(),
-        };
-        let (from, to) = self.range.split_once('-').unwrap_or_default();
-        let range = format!("{}-{}", address(from), address(to));
-        let exact = process.join("map_files").join(range);
-        let refused = match open(&exact) {
-            Ok(file) => return Ok(file),
-            Err(error) => anyhow::anyhow!(
-                "cannot open {}: {error}; add CAP_SYS_PTRACE and CAP_SYS_ADMIN",
-                exact.display()
-            ),
-        };
-        let named = process.join("root").join(self.path.trim_start_matches('/'));
-        match open(&named) {
-            Ok(file) if file.metadata()?.ino() == self.inode => Ok(file),
-            _ => Err(refused),
-        }
+    /// Says if it may be otherwise the next time.
+    fn passes(self) -> bool {
+        matches!(self, Self::Deadline | Self::Unreadable | Self::Files)
     }
 }
 
-/// Opens a file, but waits for nothing, as opening a pipe would.
-fn open(path: &Path) -> io::Result<File> {
-    let nonblock = rustix::fs::OFlags::NONBLOCK.bits();
-    let nonblock = i32::try_from(nonblock).map_err(io::Error::other)?;
-    OpenOptions::new()
-        .read(true)
-        .custom_flags(nonblock)
-        .open(path)
+/// How many files, or parts of them, were not looked at, by [`Skip`].
+pub type Skipped = [u64; Skip::LABELS.len()];
+
+/// Why a file is not looked at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Refusal {
+    pub(crate) skip: Skip,
+    pub(crate) why: String,
 }
 
-/// Reads what a process has mapped. `None` where it is gone.
-pub(crate) fn read_maps(process: &Path) -> anyhow::Result<Option<String>> {
-    let path: PathBuf = process.join("maps");
-    match fs::read(&path) {
-        Ok(maps) => Ok(Some(String::from_utf8_lossy(&maps).into_owned())),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => {
-            Ok(None)
-        }
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            bail!(
-                "cannot read {}: {error}; add CAP_SYS_PTRACE",
-                path.display()
-            )
-        }
-        Err(error) => bail!("cannot read {}: {error}", path.display()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_mapped_driver_is_found_and_its_like_are_not() {
-        let maps = "\
-00400000-00401000 r-xp 00000000 00:2b 12 /usr/bin/python3
-7f0000000000-7f0000100000 r--p 00000000 00:2b 77                         /usr/lib/libcuda.so.550.54.14
-7f0000100000-7f0000900000 r-xp 00100000 00:2b 77                         /usr/lib/libcuda.so.550.54.14
-7f0000a00000-7f0000b00000 r-xp 00100000 00:2b 77                         /usr/lib/libcuda.so.550.54.14
-7f0001000000-7f0001100000 r-xp 00000000 00:2b 78                         /a b/libcuda.so.1 (deleted)
-7f0002000000-7f0002100000 r-xp 00000000 00:2b 79                         /usr/lib/libcudart.so.12
-7f0003000000-7f0003100000 r-xp 00000000 00:2b 80                         /usr/lib/libcudadebugger.so.1
-7f0004000000-7f0004100000 r-xp 00000000 00:00 0
-7ffd00000000-7ffd00001000 r-xp 00000000 00:00 0                          [vdso]
-nonsense
-";
-        let found = mapped(maps, |name| is_library(name, "libcuda"));
-        let shown: Vec<_> = found
-            .iter()
-            .map(|mapped| (&*mapped.path, &*mapped.range, mapped.inode))
-            .collect();
-        assert_eq!(
-            shown,
-            [
-                (
-                    "/usr/lib/libcuda.so.550.54.14",
-                    "7f0000100000-7f0000900000",
-                    77
-                ),
-                ("/a b/libcuda.so.1", "7f0001000000-7f0001100000", 78),
-            ]
-        );
-    }
-
-    #[test]
-    fn the_file_that_is_mapped_is_opened() {
-        let maps = fs::read_to_string("/proc/self/maps").expect("it runs");
-        let libc = maps
-            .lines()
-            .find(|line| line.contains(" r-xp ") && line.contains("libc.so"));
-        let Some(line) = libc else {
-            return println!("SKIPPED: this test is linked statically");
-        };
-        let mapped = mapped(&line.replace("libc.so", "libcuda.so"), |name| {
-            is_library(name, "libcuda")
-        });
-        let process = Path::new("/proc/self");
-        // By path there is no such file: it is opened by its address, where that is allowed.
-        match mapped[0].open(process) {
-            Ok(file) => {
-                let opened = Identity::of(&file).expect("a file");
-                assert_eq!(opened.inode, mapped[0].inode);
-            }
-            Err(error) => println!("SKIPPED: needs root: {error:#}"),
+impl Refusal {
+    fn new(skip: Skip, why: impl Into<String>) -> Self {
+        Self {
+            skip,
+            why: why.into(),
         }
     }
 }

@@ -6,6 +6,7 @@ use std::{
     env,
     io::{IsTerminal, Write},
     os::unix::process::CommandExt,
+    pin::pin,
     process::{self, ExitCode},
     sync::Arc,
     thread,
@@ -18,16 +19,21 @@ use chandra::{
     capabilities::{self, CUDA_CALLS, GPU_DEVICE},
     check,
     kernel::{Hierarchy, Kernel},
+    libraries::{self, Gate},
     pods::{self, Pods, Source, cgroups},
     reference, scrape,
-    scrape::Exporter,
-    server,
+    scrape::{Exporter, Front},
+    server::{self, Site},
     signals::{Options, SIGNALS, State, encryption, gpu},
     web::Web,
 };
 use clap::Parser;
 use rustix::process::{Resource, Rlimit, setrlimit};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
 use tracing_subscriber::prelude::*;
 
 /// The user's mistake: a flag, a file or an address.
@@ -41,6 +47,10 @@ fn main() -> ExitCode {
     match args.command {
         Some(Command::Metrics) => print(&reference::markdown()),
         Some(Command::Check { json, cgroupfs }) => check(json, cgroupfs.as_deref()),
+        Some(Command::Look) => match libraries::look() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => refuse(USAGE, &format!("{error:#}")),
+        },
         None => {
             spare_memory();
             serve(&args.serve)
@@ -164,46 +174,80 @@ async fn run(args: &Serve) -> Result<(), Failure> {
     let mut interrupt = signal(SignalKind::interrupt())
         .context("watch for SIGINT")
         .map_err(Failure::Run)?;
+    let (end, mut ended) = watch::channel(false);
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = stop.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping");
+        end.send_replace(true);
+    });
+    let mut stopped = ended.clone();
+    let begun = async {
+        let front = Arc::new(Front::default());
+        let (listener, web, pods) = begin(args).await.map_err(Failure::Usage)?;
+        let serving = format!(
+            "{}://{}",
+            if web.https() { "https" } else { "http" },
+            listener
+                .local_addr()
+                .map_or(args.listen.clone(), |at| at.to_string())
+        );
+        let attached = {
+            let (args, pods, web) = (args.clone(), Arc::clone(&pods), Arc::clone(&web));
+            let front = Arc::clone(&front);
+            tokio::task::spawn_blocking(move || prepare(&args, pods, web, &front))
+        };
+        let attached = async {
+            attached.await.context("attach the signals")?;
+            tracing::info!("serving on {serving}");
+            anyhow::Ok(())
+        };
+        let stopped = async {
+            // The sender lives as long as the process.
+            let _ = ended.wait_for(|end| *end).await;
+        };
+        let limits = server::Limits::default();
+        let served = server::serve(listener, front, web, limits, stopped);
+        let mut served = pin!(served);
+        tokio::select! {
+            served = &mut served => return served.map_err(Failure::Run),
+            attached = attached => attached.map_err(Failure::Run)?,
+        }
+        served.await.map_err(Failure::Run)
+    };
+    let begun = pin!(begun);
+    // What waits for others on the way (the API server, a name's addresses) does not keep it from ending; a server ends by itself.
+    let patience = async {
+        let _ = stopped.wait_for(|end| *end).await;
+        tokio::time::sleep(PATIENCE).await;
+    };
+    tokio::select! {
+        ended = begun => ended,
+        () = patience => Ok(()),
+    }
+}
+
+/// How long the server may take to end: longer than it takes by itself.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Takes the address and starts the source of pod names. The user's mistakes are found here, before anything is attached.
+async fn begin(args: &Serve) -> anyhow::Result<(TcpListener, Arc<Web>, Arc<Pods>)> {
     // An empty name is as good as none: so is `--web.config.file=` to the toolkit.
     let file = args
         .web_config
         .as_deref()
         .filter(|file| !file.as_os_str().is_empty());
     let web = Arc::new(match file {
-        Some(file) => Web::load(file).map_err(Failure::Usage)?,
+        Some(file) => Web::load(file)?,
         None => Web::default(),
     });
-    let listener = server::bind(&args.listen).await.map_err(Failure::Usage)?;
+    let listener = server::bind(&args.listen).await?;
     let source = args.source();
     let pods = Arc::new(Pods::new(&source, args.retention));
-    follow_pods(args, &source, &pods)
-        .await
-        .map_err(Failure::Usage)?;
-    let exporter = {
-        let (args, pods, web) = (args.clone(), Arc::clone(&pods), Arc::clone(&web));
-        let prepare = move || prepare(&args, pods, web);
-        tokio::task::spawn_blocking(prepare)
-            .await
-            .context("attach the signals")
-            .map_err(Failure::Run)?
-    };
-    tracing::info!(
-        "serving on {}://{}",
-        if web.https() { "https" } else { "http" },
-        listener
-            .local_addr()
-            .map_or(args.listen.clone(), |at| at.to_string())
-    );
-    let stopped = async move {
-        tokio::select! {
-            _ = stop.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        tracing::info!("stopping");
-    };
-    server::serve(listener, exporter, web, server::Limits::default(), stopped)
-        .await
-        .map_err(Failure::Run)
+    follow_pods(args, &source, &pods).await?;
+    Ok((listener, web, pods))
 }
 
 /// Starts the source of pod names. A source that cannot be used at all is the user's to mend; one that does not answer
@@ -228,8 +272,9 @@ async fn follow_pods(args: &Serve, source: &Source, pods: &Arc<Pods>) -> anyhow:
     Ok(())
 }
 
-/// Walks the cgroups and attaches the signals.
-fn prepare(args: &Serve, pods: Arc<Pods>, web: Arc<Web>) -> Arc<Exporter> {
+/// Walks the cgroups, attaches the signals and reads them once; from then on everything is served, and processes are looked into.
+fn prepare(args: &Serve, pods: Arc<Pods>, web: Arc<Web>, front: &Front) {
+    let gate = Arc::new(Gate::default());
     let mut kernel = Kernel::read();
     let mut hierarchy = Hierarchy::of_host(args.cgroupfs.as_deref());
     if let Some(trouble) = hierarchy.trouble() {
@@ -254,6 +299,8 @@ fn prepare(args: &Serve, pods: Arc<Pods>, web: Arc<Web>) -> Arc<Exporter> {
                 devices: args.gpu_devices.clone(),
                 calls: args.cuda_calls.then_some(args.cuda_budget),
             },
+            gate: Arc::clone(&gate),
+            show_paths: args.show_paths,
         },
     );
     for running in &signals {
@@ -279,9 +326,14 @@ fn prepare(args: &Serve, pods: Arc<Pods>, web: Arc<Web>) -> Arc<Exporter> {
         }
     }
     kernel.forget_types();
-    Arc::new(Exporter::new(
+    let exporter = Arc::new(Exporter::new(
         signals, pods, web, bell, &kernel, &hierarchy, args,
-    ))
+    ));
+    if let Err(error) = exporter.metrics() {
+        tracing::error!("the first reading: {error:#}");
+    }
+    front.begin(exporter);
+    gate.open();
 }
 
 fn follow_cgroups(hierarchy: &mut Hierarchy, pods: &Arc<Pods>) -> Option<cgroups::Bell> {

@@ -42,10 +42,22 @@ code{font-size:.9em}summary{cursor:pointer}
 ";
 
 /// Renders the page.
-pub fn landing(signals: &[Running], pods: &View<'_>, host: &Host, source: &Source) -> String {
+///
+/// Without `show_paths` what the API server answers is not told: it may name what only who reads the log may see.
+pub fn landing(
+    signals: &[Running],
+    pods: &View<'_>,
+    host: &Host,
+    source: &Source,
+    show_paths: bool,
+) -> String {
     let mut page = String::new();
+    let trouble = pods.trouble().map(|trouble| match show_paths {
+        true => trouble,
+        false => "the source of pod names does not answer as it should: the log says why",
+    });
     // Writing to a String cannot fail.
-    let _ = write(&mut page, signals, pods, host, source);
+    let _ = write(&mut page, signals, pods, host, source, trouble);
     page
 }
 
@@ -55,6 +67,7 @@ fn write(
     pods: &View<'_>,
     host: &Host,
     source: &Source,
+    trouble: Option<&str>,
 ) -> std::fmt::Result {
     write!(
         page,
@@ -63,11 +76,7 @@ fn write(
          <p>{VERSION} on Linux {}. <a href=/metrics>Metrics</a> · <a href=/livez>alive</a> · <a href=/readyz>ready</a>",
         Text(&host.release)
     )?;
-    let troubles = host
-        .cgroups
-        .iter()
-        .map(String::as_str)
-        .chain(pods.trouble());
+    let troubles = host.cgroups.iter().map(String::as_str).chain(trouble);
     for trouble in troubles.chain(
         signals
             .iter()
@@ -163,7 +172,11 @@ fn write_signal(page: &mut String, running: &Running) -> std::fmt::Result {
         page,
         "<tr><td><a href={DOCS}/runbooks/{name}.md>{name}</a><td class={state}>{state}<td>{}<td>{lost}",
         Text(question)
-    )
+    )?;
+    match running.read_at.map(|at| at.elapsed().as_secs()) {
+        Some(age) if age > 0 => write!(page, "<br>read {age} s ago"),
+        _ => Ok(()),
+    }
 }
 
 /// A signal's hooks by what came of them: those that are attached folded, the others with why.

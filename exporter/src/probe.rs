@@ -5,10 +5,12 @@
 //! missing costs its own metrics and says why. Metric: `chandra_hook_info`.
 
 use std::{
+    collections::BTreeMap,
     error::Error,
     fmt, io,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     path::Path,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use anyhow::Context;
@@ -129,37 +131,54 @@ impl Reason {
 /// grace period under one lock, so threads do not help), and a process that ends waits for all of them: half a minute at most.
 pub const FILE_PROBES: usize = 192;
 
-/// Files that one signal probes at once. Nodes have one, some containers their own.
-pub const PROBED_FILES: usize = 16;
+/// Those of them that one pod may have, or one unit of a host without pods.
+pub const FILE_PROBES_OF_POD: usize = FILE_PROBES / 2;
 
-/// A place among [`FILE_PROBES`].
-pub struct Room;
+/// A place among [`FILE_PROBES`], for a pod.
+#[derive(Debug)]
+pub struct Room(Arc<str>);
 
-static TAKEN: AtomicUsize = AtomicUsize::new(0);
+static TAKEN: Mutex<BTreeMap<Arc<str>, usize>> = Mutex::new(BTreeMap::new());
+
+fn taken() -> MutexGuard<'static, BTreeMap<Arc<str>, usize>> {
+    TAKEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 impl Room {
     /// Takes places for all probes of something, or none: a part of them would tell wrong times.
     ///
     /// # Errors
     /// What to tell of a probe that has no place.
-    pub fn take(places: usize) -> Result<Vec<Self>, (Reason, String)> {
-        let more = |taken: usize| Some(taken + places).filter(|taken| *taken <= FILE_PROBES);
-        match TAKEN.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more) {
-            Ok(_) => Ok((0..places).map(|_| Self).collect()),
-            Err(taken) => {
-                let why = format!(
-                    "of {FILE_PROBES} probes of files that may be attached on this node, which is as many as are taken out in half a minute, \
-                     {taken} are"
-                );
-                Err((Reason::NoRoom, why))
-            }
-        }
+    pub fn take(places: usize, pod: &Arc<str>) -> Result<Vec<Self>, (Reason, String)> {
+        let mut taken = taken();
+        let all: usize = taken.values().sum();
+        let of_pod = taken.get(pod).copied().unwrap_or_default();
+        let why = if all + places > FILE_PROBES {
+            format!(
+                "of {FILE_PROBES} probes of files that may be attached on this node, which is as many as are taken out in half a minute, \
+                 {all} are"
+            )
+        } else if of_pod + places > FILE_PROBES_OF_POD {
+            format!(
+                "of {FILE_PROBES_OF_POD} probes of files that may be attached for one pod, {of_pod} are"
+            )
+        } else {
+            taken.insert(Arc::clone(pod), of_pod + places);
+            return Ok((0..places).map(|_| Self(Arc::clone(pod))).collect());
+        };
+        Err((Reason::NoRoom, why))
     }
 }
 
 impl Drop for Room {
     fn drop(&mut self) {
-        TAKEN.fetch_sub(1, Ordering::Relaxed);
+        let mut taken = taken();
+        if let Some(of_pod) = taken.get_mut(&self.0) {
+            *of_pod -= 1;
+            if *of_pod == 0 {
+                taken.remove(&self.0);
+            }
+        }
     }
 }
 
@@ -300,9 +319,15 @@ impl<'a> Constants<'a> {
 pub struct Attached {
     /// The object.
     pub ebpf: Ebpf,
-    lost: Array<aya::maps::MapData, u64>,
+    counters: Arc<Counters>,
     values: Vec<(&'static str, u32)>,
     links: Vec<Link>,
+}
+
+/// What the kernel tells of an object: its losses and runs. Reading them needs nothing of who attaches and detaches.
+pub struct Counters {
+    lost: Array<aya::maps::MapData, u64>,
+    programs: Vec<(String, OwnedFd)>,
 }
 
 /// What [`attach`] did.
@@ -373,7 +398,10 @@ pub fn attach(
     };
     let mut attached = Attached {
         ebpf,
-        lost,
+        counters: Arc::new(Counters {
+            lost,
+            programs: Vec::new(),
+        }),
         values,
         links: Vec::new(),
     };
@@ -431,6 +459,7 @@ pub fn attach(
         usable &= works || program.need != Need::Required;
         hooks.extend(new);
     }
+    attached.keep_programs();
     let needed = |constant: &&str| {
         programs
             .iter()
@@ -870,7 +899,39 @@ impl Runs {
 }
 
 impl Attached {
+    /// Its counters, which may be read beside everything else.
+    pub fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.counters)
+    }
+
     /// Events lost in the kernel half, by [`Loss`].
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    pub fn lost(&self) -> anyhow::Result<Vec<(&'static str, u64)>> {
+        self.counters.lost()
+    }
+
+    /// The kernel's own account of each loaded program.
+    pub fn runs(&self) -> Vec<(String, Runs)> {
+        self.counters.runs()
+    }
+
+    /// Has the counters know all programs that are loaded.
+    fn keep_programs(&mut self) {
+        let programs = self.ebpf.programs().filter_map(|(name, program)| {
+            let fd = program.fd().ok()?.as_fd().try_clone_to_owned().ok()?;
+            Some((name.to_owned(), fd))
+        });
+        let programs = programs.collect();
+        if let Some(counters) = Arc::get_mut(&mut self.counters) {
+            counters.programs = programs;
+        }
+    }
+}
+
+impl Counters {
+    /// As [`Attached::lost`].
     ///
     /// # Errors
     /// When the map cannot be read.
@@ -881,17 +942,15 @@ impl Attached {
             .collect()
     }
 
-    /// The kernel's own account of each loaded program, from the program's fdinfo.
+    /// As [`Attached::runs`], from the program's fdinfo.
     pub fn runs(&self) -> Vec<(String, Runs)> {
-        let runs = |program: &aya::programs::Program| {
-            let fd = std::os::fd::AsRawFd::as_raw_fd(&std::os::fd::AsFd::as_fd(program.fd().ok()?));
-            Some(parse_fdinfo(
-                &std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?,
-            ))
+        let runs = |fd: &OwnedFd| {
+            let path = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
+            Some(parse_fdinfo(&std::fs::read_to_string(path).ok()?))
         };
-        self.ebpf
-            .programs()
-            .filter_map(|(name, program)| Some((name.to_owned(), runs(program)?)))
+        let programs = self.programs.iter();
+        programs
+            .filter_map(|(name, fd)| Some((name.clone(), runs(fd)?)))
             .collect()
     }
 }
@@ -935,6 +994,22 @@ mod tests {
                 missed: 3
             }
         );
+    }
+
+    #[test]
+    fn one_pod_cannot_take_all_places() {
+        let (one, other): (Arc<str>, Arc<str>) = ("one".into(), "other".into());
+        let all = Room::take(FILE_PROBES_OF_POD, &one).expect("half");
+        let (reason, why) = Room::take(1, &one).expect_err("one more");
+        assert_eq!(reason, Reason::NoRoom);
+        assert!(why.contains("for one pod"), "{why}");
+        let half = Room::take(FILE_PROBES_OF_POD, &other).expect("the other half");
+        let (_, why) = Room::take(1, &"third".into()).expect_err("full");
+        assert!(why.contains("on this node"), "{why}");
+        drop(all);
+        Room::take(FILE_PROBES_OF_POD, &one).expect("given back");
+        drop(half);
+        assert!(taken().is_empty());
     }
 
     #[test]

@@ -3,7 +3,10 @@
 
 use std::{
     cell::{Cell, RefCell},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -11,11 +14,12 @@ use crate::{
     args::Serve,
     families::{Desc, Families, Kind},
     kernel::{Hierarchy, Kernel},
+    libraries::Skip,
     page,
     pods::{Pods, Source, cgroups::Bell},
     probe::{Method, Reason, Runs},
     server::Site,
-    signals::{Attempt, Entry, Options, SIGNALS, Scope, State},
+    signals::{Attempt, Entry, Options, Read, SIGNALS, Scope, State},
     web::Web,
 };
 
@@ -31,6 +35,8 @@ pub const DESCS: &[&Desc] = &[
     &PROGRAM_RUNS,
     &PROGRAM_RUN_SECONDS,
     &SCRAPE_SECONDS,
+    &READING_AGE,
+    &LIBRARIES_SKIPPED,
     &SERIES,
     &BUILD_INFO,
     &PODS_AGE,
@@ -118,6 +124,26 @@ static SCRAPE_SECONDS: Desc = Desc {
     source: "the exporter's clock",
 };
 
+static READING_AGE: Desc = Desc {
+    name: "chandra_reading_age_seconds",
+    kind: Kind::Gauge,
+    help: "Seconds since what a signal shows was read.",
+    per_pod: false,
+    labels: &["signal"],
+    values: &[],
+    source: "0 unless the signal's maps were held by who attaches to what has come, or could not be read; absent before the first reading",
+};
+
+static LIBRARIES_SKIPPED: Desc = Desc {
+    name: "chandra_libraries_skipped_total",
+    kind: Kind::Counter,
+    help: "Files of processes, or parts of them, that were not looked at.",
+    per_pod: false,
+    labels: &["signal", "reason"],
+    values: &[("reason", &Skip::LABELS)],
+    source: "the bounds on what a container's files may cost (docs/security.md); counted at each attempt; the page / names the files",
+};
+
 static SERIES: Desc = Desc {
     name: "chandra_series",
     kind: Kind::Gauge,
@@ -166,6 +192,8 @@ pub struct Running {
     pub attempt: Attempt,
     /// Why the last read failed, if it did.
     pub trouble: Option<String>,
+    /// When what it shows was read.
+    pub read_at: Option<Instant>,
     failed_reads: u64,
     /// What the signal last told of losses.
     last_lost: RefCell<Vec<(&'static str, u64)>>,
@@ -230,6 +258,9 @@ pub struct Exporter {
     source: Source,
     retention: Duration,
     started: Instant,
+    show_paths: bool,
+    /// Whether the first reading is done.
+    read: AtomicBool,
 }
 
 impl std::fmt::Debug for Exporter {
@@ -252,6 +283,7 @@ pub fn attach(kernel: &Kernel, disabled: &[String], options: Options) -> Vec<Run
             entry,
             attempt,
             trouble: None,
+            read_at: None,
             failed_reads: 0,
             last_lost: RefCell::new(
                 exporter_common::Loss::LABELS
@@ -298,6 +330,8 @@ impl Exporter {
             source: args.source(),
             retention: args.retention,
             started: Instant::now(),
+            show_paths: args.show_paths,
+            read: AtomicBool::new(false),
         }
     }
 
@@ -349,7 +383,12 @@ fn scrape(running: &mut Running, scope: &Scope<'_>, families: &mut Families) {
     if let Some(signal) = &mut running.attempt.signal {
         let (begin, before) = (Instant::now(), families.series());
         match signal.read(scope) {
-            Ok(()) => running.trouble = None,
+            Ok(read) => {
+                running.trouble = None;
+                if read == Read::Now {
+                    running.read_at = Some(scope.now);
+                }
+            }
             Err(error) => {
                 let why = format!("{error:#}");
                 if running.trouble.as_ref() != Some(&why) {
@@ -367,6 +406,16 @@ fn scrape(running: &mut Running, scope: &Scope<'_>, families: &mut Families) {
             ("unknown", attribution.unknown),
         ] {
             families.add(&ATTRIBUTION, &[name, result], units as f64);
+        }
+        if let Some(at) = running.read_at {
+            let age = scope.now.saturating_duration_since(at);
+            families.add(&READING_AGE, &[name], age.as_secs_f64());
+        }
+        for (reason, count) in Skip::LABELS
+            .iter()
+            .zip(signal.skipped().into_iter().flatten())
+        {
+            families.add(&LIBRARIES_SKIPPED, &[name, reason], count as f64);
         }
         families.add(&SERIES, &[name], (families.series() - before) as f64);
         families.add(&SCRAPE_SECONDS, &[name], begin.elapsed().as_secs_f64());
@@ -403,16 +452,53 @@ impl Site for Exporter {
     fn metrics(&self) -> anyhow::Result<Vec<u8>> {
         let mut page = Vec::new();
         self.collect().encode(&mut page)?;
+        self.read.store(true, Ordering::Relaxed);
         Ok(page)
     }
 
     fn ready(&self) -> Result<(), String> {
-        Ok(())
+        match self.read.load(Ordering::Relaxed) {
+            true => Ok(()),
+            false => Err("the signals have not been read yet".to_owned()),
+        }
     }
 
     fn landing(&self) -> String {
         let mut signals = self.signals.lock().unwrap_or_else(PoisonError::into_inner);
         signals.iter_mut().for_each(Running::follow);
-        page::landing(&signals, &self.pods.view(), &self.host, &self.source)
+        let view = self.pods.view();
+        page::landing(&signals, &view, &self.host, &self.source, self.show_paths)
+    }
+}
+
+/// What is served from the first moment: the exporter, as soon as there is one.
+#[derive(Debug, Default)]
+pub struct Front {
+    exporter: OnceLock<Arc<Exporter>>,
+}
+
+impl Front {
+    /// From here on everything is served.
+    pub fn begin(&self, exporter: Arc<Exporter>) {
+        // It is called once.
+        let _ = self.exporter.set(exporter);
+    }
+}
+
+impl Site for Front {
+    /// Waits for the exporter: a scrape of the first seconds is late, not lost.
+    fn metrics(&self) -> anyhow::Result<Vec<u8>> {
+        self.exporter.wait().metrics()
+    }
+
+    fn ready(&self) -> Result<(), String> {
+        match self.exporter.get() {
+            Some(exporter) => exporter.ready(),
+            None => Err("the signals are being attached".to_owned()),
+        }
+    }
+
+    fn landing(&self) -> String {
+        self.exporter.wait().landing()
     }
 }

@@ -31,6 +31,7 @@ EXTRAS = {
     "retention": "90s",
     "maxOwners": 1000000,
     "logLevel": "info,chandra::pods=debug",
+    "showPaths": True,
     "extraArgs": ["--disable=tcp"],
     "extraEnv": [{"name": "RUST_BACKTRACE", "value": "1"}],
     "extraVolumes": [{"name": "ca", "configMap": {"name": "ca"}}],
@@ -384,6 +385,8 @@ def daemonset(o, case, values, extras, selector, account):
         "--max-owners": str(extras.get("maxOwners", 1200)),
         "--log.level": extras.get("logLevel", "info"),
     }
+    if extras.get("showPaths"):
+        flags["--web.show-paths"] = None
     if case["web"] != "plain":
         flags["--web.config.file"] = "/etc/chandra/web/web.yaml"
     if "encryption" in signals:

@@ -123,6 +123,9 @@ users: false
 {{- $args = concat $args (list "--cuda-calls" (printf "--cuda-calls.budget=%v" $s.gpu.cudaCalls.budget)) }}
 {{- end }}
 {{- $args = append $args (printf "--log.level=%s" .Values.logLevel) }}
+{{- if .Values.showPaths }}
+{{- $args = append $args "--web.show-paths" }}
+{{- end }}
 {{- $repeatable := list "--disable" "--gpu.device" }}
 {{- $own := list }}
 {{- range $args }}

@@ -6,12 +6,13 @@
 
 use std::{
     cell::Cell,
+    collections::BTreeSet,
     fs::File,
     os::unix::fs::FileExt,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use object::{
     Endianness, Pod,
     elf::{
@@ -21,12 +22,15 @@ use object::{
     pod,
     read::elf::{FileHeader, ProgramHeader, SectionHeader, Sym},
 };
+use serde::{Deserialize, Serialize};
+
+use super::{Refusal, Skip};
 
 /// Bytes that are read of one file in one attempt. Of libnccl and libcuda it is a tenth.
 const READ: u64 = 64 << 20;
 
 /// How long one attempt may take.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Bytes that are read at once.
 const PIECE: u64 = 1 << 20;
@@ -60,6 +64,8 @@ struct Reader<'f> {
     size: u64,
     left: Cell<u64>,
     until: Instant,
+    /// What the last error was about, where it was not the file's contradicting itself.
+    skip: Cell<Skip>,
 }
 
 impl Reader<'_> {
@@ -69,22 +75,31 @@ impl Reader<'_> {
             end.is_some_and(|end| end <= self.size),
             "it says that it has more than it has"
         );
-        let left = self.left.get().checked_sub(length);
-        let left =
-            left.with_context(|| format!("more than {} MiB of it would be read", READ >> 20))?;
+        let Some(left) = self.left.get().checked_sub(length) else {
+            self.skip.set(Skip::Size);
+            bail!("more than {} MiB of it would be read", READ >> 20);
+        };
         self.left.set(left);
         let mut bytes = vec![0; usize::try_from(length)?];
         let mut from = at;
         for piece in bytes.chunks_mut(PIECE as usize) {
-            ensure!(
-                Instant::now() < self.until,
-                "reading it takes longer than {} s",
-                PATIENCE.as_secs()
-            );
-            self.file.read_exact_at(piece, from).context("read it")?;
+            if Instant::now() >= self.until {
+                self.skip.set(Skip::Deadline);
+                bail!("reading it takes longer than {} s", PATIENCE.as_secs());
+            }
+            if let Err(error) = self.file.read_exact_at(piece, from) {
+                self.skip.set(Skip::Unreadable);
+                return Err(error).context("cannot read it");
+            }
             from += piece.len() as u64;
         }
         Ok(bytes)
+    }
+
+    /// An error, with what it was about.
+    fn refusal(&self, error: &anyhow::Error) -> Refusal {
+        let skip = self.skip.replace(Skip::Malformed);
+        Refusal::new(skip, format!("{error:#}"))
     }
 
     fn table<T: Pod>(&self, at: u64, count: usize) -> anyhow::Result<Vec<T>> {
@@ -98,48 +113,127 @@ impl Reader<'_> {
 type Section = SectionHeader64<Endianness>;
 
 /// An ELF file of 64 bits, as far as its headers tell.
-pub(crate) struct Elf<'f> {
-    reader: Reader<'f>,
+struct Elf<'r> {
+    reader: &'r Reader<'r>,
     endian: Endianness,
-    /// The machine that it is for, `e_machine`.
-    pub(crate) machine: u16,
+    machine: u16,
     sections: Vec<Section>,
     segments: Vec<ProgramHeader64<Endianness>>,
     names: u16,
 }
 
+/// What is looked for in a library.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Wanted {
+    /// Functions, by their names.
+    pub(crate) names: BTreeSet<String>,
+    /// Functions, by what C++ makes their names of.
+    pub(crate) inside: BTreeSet<String>,
+    /// The text before that of the version, which is looked for where the library has one of [`Self::of_version`].
+    pub(crate) before_version: String,
+    /// The functions that a library with such a version has.
+    pub(crate) of_version: BTreeSet<String>,
+}
+
+impl Wanted {
+    fn has(&self, name: &[u8]) -> bool {
+        let Ok(name) = std::str::from_utf8(name) else {
+            return false;
+        };
+        self.names.contains(name) || cpp(name).is_some_and(|inside| self.inside.contains(inside))
+    }
+}
+
+/// The plain name in one of C++'s: _Z13bootstrapInit…, and _ZL9commAlloc… where it is static. What follows are arguments, and for a
+/// copy that the compiler has specialised .isra or .constprop; .cold is a part of it.
+pub(crate) fn cpp(name: &str) -> Option<&str> {
+    let rest = name.strip_prefix("_Z")?;
+    let rest = rest.strip_prefix('L').unwrap_or(rest);
+    let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+    let length: usize = rest[..digits].parse().ok()?;
+    let plain = rest.get(digits..digits.checked_add(length)?)?;
+    (!name.contains(".cold")).then_some(plain)
+}
+
 /// A function of a library that has one of the names that are looked for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Function<T> {
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Function {
+    /// Its name.
+    pub(crate) name: String,
     /// Where it begins in the file.
     pub(crate) at: u64,
-    /// What its name was taken for.
-    pub(crate) what: T,
     /// Its first bytes.
     pub(crate) code: Vec<u8>,
 }
 
-/// The functions of a library that were looked for.
-#[derive(Clone, Debug)]
-pub(crate) struct Functions<T> {
-    /// Each that has a name, of several names of one place each.
-    pub(crate) found: Vec<Function<T>>,
-    /// Why those that it does not export are not among them, where it has a table of them.
-    pub(crate) lacks: Option<String>,
+/// What a library has of what is looked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Library {
+    /// The machine that it is for, `e_machine`.
+    pub(crate) machine: u16,
+    /// Those of its functions, of several names of one place each.
+    pub(crate) functions: Vec<Function>,
+    /// Its build id, in hex digits. This and the following only where it has such a function.
+    pub(crate) build_id: Option<String>,
+    /// Digits and dots.
+    pub(crate) version: Option<String>,
+    /// What of it is passed over.
+    pub(crate) lacks: Vec<Refusal>,
 }
 
-impl<'f> Elf<'f> {
-    /// Reads the headers.
+impl Library {
+    /// Reads a file.
     ///
     /// # Errors
-    /// When it is no such file, or one that says of itself what no library would.
-    pub(crate) fn of(file: &'f File) -> anyhow::Result<Self> {
+    /// When it is no library, or one that says of itself what no library would.
+    pub(crate) fn of(file: &File, wanted: &Wanted) -> Result<Self, Refusal> {
+        let unreadable =
+            |error| Refusal::new(Skip::Unreadable, format!("cannot look at it: {error}"));
         let reader = Reader {
             file,
-            size: file.metadata()?.len(),
+            size: file.metadata().map_err(unreadable)?.len(),
             left: Cell::new(READ),
             until: Instant::now() + PATIENCE,
+            skip: Cell::new(Skip::Malformed),
         };
+        Self::read(&reader, wanted)
+    }
+
+    fn read(reader: &Reader<'_>, wanted: &Wanted) -> Result<Self, Refusal> {
+        let elf = Elf::of(reader).map_err(|why| reader.refusal(&why))?;
+        let mut library = Self {
+            machine: elf.machine,
+            ..Self::default()
+        };
+        let all = elf.functions(wanted, &mut library);
+        all.map_err(|why| reader.refusal(&why))?;
+        let has = |name: &str| {
+            library
+                .functions
+                .iter()
+                .any(|function| function.name == name)
+        };
+        let versioned = wanted.of_version.iter().any(|name| has(name));
+        if !library.functions.is_empty() {
+            library.build_id = elf.build_id(&mut library.lacks);
+        }
+        if versioned {
+            match elf.text_after(wanted.before_version.as_bytes()) {
+                Ok(version) => library.version = version,
+                Err(why) => {
+                    let mut lack = reader.refusal(&why);
+                    lack.why = format!("its version is not known: {}", lack.why);
+                    library.lacks.push(lack);
+                }
+            }
+        }
+        Ok(library)
+    }
+}
+
+impl<'r> Elf<'r> {
+    /// Reads the headers.
+    fn of(reader: &'r Reader<'r>) -> anyhow::Result<Self> {
         let header = reader.table::<FileHeader64<Endianness>>(0, 1);
         let header = header.context("it is no ELF file")?[0];
         ensure!(header.is_supported(), "it is no ELF file of 64 bits");
@@ -160,18 +254,29 @@ impl<'f> Elf<'f> {
     }
 
     /// Its build id, in hex digits.
-    pub(crate) fn build_id(&self) -> Option<String> {
+    fn build_id(&self, lacks: &mut Vec<Refusal>) -> Option<String> {
         let endian = self.endian;
-        let notes = self.sections.iter().filter(|section| {
-            section.sh_type(endian) == SHT_NOTE && section.sh_size(endian) <= NOTES
-        });
-        notes.take(NOTE_SECTIONS).find_map(|section| {
+        let notes = || {
+            let sections = self.sections.iter();
+            sections.filter(|section| section.sh_type(endian) == SHT_NOTE)
+        };
+        let few = notes().filter(|section| section.sh_size(endian) <= NOTES);
+        let found = few.take(NOTE_SECTIONS).find_map(|section| {
             let bytes = self.all(section).ok()?;
             build_id(&bytes, |word| match endian {
                 Endianness::Little => u32::from_le_bytes(word),
                 Endianness::Big => u32::from_be_bytes(word),
             })
-        })
+        });
+        let large = notes().any(|section| section.sh_size(endian) > NOTES);
+        if found.is_none() && (large || notes().count() > NOTE_SECTIONS) {
+            let why = format!(
+                "its build id is not looked for in notes of more than {} KiB, nor in more than {NOTE_SECTIONS} sections",
+                NOTES >> 10
+            );
+            lacks.push(Refusal::new(Skip::Notes, why));
+        }
+        found
     }
 
     fn all(&self, section: &Section) -> anyhow::Result<Vec<u8>> {
@@ -180,51 +285,65 @@ impl<'f> Elf<'f> {
             .read(section.sh_offset(endian), section.sh_size(endian))
     }
 
-    /// Finds functions among those that it exports and, where it is not stripped, all others. `wanted` is asked of each name.
+    /// Finds functions among those that it exports and, where it is not stripped, all others.
     ///
     /// # Errors
     /// When what it exports cannot be read.
-    pub(crate) fn functions<T>(
-        &self,
-        wanted: impl Fn(&[u8]) -> Option<T>,
-    ) -> anyhow::Result<Functions<T>> {
-        let table = |kind: u32| {
-            let mut tables = self.sections.iter();
-            tables.find(|section| section.sh_type(self.endian) == kind)
+    fn functions(&self, wanted: &Wanted, library: &mut Library) -> anyhow::Result<()> {
+        let tables = |kind: u32| {
+            let tables = self.sections.iter();
+            tables.filter(move |section| section.sh_type(self.endian) == kind)
         };
-        let mut found = Vec::new();
-        let mut lacks = None;
-        if let Some(exported) = table(SHT_DYNSYM) {
-            self.functions_of(exported, &wanted, &mut found)?;
+        let mut long = 0;
+        if let Some(exported) = tables(SHT_DYNSYM).next() {
+            long += self.functions_of(exported, wanted, &mut library.functions)?;
         }
-        if let Some(all) = table(SHT_SYMTAB) {
-            let before = found.len();
-            match self.functions_of(all, &wanted, &mut found) {
+        if let Some(all) = tables(SHT_SYMTAB).next() {
+            let before = library.functions.len();
+            match self.functions_of(all, wanted, &mut library.functions) {
+                Ok(more) => long += more,
                 Err(why) if before > 0 => {
-                    found.truncate(before);
-                    lacks = Some(format!("{why:#}"));
+                    library.functions.truncate(before);
+                    library.lacks.push(self.reader.refusal(&why));
                 }
-                other => other?,
+                Err(why) => return Err(why),
             }
         }
-        Ok(Functions { found, lacks })
+        if library.functions.is_empty() {
+            return Ok(());
+        }
+        if tables(SHT_DYNSYM).count() > 1 || tables(SHT_SYMTAB).count() > 1 {
+            let why = "of its tables of symbols the first of each kind is read";
+            library.lacks.push(Refusal::new(Skip::Symbols, why));
+        }
+        if long > 0 {
+            let why = format!(
+                "{long} of its functions have names of more than {NAME} bytes, which are not looked at"
+            );
+            library.lacks.push(Refusal::new(Skip::Names, why));
+        }
+        Ok(())
     }
 
-    fn functions_of<T>(
+    /// Adds to what is found, and returns how many names are too long to be looked at.
+    fn functions_of(
         &self,
         table: &Section,
-        wanted: impl Fn(&[u8]) -> Option<T>,
-        found: &mut Vec<Function<T>>,
-    ) -> anyhow::Result<()> {
+        wanted: &Wanted,
+        found: &mut Vec<Function>,
+    ) -> anyhow::Result<usize> {
         let endian = self.endian;
         let names = self.sections.get(table.sh_link(endian) as usize);
         let names = names.context("its symbols have no names")?;
-        ensure!(
-            names.sh_size(endian) <= NAMES,
-            "the names of its symbols have more than {} MiB",
-            NAMES >> 20
-        );
+        if names.sh_size(endian) > NAMES {
+            self.reader.skip.set(Skip::Size);
+            bail!(
+                "the names of its symbols have more than {} MiB",
+                NAMES >> 20
+            );
+        }
         let names = self.all(names)?;
+        let mut long = 0;
         let each = size_of::<Sym64<Endianness>>() as u64;
         let (mut at, mut left) = (table.sh_offset(endian), table.sh_size(endian) / each);
         while left > 0 {
@@ -237,20 +356,28 @@ impl<'f> Elf<'f> {
                 if !is_code || symbol.st_shndx(endian) == SHN_UNDEF {
                     continue;
                 }
-                let Some(what) = name(&names, symbol.st_name(endian)).and_then(&wanted) else {
+                let begin = symbol.st_name(endian);
+                let Some(called) = name(&names, begin) else {
+                    long += usize::from((begin as usize) < names.len());
                     continue;
                 };
-                ensure!(
-                    found.len() < FUNCTIONS,
-                    "more than {FUNCTIONS} functions have the names that are looked for"
-                );
+                if !wanted.has(called) {
+                    continue;
+                }
+                if found.len() == FUNCTIONS {
+                    self.reader.skip.set(Skip::Symbols);
+                    bail!("more than {FUNCTIONS} functions have the names that are looked for");
+                }
                 let at = self.offset(symbol.st_value(endian))?;
                 let code = self.reader.size.saturating_sub(at).min(BEGINNING);
-                let code = self.reader.read(at, code)?;
-                found.push(Function { at, what, code });
+                found.push(Function {
+                    name: String::from_utf8_lossy(called).into_owned(),
+                    at,
+                    code: self.reader.read(at, code)?,
+                });
             }
         }
-        Ok(())
+        Ok(long)
     }
 
     /// Where an address of the library lies in its file.
@@ -265,16 +392,13 @@ impl<'f> Elf<'f> {
         inside.context("a function lies outside of the code")
     }
 
-    /// Returns the first text of the library's read-only data that follows `begin`, as far as `is_part` says, at most 64 bytes. It
-    /// begins with a digit.
+    /// Returns the first text of digits and dots in the library's read-only data that follows `begin`, at most 64 bytes. It begins with
+    /// a digit.
     ///
     /// # Errors
     /// When the data cannot be read.
-    pub(crate) fn text_after(
-        &self,
-        begin: &[u8],
-        is_part: impl Fn(u8) -> bool,
-    ) -> anyhow::Result<Option<String>> {
+    fn text_after(&self, begin: &[u8]) -> anyhow::Result<Option<String>> {
+        let is_part = |byte: &u8| byte.is_ascii_digit() || *byte == b'.';
         let endian = self.endian;
         let names = self.sections.get(usize::from(self.names));
         let names = names.filter(|names| names.sh_size(endian) <= u64::from(HEADERS) * 64);
@@ -294,7 +418,7 @@ impl<'f> Elf<'f> {
                 let text = places.find_map(|place| {
                     let rest = &piece[place + begin.len()..];
                     let rest = &rest[..rest.len().min(TEXT)];
-                    let text: Vec<u8> = rest.iter().copied().take_while(|b| is_part(*b)).collect();
+                    let text: Vec<u8> = rest.iter().copied().take_while(is_part).collect();
                     let starts = text.first().is_some_and(u8::is_ascii_digit);
                     // One at the end of its piece is whole in the next.
                     let whole = text.len() < rest.len() || rest.len() == TEXT || left <= PIECE;
@@ -430,14 +554,14 @@ mod tests {
     const DATA: usize = 0x3000;
 
     /// A library with symbols, texts and notes of its own.
-    struct Library {
+    struct Made {
         /// Name, address.
         symbols: Vec<(Vec<u8>, u64)>,
         text: Vec<u8>,
         note: Vec<u8>,
     }
 
-    impl Library {
+    impl Made {
         fn new() -> Self {
             let symbols = [
                 ("ncclAllReduce", 0x10),
@@ -518,42 +642,47 @@ mod tests {
         file
     }
 
-    fn wanted(name: &[u8]) -> Option<usize> {
-        let names: [&[u8]; 2] = [b"ncclAllReduce", b"cuLaunchKernel"];
-        names.iter().position(|known| *known == name)
+    fn wanted() -> Wanted {
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        Wanted {
+            names: names(&["ncclAllReduce", "cuLaunchKernel", "main"]),
+            inside: BTreeSet::new(),
+            before_version: "NCCL version ".to_owned(),
+            of_version: names(&["ncclAllReduce", "cuLaunchKernel"]),
+        }
     }
 
-    type Seen = (Vec<usize>, Option<String>, Option<String>);
-
     /// All that is ever asked of a file, and how many bytes were read for it.
-    fn look(file: &File) -> (anyhow::Result<Seen>, u64) {
-        let elf = match Elf::of(file) {
-            Ok(elf) => elf,
-            Err(why) => return (Err(why), 0),
+    fn look(file: &File) -> (Result<Library, Refusal>, u64) {
+        let reader = Reader {
+            file,
+            size: file.metadata().expect("open").len(),
+            left: Cell::new(READ),
+            until: Instant::now() + PATIENCE,
+            skip: Cell::new(Skip::Malformed),
         };
-        let seen = elf.functions(wanted).and_then(|functions| {
-            let found = functions.found.iter().map(|function| function.what);
-            let version = elf.text_after(b"NCCL version ", |byte| {
-                byte.is_ascii_digit() || byte == b'.'
-            });
-            Ok((found.collect(), elf.build_id(), version?))
-        });
-        (seen, READ - elf.reader.left.get())
+        let seen = Library::read(&reader, &wanted());
+        (seen, READ - reader.left.get())
+    }
+
+    fn names(library: &Library) -> Vec<&str> {
+        let functions = library.functions.iter();
+        functions.map(|function| &*function.name).collect()
     }
 
     #[test]
     fn what_a_library_has_is_found() {
-        let (seen, read) = look(&file(&Library::new().bytes()));
-        let (found, build, version) = seen.expect("it is sound");
-        assert_eq!(found, [0, 1]);
-        assert_eq!(build.as_deref(), Some("01abff"));
-        assert_eq!(version.as_deref(), Some("2.27.5"));
+        let (seen, read) = look(&file(&Made::new().bytes()));
+        let library = seen.expect("it is sound");
+        assert_eq!(names(&library), ["ncclAllReduce", "cuLaunchKernel"]);
+        assert_eq!(library.build_id.as_deref(), Some("01abff"));
+        assert_eq!(library.version.as_deref(), Some("2.27.5"));
+        assert_eq!(library.lacks, []);
         assert!(read < 64 << 10, "{read}");
 
         let own = File::open("/proc/self/exe").expect("it runs");
-        let elf = Elf::of(&own).expect("an ELF file");
-        let main = elf.functions(|name| (name == b"main").then_some(()));
-        assert_eq!(main.expect("it has symbols").found.len(), 1);
+        let own = Library::of(&own, &wanted()).expect("an ELF file with symbols");
+        assert_eq!(names(&own), ["main"]);
     }
 
     #[test]
@@ -565,11 +694,11 @@ mod tests {
             PIECE - 1,
             2 * PIECE - 100,
         ] {
-            let mut library = Library::new();
+            let mut library = Made::new();
             library.text = vec![b'x'; before as usize];
             library.text.extend(b"NCCL version 2.30.7+cuda13.0\0");
             let (seen, _) = look(&file(&library.bytes()));
-            let (.., version) = seen.expect("it is sound");
+            let version = seen.expect("it is sound").version;
             assert_eq!(version.as_deref(), Some("2.30.7"), "{before}");
         }
     }
@@ -578,7 +707,7 @@ mod tests {
     /// twenty thousand million bytes.
     #[test]
     fn names_without_end_are_not_looked_for_to_the_end() {
-        let mut library = Library::new();
+        let mut library = Made::new();
         library.symbols = vec![(vec![b'n'; 1 << 20], 0)];
         let mut bytes = library.bytes();
         let end = bytes.len();
@@ -594,13 +723,13 @@ mod tests {
         bytes[place + 8..place + 16].copy_from_slice(&(symbols.len() as u64).to_le_bytes());
         bytes.extend(symbols);
         let (seen, _) = look(&file(&bytes));
-        assert_eq!(seen.expect("it is read").0, [0; 0]);
+        assert_eq!(seen.expect("it is read").functions, []);
     }
 
     /// A section of notes of two gigabytes of nothing, as a sparse file has it.
     #[test]
     fn what_is_large_is_not_read() {
-        let sound = Library::new().bytes();
+        let sound = Made::new().bytes();
         for section in 1..=5_usize {
             let mut bytes = sound.clone();
             let place = SECTIONS + 64 * section + 32;
@@ -608,28 +737,79 @@ mod tests {
             let file = file(&bytes);
             file.set_len(3 << 30).expect("a sparse file");
             let (seen, read) = look(&file);
-            println!(
-                "section {section}: {:?}, {read} bytes read",
-                seen.map_err(|why| format!("{why:#}"))
-            );
+            println!("section {section}: {seen:?}, {read} bytes read");
             assert!(read <= READ);
+            let skips = match &seen {
+                Ok(library) => library.lacks.iter().map(|lack| lack.skip).collect(),
+                Err(refusal) => vec![refusal.skip],
+            };
+            // Its symbols, their names, its notes; of its text the beginning is enough.
+            let expected = match section {
+                1 | 2 => Some(&Skip::Size),
+                4 => Some(&Skip::Notes),
+                _ => None,
+            };
+            assert_eq!(skips.first(), expected, "{section}");
+        }
+    }
+
+    #[test]
+    fn what_is_passed_over_is_said() {
+        let mut library = Library::of(&file(&Made::new().bytes()), &wanted()).expect("sound");
+        assert_eq!(library.lacks, []);
+        let mut long = Made::new();
+        long.symbols.push((vec![b'n'; NAME], 0x40));
+        let mut bytes = long.bytes();
+        // Its notes pass for a second table of what it exports.
+        let place = SECTIONS + 64 * 4 + 4;
+        bytes[place..place + 4].copy_from_slice(&SHT_DYNSYM.to_le_bytes());
+        library = Library::of(&file(&bytes), &wanted()).expect("read");
+        let skips: Vec<_> = library.lacks.iter().map(|lack| lack.skip).collect();
+        assert_eq!(skips, [Skip::Symbols, Skip::Names]);
+        assert_eq!(names(&library), ["ncclAllReduce", "cuLaunchKernel"]);
+    }
+
+    #[test]
+    fn functions_are_known_by_the_names_that_cpp_makes_of_theirs() {
+        for (name, plain) in [
+            (
+                "_Z20ncclCommInitRankFuncP12ncclAsyncJob",
+                Some("ncclCommInitRankFunc"),
+            ),
+            ("_ZL9commAllocP8ncclCommS0_ii", Some("commAlloc")),
+            ("_ZL9commAllocP8ncclCommS0_ii.isra.0", Some("commAlloc")),
+            ("_ZL9commAllocP8ncclCommS0_ii.cold", None),
+            ("_Z99commAlloc", None),
+            ("_Z18446744073709551615commAlloc", None),
+            ("_Zcomm", None),
+            ("_Z2\u{e9}", Some("\u{e9}")),
+            ("_Z1\u{e9}", None),
+            ("commAlloc", None),
+            ("", None),
+        ] {
+            assert_eq!(cpp(name), plain, "{name}");
         }
     }
 
     #[test]
     fn a_library_with_too_many_functions_of_a_name_is_refused() {
-        let mut library = Library::new();
+        let mut library = Made::new();
         library.symbols = vec![(b"ncclAllReduce".to_vec(), 0x10); FUNCTIONS + 1];
         let (seen, _) = look(&file(&library.bytes()));
-        let why = seen.expect_err("too many").to_string();
-        assert!(why.contains("more than 256 functions"), "{why}");
+        let refusal = seen.expect_err("too many");
+        assert!(
+            refusal.why.contains("more than 256 functions"),
+            "{refusal:?}"
+        );
+        assert_eq!(refusal.skip, Skip::Symbols);
     }
 
     #[test]
     fn what_is_no_file_of_elf_is_refused_in_a_line() {
         for bytes in [&b""[..], b"\x7fELF", b"#!/bin/sh\n", &[0; 4096]] {
-            let why = look(&file(bytes)).0.expect_err("no ELF file");
-            let why = format!("{why:#}");
+            let refusal = look(&file(bytes)).0.expect_err("no ELF file");
+            let why = refusal.why;
+            assert_eq!(refusal.skip, Skip::Malformed);
             assert!(
                 why.contains("it is no ELF file") && !why.contains('\n'),
                 "{why}"
@@ -650,7 +830,7 @@ mod tests {
             words in prop::collection::vec((prop::sample::select(vec![32_usize, 40, 56, 58, 60, 62, 64 + 8, 64 + 16, 64 + 32]), any::<u64>()), 0..3),
             headers in prop::collection::vec((1..6_usize, prop::sample::select(vec![0_usize, 4, 24, 32, 40]), prop_oneof![any::<u64>(), 0..0x4000_u64]), 0..6),
         ) {
-            let mut spoilt = Library::new().bytes();
+            let mut spoilt = Made::new().bytes();
             for (at, byte) in bytes {
                 if let Some(place) = spoilt.get_mut(at) {
                     *place = byte;

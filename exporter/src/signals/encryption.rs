@@ -18,7 +18,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::Path,
     sync::{
-        Arc, Mutex, PoisonError, TryLockError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -40,8 +40,8 @@ use exporter_common::{
 };
 
 use super::{
-    Attempt, Entry, Follower, Options, Scope, Signal, State, Status, entries, follow_modules,
-    no_losses, removed,
+    Attempt, Entry, Follower, Options, Read, Scope, Signal, State, Status, entries, follow_modules,
+    no_losses, removed, try_lock,
 };
 use crate::{
     capabilities::{BPF, KPROBES, PERFMON},
@@ -934,12 +934,9 @@ fn peer_labels(key: &PeerKey, host: &HashSet<IpAddr>) -> PeerLabels {
 }
 
 impl Signal for Encryption {
-    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<()> {
-        let mut core = match self.core.try_lock() {
-            Ok(core) => core,
-            Err(TryLockError::Poisoned(core)) => core.into_inner(),
-            // Modules are being followed, or addresses change hands: what was counted is read by the next scrape.
-            Err(TryLockError::WouldBlock) => return Ok(()),
+    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<Read> {
+        let Some(mut core) = try_lock(&self.core) else {
+            return Ok(Read::Before);
         };
         let core = &mut *core;
         self.status = core.status.clone();
@@ -960,7 +957,7 @@ impl Signal for Encryption {
         owners.extend(holders.addresses.values().flatten().cloned());
         self.ledger.book(&owners, readings, resolve, scope.now);
         let Some(live) = &mut core.live else {
-            return Ok(());
+            return Ok(Read::Now);
         };
         for flow in core.books.idle(scope.retention, &holders, scope.now) {
             removed(live.flows.remove(&flow))?;
@@ -976,7 +973,7 @@ impl Signal for Encryption {
         self.peers.update(peers, scope.now);
         self.lost = live.attached.lost()?;
         self.runs = live.attached.runs();
-        Ok(())
+        Ok(Read::Now)
     }
 
     fn render(&self, families: &mut Families) {

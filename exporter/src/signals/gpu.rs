@@ -21,7 +21,7 @@ use std::{
     os::unix::fs::{FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, TryLockError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -38,14 +38,15 @@ use exporter_common::gpu::{DELAY, DRIVERS, Delays, Driver, Process, Thread};
 use jobs::Jobs;
 
 use super::{
-    Attempt, Entry, Follower, Options, Scope, Signal, State, Status, entries, follow, no_losses,
-    removed,
+    Attempt, Entry, Follower, Options, Read, Scope, Signal, State, Status, entries, follow,
+    no_losses, removed, try_lock,
 };
 use crate::{
     capabilities::{BPF, CUDA_LIBRARIES, CUDA_UPROBES, DEVICES, KPROBES, PERFMON},
     families::{Desc, Families, Kind},
     kernel::Kernel,
     ledger::{Attribution, Ledger, Opening, UNKNOWN},
+    libraries::Skipped,
     pods::{Labels, Resolution},
     probe::{self, Attached, Constants, Hook, Method, Need, Program, Reason, Runs},
 };
@@ -341,19 +342,19 @@ impl Live {
     }
 }
 
-/// What the signal sees besides, with an object of its own.
-trait Part: Send {
+/// What the signal sees besides, with an object of its own. Whoever follows and whoever reads do not wait for each other.
+trait Part: Send + Sync {
     /// Looks at what has come and gone, every second. `processes` are those that have a device open now, in the initial namespace.
-    fn follow(&mut self, processes: &[u32]);
+    fn follow(&self, processes: &[u32]);
 
     /// Its hooks, and for people what works with less.
-    fn status(&self) -> (&[Hook], &[String]);
+    fn status(&self) -> (Vec<Hook>, Vec<String>);
 
     /// Reads its maps and books what they grew by.
     ///
     /// # Errors
     /// When a map cannot be read; what was booked before stays.
-    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<()>;
+    fn read(&self, scope: &Scope<'_>) -> anyhow::Result<Read>;
 
     /// Renders what has been booked.
     fn render(&self, families: &mut Families);
@@ -366,6 +367,11 @@ trait Part: Send {
 
     /// The kernel's own account of each loaded program.
     fn runs(&self) -> Vec<(String, Runs)>;
+
+    /// What of libraries was not looked at, if it looks into them.
+    fn skipped(&self) -> Option<Skipped> {
+        None
+    }
 }
 
 /// What follows devices and open files: used by scrapes, and by the thread that looks.
@@ -460,7 +466,7 @@ fn attach(kernel: &Kernel, options: Options) -> Attempt {
     Attempt::following(Gpu::new(kernel, &options))
 }
 
-type Parts = Arc<Mutex<Vec<Box<dyn Part>>>>;
+type Parts = Arc<[Box<dyn Part>]>;
 
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -496,14 +502,14 @@ impl Gpu {
         let stopped = Arc::new(AtomicBool::new(false));
         let mut parts: Vec<Box<dyn Part>> = vec![Box::new(Jobs::new(options.max_owners))];
         if let Some(budget) = options.gpu.calls {
-            parts.push(Box::new(calls::Calls::new(budget, options.max_owners)));
+            parts.push(Box::new(calls::Calls::new(budget, options)?));
         }
-        let parts = Arc::new(Mutex::new(parts));
+        let parts: Parts = parts.into();
         let (followed, told) = (Arc::clone(&core), Arc::clone(&stopped));
         let (seen, besides) = (Arc::clone(&core), Arc::clone(&parts));
         let wait = move || {
             let processes = lock(&seen).processes();
-            for part in lock(&besides).iter_mut() {
+            for part in besides.iter() {
                 part.follow(&processes);
             }
             thread::sleep(LOOK_EVERY);
@@ -529,33 +535,32 @@ impl Gpu {
 impl Drop for Gpu {
     fn drop(&mut self) {
         self.stopped.store(true, Ordering::Relaxed);
-        // The thread may hold it for another second: the programs are gone at once.
-        lock(&self.core).live = None;
-        lock(&self.parts).clear();
+        // The thread sees it within a second, and lets go of its programs.
     }
 }
 
 impl Signal for Gpu {
-    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<()> {
-        for part in lock(&self.parts).iter_mut() {
-            part.read(scope)?;
+    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<Read> {
+        let mut read = Read::Now;
+        for part in self.parts.iter() {
+            if part.read(scope)? == Read::Before {
+                read = Read::Before;
+            }
         }
-        let mut core = match self.core.try_lock() {
-            Ok(core) => core,
-            Err(TryLockError::Poisoned(core)) => core.into_inner(),
-            // Files are being looked through: what was counted is read by the next scrape.
-            Err(TryLockError::WouldBlock) => return Ok(()),
+        // Open files may be looked through.
+        let Some(mut core) = try_lock(&self.core) else {
+            return Ok(Read::Before);
         };
         self.status = core.status.clone();
         if self.status.state == State::Up {
-            for part in lock(&self.parts).iter() {
+            for part in self.parts.iter() {
                 let (hooks, notes) = part.status();
-                self.status.hooks.extend_from_slice(hooks);
-                self.status.notes.extend_from_slice(notes);
+                self.status.hooks.extend(hooks);
+                self.status.notes.extend(notes);
             }
         }
         let Some(live) = &mut core.live else {
-            return Ok(());
+            return Ok(read);
         };
         scope.book(&mut self.ledger, &mut live.delays, |delays| delays.slots)?;
         self.processes.clear();
@@ -572,27 +577,26 @@ impl Signal for Gpu {
         }
         self.lost = live.attached.lost()?;
         self.runs = live.attached.runs();
-        Ok(())
+        Ok(read)
     }
 
     fn render(&self, families: &mut Families) {
         if self.status.state != State::Absent {
             render(self.ledger.accounts(), &self.processes, families);
-            for part in lock(&self.parts).iter() {
+            for part in self.parts.iter() {
                 part.render(families);
             }
         }
     }
 
     fn attribution(&self) -> Attribution {
-        let parts = lock(&self.parts);
-        let parts = parts.iter().map(|part| part.attribution());
+        let parts = self.parts.iter().map(|part| part.attribution());
         parts.fold(self.ledger.attribution(), Attribution::plus)
     }
 
     fn lost(&self) -> anyhow::Result<Vec<(&'static str, u64)>> {
         let mut lost = self.lost.clone();
-        for part in lock(&self.parts).iter() {
+        for part in self.parts.iter() {
             // Each has the same reasons in the same order, or none.
             for (all, (_, of_part)) in lost.iter_mut().zip(part.lost()) {
                 all.1 += of_part;
@@ -602,13 +606,16 @@ impl Signal for Gpu {
     }
 
     fn runs(&self) -> Vec<(String, Runs)> {
-        let parts = lock(&self.parts);
-        let parts = parts.iter().flat_map(|part| part.runs());
+        let parts = self.parts.iter().flat_map(|part| part.runs());
         self.runs.iter().cloned().chain(parts).collect()
     }
 
     fn status(&self) -> Option<Status> {
         Some(self.status.clone())
+    }
+
+    fn skipped(&self) -> Option<Skipped> {
+        self.parts.iter().find_map(|part| part.skipped())
     }
 }
 

@@ -12,9 +12,10 @@ use std::{
     io::ErrorKind,
     path::PathBuf,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, TryLockError,
         atomic::{AtomicBool, Ordering},
     },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -30,6 +31,7 @@ use crate::{
     families::{Desc, Families},
     kernel::{Kernel, uevents::Uevents},
     ledger::{Attribution, Ledger},
+    libraries::{Gate, Skipped},
     pods::{Drain, Resolution, View},
     probe::{Attached, Hook, Outcome, Runs},
 };
@@ -72,6 +74,10 @@ pub struct Options {
     pub encryption: encryption::Settings,
     /// What `gpu` looks at.
     pub gpu: gpu::Settings,
+    /// Opened once the first page can be served: nobody looks into processes before.
+    pub gate: Arc<Gate>,
+    /// Whether paths of containers' files are told, or only their names.
+    pub show_paths: bool,
 }
 
 /// What has become of a signal.
@@ -229,15 +235,85 @@ fn follow(signal: &str, core: &Mutex<impl Follower>, stopped: &AtomicBool, mut w
         let mut core = core.lock().unwrap_or_else(PoisonError::into_inner);
         let before = core.status().state;
         core.follow(Kernel::read);
-        let status = core.status();
-        if status.state != before {
-            tracing::info!("signal {signal}: {}", status.state.label());
-            if status.state == State::Failed {
-                let details = status.hooks.iter().map(|hook| &hook.detail);
-                for detail in details.filter(|detail| !detail.is_empty()) {
-                    tracing::error!("signal {signal}: {detail}");
-                }
-            }
+        announce(signal, before, core.status());
+    }
+}
+
+/// How many lines are logged about what containers have mapped, which may be another file each second: so many in such a time. All of it
+/// stands on the page for people.
+const LINES: u32 = 100;
+const LINES_IN: Duration = Duration::from_secs(600);
+
+/// A log that no container can fill.
+#[derive(Debug)]
+struct BoundedLog {
+    signal: &'static str,
+    since: Instant,
+    lines: u32,
+}
+
+impl BoundedLog {
+    fn new(signal: &'static str) -> Self {
+        Self {
+            signal,
+            since: Instant::now(),
+            lines: 0,
+        }
+    }
+
+    /// Logs a line, as long as there are few.
+    fn line(&mut self, is_warning: bool, text: &str) {
+        if self.since.elapsed() >= LINES_IN {
+            *self = Self::new(self.signal);
+        }
+        self.lines += 1;
+        let signal = self.signal;
+        match (self.lines, is_warning) {
+            (..LINES, true) => tracing::warn!("signal {signal}: {text}"),
+            (..LINES, false) => tracing::info!("signal {signal}: {text}"),
+            (LINES, _) => tracing::warn!(
+                "signal {signal}: more than {LINES} lines about files; for ten minutes only the page / tells more"
+            ),
+            _ => {}
+        }
+    }
+}
+
+/// Logs what a signal has become, where it was something else before.
+fn announce(signal: &str, before: State, now: &Status) {
+    if now.state == before {
+        return;
+    }
+    tracing::info!("signal {signal}: {}", now.state.label());
+    if now.state == State::Failed {
+        let details = now.hooks.iter().map(|hook| &hook.detail);
+        for detail in details.filter(|detail| !detail.is_empty()) {
+            tracing::error!("signal {signal}: {detail}");
+        }
+    }
+}
+
+/// What came of reading a signal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Read {
+    /// All that there is to read was read.
+    Now,
+    /// What it reads is held by who attaches to it: what was read before stands.
+    Before,
+}
+
+/// How long a scrape waits for what is held only as long as a map is read.
+const HELD: Duration = Duration::from_millis(100);
+
+/// Takes a lock that whoever attaches may hold for long. `None` where it is not to be had soon.
+fn try_lock<T: ?Sized>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    let until = Instant::now() + HELD;
+    loop {
+        match mutex.try_lock() {
+            Ok(guard) => return Some(guard),
+            Err(TryLockError::Poisoned(guard)) => return Some(guard.into_inner()),
+            Err(TryLockError::WouldBlock) if Instant::now() >= until => return None,
+            Err(TryLockError::WouldBlock) => thread::sleep(Duration::from_millis(1)),
         }
     }
 }
@@ -335,7 +411,7 @@ pub trait Signal: Send {
     ///
     /// # Errors
     /// When a map cannot be read; what was booked before stays.
-    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<()>;
+    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<Read>;
 
     /// Renders what has been booked.
     fn render(&self, families: &mut Families);
@@ -359,6 +435,11 @@ pub trait Signal: Send {
 
     /// What has become of it, for a signal that comes and goes with modules of the kernel.
     fn status(&self) -> Option<Status> {
+        None
+    }
+
+    /// What of libraries was not looked at, for a signal that looks into them.
+    fn skipped(&self) -> Option<Skipped> {
         None
     }
 }

@@ -7,15 +7,14 @@
 //! profiler plugin, where a job has it, tells how long each collective took on the GPU: the rank for which it took the shortest came
 //! last, since all end together.
 //!
-//! Processes are looked at when they are new and now and then later; a library is probed once, whatever process or container it
-//! is found in. As long as no process has had NCCL, nothing is loaded.
+//! A library is probed once, whatever process or container it is found in. As long as no process has had NCCL, nothing is loaded.
+//! Whoever attaches probes, which takes long, and whoever reads maps, have nothing to wait for from each other.
 
 pub mod ranks;
 mod sites;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
-    fs::{self, File},
     os::fd::AsRawFd,
     path::Path,
     sync::{
@@ -42,19 +41,21 @@ use ranks::{Ranks, Reading};
 use sites::{Kind as Library, Sites};
 
 use super::{
-    Attempt, Entry, Follower, Options, Scope, Signal, State, Status, entries, follow, no_losses,
-    removed,
+    Attempt, BoundedLog, Entry, Options, Read, Scope, Signal, State, Status, announce, entries,
+    no_losses, removed, try_lock,
 };
 use crate::{
     capabilities::{BPF, LIBRARIES, PERFMON, UPROBES},
     families::{Desc, Families, Kind},
     kernel::Kernel,
     ledger::{Attribution, Ledger, Opening, UNKNOWN},
-    libraries::{self, Identity},
-    pods::{Labels, Resolution},
-    probe::{
-        self, Attached, FileLink, Hook, Method, Need, PROBED_FILES, Program, Reason, Room, Runs,
+    libraries::{
+        Identity, Skipped,
+        maps::Interest,
+        watch::{Found, Snapshot, Watch, Watched, processes, shown},
     },
+    pods::{Labels, Resolution},
+    probe::{self, Attached, Counters, FileLink, Hook, Method, Need, Program, Reason, Room, Runs},
 };
 
 /// The signal.
@@ -199,23 +200,15 @@ fn programs() -> Vec<Program> {
     sites::programs().map(program).collect()
 }
 
-/// How often processes are looked for.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
-
-/// How long a process is not looked at again: longer each time, since a library that comes comes soon.
-const RARELY: Duration = Duration::from_secs(16);
-
-/// Files that are known to have nothing to do with NCCL.
-const STRANGERS: usize = 8192;
+/// How often it is asked what is mapped.
+const FOLLOW_EVERY: Duration = Duration::from_secs(1);
 
 /// How long a group without ranks is kept: one of them may be about to have its first.
 const GROUP_STAYS: Duration = Duration::from_secs(60);
 
-/// The object at work.
+/// The object's maps, for as long as one of them is read or swept.
 struct Live {
-    attached: Attached,
-    /// For what to do about a refusal; without the types.
-    kernel: Kernel,
+    counters: Arc<Counters>,
     owners: maps::HashMap<MapData, u64, Owner>,
     communicators: maps::HashMap<MapData, Communicator, Handle>,
     groups: maps::HashMap<MapData, u64, Group>,
@@ -233,8 +226,9 @@ struct Live {
 }
 
 impl Live {
-    fn new(mut attached: Attached, kernel: Kernel) -> anyhow::Result<Self> {
+    fn new(attached: &mut Attached) -> anyhow::Result<Self> {
         Ok(Self {
+            counters: attached.counters(),
             owners: attached.map("OWNERS")?,
             communicators: attached.map("COMMUNICATORS")?,
             groups: attached.map("GROUPS")?,
@@ -243,8 +237,6 @@ impl Live {
             started: attached.map("STARTED")?,
             layouts: attached.map("LAYOUTS")?,
             in_progress: attached.map("IN_PROGRESS")?,
-            attached,
-            kernel,
             empty: HashMap::new(),
             suspects: HashSet::new(),
             unpaired: 0,
@@ -381,137 +373,126 @@ fn fate(pair: &Pair, arrivals: &Arrivals, made: &HashMap<u64, Vec<Handle>>) -> F
     if late { Fate::Over } else { Fate::Missed }
 }
 
-/// What is known of a process.
-struct Look {
-    files: Vec<Identity>,
-    next: Instant,
-    every: Duration,
-    /// Why it cannot be known.
-    trouble: Option<String>,
-    /// Whether the kernel half has been told what its communicators look like.
-    told: bool,
-}
-
 /// A file that processes have mapped and that has to do with NCCL.
 struct Probed {
-    path: String,
-    /// Its file: probes go to this and no other, whatever its path becomes.
-    file: File,
+    found: Arc<Found>,
     sites: Sites,
     links: Vec<FileLink>,
     /// What came of each site, once it has been probed.
     outcomes: Vec<Result<(), (Reason, String)>>,
 }
 
-/// What follows processes and their libraries: used by scrapes, and by the thread that looks.
+/// The object, for who attaches.
+struct Loaded {
+    attached: Attached,
+    /// For what to do about a refusal; without the types.
+    kernel: Kernel,
+}
+
+/// The maps, where the object is loaded.
+type Books = Arc<Mutex<Option<Live>>>;
+
+/// What attaches to libraries as they come.
 struct Core {
-    live: Option<Live>,
-    status: Status,
+    watch: Watch,
+    snapshot: Arc<Snapshot>,
+    show_paths: bool,
+    loaded: Option<Loaded>,
+    books: Books,
     /// Whether loading the object has been tried.
     tried: bool,
-    looks: HashMap<u32, Look>,
     files: BTreeMap<Identity, Probed>,
-    strangers: BTreeSet<Identity>,
     /// What all libraries have in common, as the kernel half has been told.
     any: Option<Layout>,
-    /// Files that cannot be read, and why.
-    unread: BTreeMap<Identity, String>,
-    /// Those of them that only had no room.
-    waiting: BTreeSet<Identity>,
+    /// What it has been told of each process.
+    told: HashMap<u32, Layout>,
     /// What of the object's loading works with less.
     lacks: Vec<String>,
     failed: Vec<Hook>,
     trouble: Option<String>,
+    log: BoundedLog,
+    /// What has been logged last.
+    logged: Status,
 }
 
-impl Follower for Core {
-    fn follow(&mut self, kernel: impl FnOnce() -> Kernel) {
-        let there = processes();
-        self.look(&there);
+/// What is watched for.
+fn watched() -> Watched {
+    Watched {
+        interest: Interest::Nccl,
+        wanted: sites::wanted(),
+        is_of_use: |library| Sites::of(library).is_some(),
+    }
+}
+
+impl Core {
+    fn new(watch: Watch, show_paths: bool, books: Books) -> Self {
+        Self {
+            watch,
+            snapshot: Arc::default(),
+            show_paths,
+            loaded: None,
+            books,
+            tried: false,
+            files: BTreeMap::new(),
+            any: None,
+            told: HashMap::new(),
+            lacks: Vec::new(),
+            failed: Vec::new(),
+            trouble: None,
+            log: BoundedLog::new("nccl"),
+            logged: Status::absent(),
+        }
+    }
+
+    /// Attaches to what has come, lets go of what has gone, and tells what has become of it.
+    fn follow(&mut self, kernel: impl FnOnce() -> Kernel) -> Status {
+        self.snapshot = self.watch.snapshot();
+        self.take_over();
         let nccl = |probed: &Probed| probed.sites.kind != Library::Cuda;
         if !self.tried && self.files.values().any(nccl) {
             self.tried = true;
             self.load(kernel());
         }
         self.probe();
-        let swept = self.tell_layouts().and_then(|()| match &mut self.live {
-            Some(live) => live.sweep(&there),
+        let books = Arc::clone(&self.books);
+        let swept = match &mut *lock(&books) {
+            Some(live) => self
+                .tell_layouts(live)
+                .and_then(|()| live.sweep(&processes())),
             None => Ok(()),
-        });
+        };
         self.trouble = swept.err().map(|error| format!("{error:#}"));
-        self.tell();
+        self.log();
+        self.status(self.show_paths)
     }
 
-    fn status(&self) -> &Status {
-        &self.status
-    }
-}
-
-/// The processes that there are, in the initial namespace if this one is.
-fn processes() -> BTreeSet<u32> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let number = |entry: fs::DirEntry| entry.file_name().to_str()?.parse().ok();
-    entries.filter_map(number).collect()
-}
-
-/// Whether a file may have to do with NCCL, by its name.
-fn is_wanted(name: &str) -> bool {
-    // libnccl.so.2, libnccl-profiler.so.
-    name.starts_with("libnccl") && name.contains(".so")
-}
-
-impl Core {
-    fn new() -> Self {
-        Self {
-            live: None,
-            status: Status::absent(),
-            tried: false,
-            looks: HashMap::new(),
-            files: BTreeMap::new(),
-            strangers: BTreeSet::new(),
-            any: None,
-            unread: BTreeMap::new(),
-            waiting: BTreeSet::new(),
-            lacks: Vec::new(),
-            failed: Vec::new(),
-            trouble: None,
-        }
-    }
-
-    /// Looks for libraries in processes that are new, and now and then in the others; lets go of what nobody has any more.
-    fn look(&mut self, there: &BTreeSet<u32>) {
-        let now = Instant::now();
-        self.looks.retain(|process, _| there.contains(process));
-        for process in there {
-            let look = self.looks.get(process);
-            if look.is_some_and(|look| now < look.next) {
-                continue;
-            }
-            let found = self.find(*process);
-            let look = self.looks.entry(*process).or_insert(Look {
-                files: Vec::new(),
-                next: now,
-                every: LOOK_EVERY,
-                trouble: None,
-                told: false,
-            });
-            look.next = now + look.every;
-            look.every = RARELY.min(look.every * 2);
-            match found {
-                Ok(files) => {
-                    look.told &= look.files == files;
-                    look.files = files;
-                    look.trouble = None;
-                }
-                Err(error) => look.trouble = Some(format!("{error:#}")),
+    /// Takes over what is mapped now. Launches of graphs say something only beside NCCL.
+    fn take_over(&mut self) {
+        let found = &self.snapshot.files;
+        for (identity, found) in found {
+            if !self.files.contains_key(identity)
+                && let Some(sites) = Sites::of(&found.library)
+            {
+                let probed = Probed {
+                    found: Arc::clone(found),
+                    sites,
+                    links: Vec::new(),
+                    outcomes: Vec::new(),
+                };
+                self.files.insert(*identity, probed);
             }
         }
-        let looks = self.looks.values();
-        let used: BTreeSet<Identity> = looks.flat_map(|look| &look.files).copied().collect();
+        let kind = |identity: &Identity| self.files.get(identity).map(|probed| probed.sites.kind);
+        let beside = self.snapshot.processes.values().filter(|files| {
+            let mut files = files.iter();
+            files.any(|file| kind(file) == Some(Library::Nccl))
+        });
+        let beside: BTreeSet<Identity> = beside.flatten().copied().collect();
         // Without its links the file is let go of beside everything else: the kernel takes a tenth of a second for each.
         let mut gone = Vec::new();
         self.files.retain(|identity, probed| {
-            let stays = used.contains(identity);
+            let alone = probed.sites.kind == Library::Cuda && !beside.contains(identity);
+            let stays = found.contains_key(identity) && !alone;
             if !stays {
                 gone.append(&mut probed.links);
             }
@@ -524,99 +505,28 @@ impl Core {
                 .name("nccl-detach".to_owned())
                 .spawn(detach);
         }
-        self.unread.retain(|identity, _| used.contains(identity));
-        if self.files.len() < PROBED_FILES {
-            for identity in std::mem::take(&mut self.waiting) {
-                self.unread.remove(&identity);
-            }
-        }
-        if self.strangers.len() > STRANGERS {
-            self.strangers.clear();
-        }
-    }
-
-    /// Finds the files of a process that have to do with NCCL.
-    fn find(&mut self, process: u32) -> anyhow::Result<Vec<Identity>> {
-        let folder = format!("/proc/{process}");
-        let folder = Path::new(&folder);
-        let Some(maps) = libraries::read_maps(folder)? else {
-            return Ok(Vec::new());
-        };
-        // NCCL may be linked into anything that uses CUDA.
-        let cuda = maps.contains("/libcuda.so");
-        if !cuda && !maps.contains("/libnccl") {
-            return Ok(Vec::new());
-        }
-        let mut found = Vec::new();
-        for mapped in libraries::mapped(&maps, |name| cuda || is_wanted(name)) {
-            let file = match mapped.open(folder) {
-                Ok(file) => file,
-                Err(_) if !is_wanted(mapped.path.rsplit('/').next().unwrap_or_default()) => {
-                    continue;
-                }
-                Err(error) => return Err(error),
-            };
-            let Ok(identity) = Identity::of(&file) else {
-                continue;
-            };
-            if self.strangers.contains(&identity) {
-                continue;
-            }
-            found.push(identity);
-            if self.files.contains_key(&identity) || self.unread.contains_key(&identity) {
-                continue;
-            }
-            match Sites::of(&file) {
-                Ok(Some(sites)) if self.files.len() < PROBED_FILES => {
-                    let probed = Probed {
-                        path: mapped.path,
-                        file,
-                        sites,
-                        links: Vec::new(),
-                        outcomes: Vec::new(),
-                    };
-                    self.files.insert(identity, probed);
-                }
-                Ok(Some(_)) => {
-                    let why = format!(
-                        "{} is one more than the {PROBED_FILES} files that are probed at once",
-                        mapped.path
-                    );
-                    self.unread.insert(identity, why);
-                    self.waiting.insert(identity);
-                }
-                Err(error) if is_wanted(mapped.path.rsplit('/').next().unwrap_or_default()) => {
-                    let why = format!("cannot probe {}: {error:#}", mapped.path);
-                    self.unread.insert(identity, why);
-                }
-                Ok(None) | Err(_) => {
-                    found.pop();
-                    self.strangers.insert(identity);
-                }
-            }
-        }
-        // Launches of graphs say something only beside NCCL.
-        let kind = |identity: &Identity| self.files.get(identity).map(|probed| probed.sites.kind);
-        if !found.iter().any(|file| kind(file) == Some(Library::Nccl)) {
-            found.retain(|file| kind(file) != Some(Library::Cuda));
-        }
-        Ok(found)
     }
 
     fn load(&mut self, mut kernel: Kernel) {
         let outcome = probe::attach(OBJECT, &programs(), kernel.types(), |_| {}, &kernel);
         kernel.forget_types();
         self.lacks = outcome.notes;
-        match outcome.attached.map(|attached| Live::new(attached, kernel)) {
-            Some(Ok(live)) => self.live = Some(live),
-            Some(Err(error)) => self.lacks.push(format!("{error:#}")),
-            None => self.failed = outcome.hooks,
+        let Some(mut attached) = outcome.attached else {
+            self.failed = outcome.hooks;
+            return;
+        };
+        match Live::new(&mut attached) {
+            Ok(live) => {
+                *lock(&self.books) = Some(live);
+                self.loaded = Some(Loaded { attached, kernel });
+            }
+            Err(error) => self.lacks.push(format!("{error:#}")),
         }
     }
 
     /// Probes what is new, and what there was no room for.
     fn probe(&mut self) {
-        let Some(live) = &mut self.live else {
+        let Some(loaded) = &mut self.loaded else {
             return;
         };
         for probed in self.files.values_mut() {
@@ -627,8 +537,8 @@ impl Core {
                 continue;
             }
             let sites = probed.sites.sites.iter();
-            let room = Room::take(sites.map(|site| site.probes.count()).sum());
-            let mut room = match room {
+            let places = sites.map(|site| site.probes.count()).sum();
+            let mut room = match Room::take(places, &probed.found.pod) {
                 Ok(room) => room,
                 Err(full) => {
                     probed.outcomes = vec![Err(full); probed.sites.sites.len()];
@@ -636,13 +546,13 @@ impl Core {
                 }
             };
             probed.outcomes.clear();
-            let path = format!("/proc/self/fd/{}", probed.file.as_raw_fd());
+            let path = format!("/proc/self/fd/{}", probed.found.file.as_raw_fd());
             let path = Path::new(&path);
             for site in &probed.sites.sites {
                 let mut attach = |program: &'static str| {
-                    let attached = &mut live.attached;
+                    let attached = &mut loaded.attached;
                     let room = room.pop().expect("taken for all");
-                    attached.attach_to_file(program, path, site.place, room, &live.kernel)
+                    attached.attach_to_file(program, path, site.place, room, &loaded.kernel)
                 };
                 // The return first: each entry that is seen is followed by a return that is.
                 let exit = site.probes.exit.map(&mut attach).transpose();
@@ -658,10 +568,7 @@ impl Core {
     }
 
     /// Tells the kernel half what communicators of each process look like.
-    fn tell_layouts(&mut self) -> anyhow::Result<()> {
-        let Some(live) = &mut self.live else {
-            return Ok(());
-        };
+    fn tell_layouts(&mut self, live: &mut Live) -> anyhow::Result<()> {
         let files = self.files.values();
         let nccl = files.filter(|probed| probed.sites.kind == Library::Nccl);
         let mut layouts = nccl.map(|probed| probed.sites.layout());
@@ -674,18 +581,19 @@ impl Core {
             }
             self.any = any;
         }
-        for (process, look) in &mut self.looks {
-            if look.told {
-                continue;
-            }
-            let mut files = look.files.iter().filter_map(|file| self.files.get(file));
+        let there = &self.snapshot.processes;
+        self.told.retain(|process, _| there.contains_key(process));
+        for (process, files) in there {
+            let mut files = files.iter().filter_map(|file| self.files.get(file));
             let nccl = files.find(|probed| probed.sites.kind == Library::Nccl);
-            if let Some(probed) = nccl {
-                let layout = probed.sites.layout();
+            let Some(layout) = nccl.map(|probed| probed.sites.layout()) else {
+                continue;
+            };
+            if self.told.get(process) != Some(&layout) {
                 let told = live.layouts.insert(process, layout, 0);
                 told.context("enter a process into a map")?;
+                self.told.insert(*process, layout);
             }
-            look.told = true;
         }
         Ok(())
     }
@@ -693,8 +601,8 @@ impl Core {
     /// Versions of NCCL with which the plugin does harm, in processes that have both.
     fn denied(&self) -> BTreeSet<String> {
         let mut denied = BTreeSet::new();
-        for look in self.looks.values() {
-            let files = || look.files.iter().filter_map(|file| self.files.get(file));
+        for files in self.snapshot.processes.values() {
+            let files = || files.iter().filter_map(|file| self.files.get(file));
             let plugin = files().any(|probed| probed.sites.kind == Library::Plugin);
             let versions = files().filter_map(|probed| probed.sites.version);
             for version in versions.filter(|version| plugin && version.is_denied()) {
@@ -706,24 +614,26 @@ impl Core {
         denied
     }
 
-    /// Tells what has become of it.
-    fn tell(&mut self) {
+    /// What has become of it, with the paths of files or only their names.
+    fn status(&self, with_paths: bool) -> Status {
         let any = |kind| self.files.values().any(|probed| probed.sites.kind == kind);
-        let state = match (&self.live, self.tried) {
+        let state = match (&self.loaded, self.tried) {
             (Some(_), _) if any(Library::Nccl) || any(Library::Plugin) => State::Up,
             (None, true) => State::Failed,
             _ => State::Absent,
         };
         let mut hooks: BTreeMap<&'static str, (Reason, String)> = BTreeMap::new();
         let mut found = Vec::new();
+        let mut full = Vec::new();
         for probed in self.files.values() {
-            let build = match &probed.sites.build_id {
-                Some(id) => format!(", build id {id}"),
-                None => String::new(),
+            let library = &probed.found.library;
+            let build = match &library.build_id {
+                Some(id) if with_paths => format!(", build id {id}"),
+                _ => String::new(),
             };
-            let path = &probed.path;
-            if let Some(why) = &probed.sites.lacks {
-                found.push(format!("{path} is not read whole: {why}"));
+            let path = shown(&probed.found.path, with_paths);
+            for lack in &library.lacks {
+                found.push(format!("{path} is not read whole: {}", lack.why));
             }
             match (probed.sites.kind, probed.sites.version) {
                 (Library::Nccl, Some(version)) if version.is_known() => {
@@ -737,6 +647,9 @@ impl Core {
                 )),
                 (Library::Plugin, _) => found.push(format!("NCCL profiler plugin: {path}{build}")),
                 (Library::Cuda, _) => {}
+            }
+            if let Some(Err((Reason::NoRoom, why))) = probed.outcomes.first() {
+                full.push(format!("{path} is not probed: {why}"));
             }
             for (site, outcome) in probed.sites.sites.iter().zip(&probed.outcomes) {
                 let (reason, detail) = match outcome {
@@ -761,37 +674,41 @@ impl Core {
         hooks.extend(self.failed.iter().cloned());
         let mut notes = self.lacks.clone();
         notes.extend(self.trouble.clone());
-        notes.extend(self.unread.values().cloned());
         notes.extend(self.denied());
-        let mut unseen = self.looks.values().filter_map(|look| look.trouble.as_ref());
-        if let Some(why) = unseen.next() {
-            let more = match unseen.count() {
-                0 => String::new(),
-                more => format!(" (and {more} processes more)"),
-            };
-            notes.push(format!("NCCL is not seen everywhere: {why}{more}"));
-        }
-        let new = Status {
+        notes.extend(full);
+        let of_files = self.snapshot.notes.iter();
+        notes.extend(
+            of_files.map(|note| format!("NCCL is not seen everywhere: {}", note.told(with_paths))),
+        );
+        Status {
             state,
             hooks,
             notes,
             found,
-        };
+        }
+    }
+
+    /// Logs what is new, with all that is known.
+    fn log(&mut self) {
+        let new = self.status(true);
         for (word, before, now) in [
-            ("found ", &self.status.found, &new.found),
-            ("works with less: ", &self.status.notes, &new.notes),
+            ("found ", &self.logged.found, &new.found),
+            ("works with less: ", &self.logged.notes, &new.notes),
         ] {
             for text in now.iter().filter(|text| !before.contains(text)) {
-                tracing::info!("signal nccl: {word}{text}");
+                self.log.line(false, &format!("{word}{text}"));
             }
         }
-        let told = |detail: &String| self.status.hooks.iter().any(|hook| hook.detail == *detail);
+        let told = |detail: &String| self.logged.hooks.iter().any(|hook| hook.detail == *detail);
         for hook in &new.hooks {
-            if !hook.detail.is_empty() && !told(&hook.detail) {
-                tracing::warn!("signal nccl: {}", hook.detail);
+            // That there is no room is said once for the file.
+            let once = hook.reason == Reason::NoRoom;
+            if !once && !hook.detail.is_empty() && !told(&hook.detail) {
+                self.log.line(true, &hook.detail);
             }
         }
-        self.status = new;
+        announce("nccl", self.logged.state, &new);
+        self.logged = new;
     }
 }
 
@@ -804,9 +721,9 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 struct Nccl {
-    core: Arc<Mutex<Core>>,
+    books: Books,
+    told: Arc<Mutex<Told>>,
     stopped: Arc<AtomicBool>,
-    status: Status,
     ledger: Ledger<u64, SLOTS>,
     ranks: Ranks,
     pending: BTreeMap<Labels, f64>,
@@ -814,23 +731,46 @@ struct Nccl {
     runs: Vec<(String, Runs)>,
 }
 
+/// What who attaches tells who reads.
+struct Told {
+    status: Status,
+    skipped: Skipped,
+}
+
 impl Nccl {
     fn new(kernel: &Kernel, options: &Options) -> anyhow::Result<Self> {
-        let mut core = Core::new();
-        core.follow(|| kernel.clone());
-        let status = core.status.clone();
-        let core = Arc::new(Mutex::new(core));
+        let watch = Watch::start("nccl", watched(), None, &options.gate)?;
+        let books = Books::default();
+        let mut core = Core::new(watch, options.show_paths, Arc::clone(&books));
+        let mut status = Status::absent();
+        let at_once = options.gate.is_open();
+        if at_once {
+            status = core.follow(|| kernel.clone());
+        }
+        let told = Arc::new(Mutex::new(Told {
+            status,
+            skipped: core.snapshot.skipped,
+        }));
         let stopped = Arc::new(AtomicBool::new(false));
-        let (followed, told) = (Arc::clone(&core), Arc::clone(&stopped));
-        let wait = || thread::sleep(LOOK_EVERY);
+        let (tells, ends) = (Arc::clone(&told), Arc::clone(&stopped));
+        let gate = Arc::clone(&options.gate);
+        let follow = move || {
+            gate.wait();
+            while !ends.load(Ordering::Relaxed) {
+                let status = core.follow(Kernel::read);
+                let skipped = core.snapshot.skipped;
+                *lock(&tells) = Told { status, skipped };
+                thread::sleep(FOLLOW_EVERY);
+            }
+        };
         thread::Builder::new()
             .name("nccl".to_owned())
-            .spawn(move || follow("nccl", &followed, &told, wait))
-            .context("start the thread that looks for NCCL")?;
+            .spawn(follow)
+            .context("start the thread that probes NCCL")?;
         Ok(Self {
-            core,
+            books,
+            told,
             stopped,
-            status,
             ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
             ranks: Ranks::new(options.max_owners),
             pending: BTreeMap::new(),
@@ -842,11 +782,8 @@ impl Nccl {
 
 impl Drop for Nccl {
     fn drop(&mut self) {
+        // The thread sees it within a second, and lets go of its probes.
         self.stopped.store(true, Ordering::Relaxed);
-        // The thread may hold it for another second: the programs are gone at once.
-        let mut core = lock(&self.core);
-        core.files.clear();
-        core.live = None;
     }
 }
 
@@ -936,29 +873,30 @@ impl Nccl {
 }
 
 impl Signal for Nccl {
-    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<()> {
-        let shared = Arc::clone(&self.core);
-        let mut core = lock(&shared);
-        self.status = core.status.clone();
-        let Some(live) = &mut core.live else {
-            return Ok(());
+    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<Read> {
+        let books = Arc::clone(&self.books);
+        let Some(mut books) = try_lock(&books) else {
+            return Ok(Read::Before);
+        };
+        let Some(live) = &mut *books else {
+            return Ok(Read::Now);
         };
         scope.book(&mut self.ledger, &mut live.owners, |owner| owner.slots)?;
         self.book_ranks(live, scope)?;
         self.find_pending(live, scope)?;
-        self.lost = live.attached.lost()?;
+        self.lost = live.counters.lost()?;
         let (_, label) = exporter_common::Loss::LABELS[exporter_common::Loss::Untimed as usize];
         for (reason, count) in &mut self.lost {
             if *reason == label {
                 *count += live.unpaired;
             }
         }
-        self.runs = live.attached.runs();
-        Ok(())
+        self.runs = live.counters.runs();
+        Ok(Read::Now)
     }
 
     fn render(&self, families: &mut Families) {
-        if self.status.state != State::Absent {
+        if lock(&self.told).status.state != State::Absent {
             render(self.ledger.accounts(), &self.ranks, &self.pending, families);
         }
     }
@@ -976,7 +914,11 @@ impl Signal for Nccl {
     }
 
     fn status(&self) -> Option<Status> {
-        Some(self.status.clone())
+        Some(lock(&self.told).status.clone())
+    }
+
+    fn skipped(&self) -> Option<Skipped> {
+        Some(lock(&self.told).skipped)
     }
 }
 

@@ -18,7 +18,7 @@ pub mod nldev;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::{
-        Arc, Mutex, TryLockError,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -44,7 +44,8 @@ use self::{
     host::{DeviceMap, DeviceTotals, Host, Owners, PairMaps, monotonic},
 };
 use super::{
-    Attempt, Entry, Follower, Options, Scope, Signal, State, Status, entries, follow_modules,
+    Attempt, Entry, Follower, Options, Read, Scope, Signal, State, Status, entries, follow_modules,
+    try_lock,
 };
 use crate::{
     capabilities::{BPF, NAMESPACES, NAMESPACES_OF_OTHERS, PERFMON},
@@ -908,7 +909,7 @@ fn units(slots: &[u64; SLOTS]) -> u64 {
 }
 
 impl Signal for Rdma {
-    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<()> {
+    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<Read> {
         self.enumeration.ask();
         let reports = self.enumeration.reports(scope.now);
         self.troubles = self.enumeration.troubles(scope.now);
@@ -916,11 +917,8 @@ impl Signal for Rdma {
         self.count_pairs(reports, scope);
 
         let core = Arc::clone(&self.core);
-        let mut core = match core.try_lock() {
-            Ok(core) => core,
-            Err(TryLockError::Poisoned(core)) => core.into_inner(),
-            // Modules are being followed: what was counted is read by the next scrape.
-            Err(TryLockError::WouldBlock) => return Ok(()),
+        let Some(mut core) = try_lock(&core) else {
+            return Ok(Read::Before);
         };
         for farewell in std::mem::take(&mut core.farewells) {
             self.book_devices(farewell.devices);
@@ -953,7 +951,7 @@ impl Signal for Rdma {
         };
         core.swept += swept;
         self.last = core.tell()?;
-        Ok(())
+        Ok(Read::Now)
     }
 
     fn render(&self, families: &mut Families) {

@@ -13,7 +13,7 @@ use aya::{
 };
 use exporter_common::tcp::{Kind, Retransmits};
 
-use super::{Attempt, Entry, Options, Scope, Signal};
+use super::{Attempt, Entry, Options, Read, Scope, Signal};
 use crate::{
     capabilities::{BPF, PERFMON},
     families::{self, Desc, Families},
@@ -126,10 +126,11 @@ struct Tcp {
 }
 
 impl Signal for Tcp {
-    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<()> {
+    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<Read> {
         scope.book(&mut self.ledger, &mut self.retransmits, |value| {
             value.segments
-        })
+        })?;
+        Ok(Read::Now)
     }
 
     fn render(&self, families: &mut Families) {

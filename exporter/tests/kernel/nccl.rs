@@ -659,14 +659,27 @@ fn it_ends_in_half_a_minute_whatever_is_mapped() {
         );
     }
     let copies = tempfile::tempdir().expect("a folder");
-    let jobs: Vec<_> = (0..20)
+    let root = cgroup_root();
+    // Of eight pods, since one may have a part of the places only.
+    let jobs: Vec<_> = (0..24)
         .map(|copy| {
             let own = copies.path().join(copy.to_string());
             fs::create_dir(&own).expect("a folder");
             for file in ["job", "libnccl.so.2"] {
                 fs::copy(folder.join(file), own.join(file)).expect("copied");
             }
-            Job::start(&own, "--ranks 1 --communicators 1 --collectives 1 --wait")
+            let pod = Pod::new("training", "worker", 100 + copy % 8);
+            let cgroup = root.join(pod.cgroup(0));
+            fs::create_dir_all(&cgroup).expect("a cgroup");
+            symlink(cgroup, own.join("cgroup")).expect("a link");
+            let place = own.join("cgroup");
+            Job::start(
+                &own,
+                &format!(
+                    "--ranks 1 --communicators 1 --collectives 1 --wait --cgroup {}",
+                    place.display()
+                ),
+            )
         })
         .collect();
     let mut exporter = Exporter::start(&["--pods", "none"]);

@@ -8,11 +8,11 @@
 //! budget: in a window all are attached, and after it none is left and nothing is paid.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
-    fs::File,
+    collections::{BTreeMap, BTreeSet},
     io, mem,
     os::fd::AsRawFd,
     path::Path,
+    sync::{Arc, Mutex},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -29,18 +29,23 @@ use exporter_common::gpu::{
 use super::{
     Part,
     library::{self, Site},
+    lock,
 };
 use crate::{
     families::{Desc, Families, Kind},
     kernel::Kernel,
     ledger::{Attribution, Ledger, Opening},
-    libraries::{self as files, Identity},
+    libraries::{
+        Identity, Skipped,
+        maps::Interest,
+        watch::{Found, Snapshot, Watch, Watched, processes, shown},
+    },
     pods::Labels,
     probe::{
-        self, Attached, Constants, FileLink, Hook, Method, Need, PROBED_FILES, Program, Reason,
-        Room, Runs,
+        self, Attached, Constants, Counters, FileLink, Hook, Method, Need, Program, Reason, Room,
+        Runs,
     },
-    signals::{Scope, entries, removed},
+    signals::{BoundedLog, Options, Read, Scope, entries, removed, try_lock},
 };
 
 pub(super) static OBJECT: &[u8] =
@@ -109,34 +114,29 @@ fn resolve(constants: &mut Constants<'_>) {
 /// The shortest window, and the shortest time between two: as often as anybody looks.
 const SHORTEST: Duration = Duration::from_secs(1);
 
-/// How long a process is not looked at again: longer each time, since a library that comes comes soon.
-const RARELY: Duration = Duration::from_secs(32);
-
 /// How often calls are looked for that will not return, their process being gone.
 const SWEEP_EVERY: Duration = Duration::from_secs(30);
 
-/// The object at work.
-struct Live {
+/// The object, for who attaches.
+struct Loaded {
     attached: Attached,
     /// For what to do about a refusal; without the types.
     kernel: Kernel,
+}
+
+/// The object's maps, for as long as one of them is read or swept.
+struct Live {
+    counters: Arc<Counters>,
     calls: maps::HashMap<MapData, u64, CudaCalls>,
     in_progress: maps::HashMap<MapData, CudaFrame, CudaBegun>,
 }
 
 impl Live {
-    fn new(mut attached: Attached, kernel: Kernel) -> anyhow::Result<Self> {
-        let mut take = |name: &str| {
-            attached
-                .ebpf
-                .take_map(name)
-                .with_context(|| format!("the object has no map {name}"))
-        };
+    fn new(attached: &mut Attached) -> anyhow::Result<Self> {
         Ok(Self {
-            calls: take("CALLS")?.try_into()?,
-            in_progress: take("IN_PROGRESS")?.try_into()?,
-            attached,
-            kernel,
+            counters: attached.counters(),
+            calls: attached.map("CALLS")?,
+            in_progress: attached.map("IN_PROGRESS")?,
         })
     }
 
@@ -151,21 +151,9 @@ impl Live {
     }
 }
 
-/// What is known of a process.
-struct Look {
-    libraries: Vec<Identity>,
-    next: Instant,
-    every: Duration,
-    /// Why it cannot be known.
-    trouble: Option<String>,
-}
-
 /// A library that processes have mapped.
 struct Library {
-    /// Its path, for people.
-    path: String,
-    /// Its file: probes go to this and no other, whatever its path becomes.
-    file: File,
+    found: Arc<Found>,
     /// Where it is probed, or why not.
     sites: Result<Vec<Site>, String>,
     /// What came of each site in the present window, or in the last.
@@ -175,29 +163,28 @@ struct Library {
 }
 
 impl Library {
-    fn new(path: String, file: File) -> Self {
-        let sites = library::sites(&file);
+    fn new(found: Arc<Found>) -> Self {
+        let sites = library::sites(&found.library);
         Self {
-            sites: sites.map_err(|error| format!("cannot probe {path}: {error:#}")),
-            path,
-            file,
+            sites: sites.map_err(|error| format!("{error:#}")),
+            found,
             outcomes: Vec::new(),
             links: Vec::new(),
         }
     }
 
     /// Attaches the probes, those of the returns first: each entry that is seen is followed by a return that is.
-    fn attach(&mut self, live: &mut Live) {
-        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+    fn attach(&mut self, loaded: &mut Loaded) {
+        let path = format!("/proc/self/fd/{}", self.found.file.as_raw_fd());
         let path = Path::new(&path);
         self.outcomes.clear();
         for site in self.sites.iter().flatten() {
             let mut attach = |place: u64| {
                 let mut to = |program, room| {
-                    let attached = &mut live.attached;
-                    attached.attach_to_file(program, path, place, room, &live.kernel)
+                    let attached = &mut loaded.attached;
+                    attached.attach_to_file(program, path, place, room, &loaded.kernel)
                 };
-                let mut room = Room::take(2)?;
+                let mut room = Room::take(2, &self.found.pod)?;
                 let returns = to(RETURN, room.pop().expect("two"))?;
                 let entries = to(ENTRIES[site.call as usize], room.pop().expect("two"))?;
                 self.links.extend([entries, returns]);
@@ -232,78 +219,113 @@ enum Window {
 
 /// Calls of the CUDA driver.
 pub(super) struct Calls {
-    budget: f64,
-    live: Option<Live>,
-    /// What came of loading the object, where that failed.
-    failed: Option<Vec<Hook>>,
-    /// What works with less since the object was loaded.
-    lacks: Vec<String>,
-    looks: HashMap<u32, Look>,
-    libraries: BTreeMap<Identity, Library>,
-    window: Window,
-    swept: Instant,
-    /// Why the last window was not as it should.
-    trouble: Option<String>,
-    hooks: Vec<Hook>,
-    notes: Vec<String>,
+    /// Taken by who follows alone.
+    follower: Mutex<Follower>,
+    told: Mutex<Told>,
+    books: Books,
+    /// Taken by who reads alone.
+    account: Mutex<Account>,
+}
+
+/// The maps, where the object is loaded.
+type Books = Arc<Mutex<Option<Live>>>;
+
+/// What has been counted.
+struct Account {
     ledger: Ledger<u64, SLOTS>,
     lost: Vec<(&'static str, u64)>,
     runs: Vec<(String, Runs)>,
 }
 
+/// What who follows tells.
+#[derive(Clone, Default)]
+struct Told {
+    hooks: Vec<Hook>,
+    notes: Vec<String>,
+    skipped: Skipped,
+}
+
+/// What attaches to libraries as they come, and opens and closes windows.
+struct Follower {
+    budget: f64,
+    watch: Watch,
+    snapshot: Arc<Snapshot>,
+    show_paths: bool,
+    loaded: Option<Loaded>,
+    books: Books,
+    /// What came of loading the object, where that failed.
+    failed: Option<Vec<Hook>>,
+    /// What works with less since the object was loaded.
+    lacks: Vec<String>,
+    libraries: BTreeMap<Identity, Library>,
+    window: Window,
+    swept: Instant,
+    /// Why the last window was not as it should.
+    trouble: Option<String>,
+    log: BoundedLog,
+    /// What has been logged last.
+    logged: Told,
+}
+
+/// What is watched for. What is called as the driver is of use, or said why not.
+fn watched() -> Watched {
+    Watched {
+        interest: Interest::Cuda,
+        wanted: library::wanted(),
+        is_of_use: |_| true,
+    }
+}
+
 impl Calls {
     /// Begins to follow libraries. Nothing is loaded before the first comes.
-    pub(super) fn new(budget: f64, max_owners: usize) -> Self {
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub(super) fn new(budget: f64, options: &Options) -> anyhow::Result<Self> {
         let now = Instant::now();
-        Self {
+        let books = Books::default();
+        let nobody = Some(BTreeSet::new());
+        let follower = Follower {
             budget,
-            live: None,
+            watch: Watch::start("cuda", watched(), nobody, &options.gate)?,
+            snapshot: Arc::default(),
+            show_paths: options.show_paths,
+            loaded: None,
+            books: Arc::clone(&books),
             failed: None,
             lacks: Vec::new(),
-            looks: HashMap::new(),
             libraries: BTreeMap::new(),
             window: Window::Shut { due: now },
             swept: now,
             trouble: None,
-            hooks: Vec::new(),
-            notes: Vec::new(),
-            ledger: Ledger::new(max_owners, units).opening(Opening::Events),
-            lost: Vec::new(),
-            runs: Vec::new(),
-        }
+            log: BoundedLog::new("gpu"),
+            logged: Told::default(),
+        };
+        Ok(Self {
+            follower: Mutex::new(follower),
+            told: Mutex::default(),
+            books,
+            account: Mutex::new(Account {
+                ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
+                lost: Vec::new(),
+                runs: Vec::new(),
+            }),
+        })
     }
+}
 
-    /// Looks for libraries in processes that are new, and now and then in the others; lets go of what nobody has any more.
-    fn look(&mut self, processes: &[u32]) {
-        let now = Instant::now();
-        let there: BTreeSet<u32> = processes.iter().copied().collect();
-        self.looks.retain(|process, _| there.contains(process));
-        for process in there {
-            let look = self.looks.entry(process).or_insert(Look {
-                libraries: Vec::new(),
-                next: now,
-                every: SHORTEST,
-                trouble: None,
-            });
-            if now < look.next {
-                continue;
-            }
-            look.next = now + look.every;
-            look.every = RARELY.min(look.every * 2);
-            look.trouble = match find(process, &mut self.libraries) {
-                Ok(libraries) => {
-                    look.libraries = libraries;
-                    None
-                }
-                Err(error) => Some(format!("{error:#}")),
-            };
+impl Follower {
+    /// Takes over what is mapped now, and lets go of what nobody has any more.
+    fn take_over(&mut self) {
+        let found = &self.snapshot.files;
+        for (identity, found) in found {
+            let library = || Library::new(Arc::clone(found));
+            self.libraries.entry(*identity).or_insert_with(library);
         }
-        let looks = self.looks.values();
-        let used: BTreeSet<Identity> = looks.flat_map(|look| &look.libraries).copied().collect();
         let mut gone = Vec::new();
         self.libraries.retain(|identity, library| {
-            let same = || Identity::of(&library.file).is_ok_and(|now| now == *identity);
-            let stays = used.contains(identity) && same();
+            let same = || Identity::of(&library.found.file).is_ok_and(|now| now == *identity);
+            let stays = found.contains_key(identity) && same();
             if !stays {
                 gone.append(&mut library.links);
             }
@@ -318,28 +340,42 @@ impl Calls {
     /// Loads the object when there is something to probe.
     fn load(&mut self) {
         let wanted = self.libraries.values().any(|library| library.sites.is_ok());
-        if self.live.is_some() || self.failed.is_some() || !wanted {
+        if self.loaded.is_some() || self.failed.is_some() || !wanted {
             return;
         }
         let mut kernel = Kernel::read();
         let outcome = probe::attach(OBJECT, PROGRAMS, kernel.types(), resolve, &kernel);
         kernel.forget_types();
         self.lacks = outcome.notes;
-        match outcome.attached.map(|attached| Live::new(attached, kernel)) {
-            Some(Ok(live)) => self.live = Some(live),
-            Some(Err(error)) => {
+        let Some(mut attached) = outcome.attached else {
+            self.failed = Some(outcome.hooks);
+            return;
+        };
+        match Live::new(&mut attached) {
+            Ok(live) => {
+                *lock(&self.books) = Some(live);
+                self.loaded = Some(Loaded { attached, kernel });
+            }
+            Err(error) => {
                 self.lacks.push(format!("{error:#}"));
                 self.failed = Some(Vec::new());
             }
-            None => self.failed = Some(outcome.hooks),
+        }
+    }
+
+    /// Forgets calls that have not returned.
+    fn forget(&self, which: impl Fn(&CudaFrame) -> bool) -> anyhow::Result<()> {
+        match &mut *lock(&self.books) {
+            Some(live) => live.forget(which),
+            None => Ok(()),
         }
     }
 
     /// Opens and closes windows, so that their share of the time is within the budget.
     fn turn(&mut self) -> anyhow::Result<()> {
-        let Some(live) = &mut self.live else {
+        if self.loaded.is_none() {
             return Ok(());
-        };
+        }
         let now = Instant::now();
         let rest = (1.0 - self.budget) / self.budget;
         match &self.window {
@@ -361,17 +397,21 @@ impl Calls {
             }
             Window::Closing { done, .. } if !done.is_finished() => return Ok(()),
             Window::Closing { since, .. } => {
+                let since = *since;
                 // Nothing runs any more that would write: no call of a later window is taken for one of these.
-                live.forget(|_| true)?;
+                self.forget(|_| true)?;
                 self.window = Window::Shut {
-                    due: now + (now - *since).mul_f64(rest),
+                    due: now + (now - since).mul_f64(rest),
                 };
                 return Ok(());
             }
         }
+        let Some(loaded) = &mut self.loaded else {
+            return Ok(());
+        };
         for library in self.libraries.values_mut() {
             if library.sites.is_ok() && library.links.is_empty() {
-                library.attach(live);
+                library.attach(loaded);
                 if !library.links.is_empty() && matches!(self.window, Window::Shut { .. }) {
                     self.window = Window::Open { since: now };
                 }
@@ -379,24 +419,23 @@ impl Calls {
         }
         if self.swept.elapsed() >= SWEEP_EVERY {
             self.swept = now;
-            let looks = &self.looks;
-            live.forget(|frame| !looks.contains_key(&((frame.thread >> 32) as u32)))?;
+            let there = processes();
+            self.forget(|frame| !there.contains(&((frame.thread >> 32) as u32)))?;
         }
         Ok(())
     }
 
-    /// Tells what has become of it.
-    fn tell(&mut self) {
+    /// What has become of it, with the paths of files or only their names.
+    fn told(&self, with_paths: bool) -> Told {
         let mut hooks: BTreeMap<&'static str, (Reason, String)> = BTreeMap::new();
         for library in self.libraries.values() {
+            let path = shown(&library.found.path, with_paths);
             let sites = library.sites.iter().flatten();
             for (site, outcome) in sites.zip(&library.outcomes) {
                 for name in &site.names {
                     let (reason, detail) = match outcome {
                         Ok(()) => (Reason::Attached, String::new()),
-                        Err((reason, why)) => {
-                            (*reason, format!("{name} of {}: {why}", library.path))
-                        }
+                        Err((reason, why)) => (*reason, format!("{name} of {path}: {why}")),
                     };
                     let known = hooks
                         .entry(name)
@@ -413,99 +452,94 @@ impl Calls {
             reason,
             detail,
         };
-        let before = mem::replace(&mut self.hooks, hooks.into_iter().map(hook).collect());
-        let mut told: Vec<_> = before.into_iter().map(|hook| hook.detail).collect();
-        self.hooks.extend(self.failed.iter().flatten().cloned());
-
+        let mut hooks: Vec<_> = hooks.into_iter().map(hook).collect();
+        hooks.extend(self.failed.iter().flatten().cloned());
         let mut notes = self.lacks.clone();
         notes.extend(self.trouble.clone());
-        let refused = self.libraries.values();
-        notes.extend(refused.filter_map(|library| library.sites.as_ref().err().cloned()));
-        let mut unseen = self.looks.values().filter_map(|look| look.trouble.as_ref());
-        if let Some(why) = unseen.next() {
-            let more = match unseen.count() {
-                0 => String::new(),
-                more => format!(" (and {more} processes more)"),
-            };
-            notes.push(format!("calls of CUDA are not seen: {why}{more}"));
+        notes.extend(self.libraries.values().filter_map(|library| {
+            let why = library.sites.as_ref().err()?;
+            let path = shown(&library.found.path, with_paths);
+            Some(format!("cannot probe {path}: {why}"))
+        }));
+        let of_files = self.snapshot.notes.iter();
+        notes.extend(of_files.map(|note| {
+            format!(
+                "calls of CUDA are not seen everywhere: {}",
+                note.told(with_paths)
+            )
+        }));
+        Told {
+            hooks,
+            notes,
+            skipped: self.snapshot.skipped,
         }
-        for note in notes.iter().filter(|note| !self.notes.contains(note)) {
-            tracing::warn!("signal gpu: {note}");
+    }
+
+    /// Logs what is new, with all that is known.
+    fn log(&mut self) {
+        let new = self.told(true);
+        let before = mem::replace(&mut self.logged, new.clone());
+        for note in new.notes.iter().filter(|note| !before.notes.contains(note)) {
+            self.log.line(true, note);
         }
-        for hook in &self.hooks {
-            let new = |detail: &String| !detail.is_empty() && !told.contains(detail);
-            if new(&hook.detail) {
-                tracing::warn!("signal gpu: {}", hook.detail);
-                told.push(hook.detail.clone());
+        let mut told: Vec<_> = before.hooks.into_iter().map(|hook| hook.detail).collect();
+        for hook in new.hooks {
+            if !hook.detail.is_empty() && !told.contains(&hook.detail) {
+                self.log.line(true, &hook.detail);
+                told.push(hook.detail);
             }
         }
-        self.notes = notes;
     }
-}
-
-/// Finds the libraries of a process, and opens those that are new.
-fn find(
-    process: u32,
-    libraries: &mut BTreeMap<Identity, Library>,
-) -> anyhow::Result<Vec<Identity>> {
-    let folder = format!("/proc/{process}");
-    let folder = Path::new(&folder);
-    let Some(maps) = files::read_maps(folder)? else {
-        return Ok(Vec::new());
-    };
-    let mut found = Vec::new();
-    for mapped in files::mapped(&maps, |name| files::is_library(name, "libcuda")) {
-        let file = mapped.open(folder)?;
-        let identity = Identity::of(&file).with_context(|| format!("look at {}", mapped.path))?;
-        if !libraries.contains_key(&identity) {
-            anyhow::ensure!(
-                libraries.len() < PROBED_FILES,
-                "{} is one more than the {PROBED_FILES} libraries that are probed at once",
-                mapped.path
-            );
-            libraries.insert(identity, Library::new(mapped.path, file));
-        }
-        found.push(identity);
-    }
-    Ok(found)
 }
 
 impl Part for Calls {
-    fn follow(&mut self, processes: &[u32]) {
-        self.look(processes);
-        self.load();
-        self.trouble = self.turn().err().map(|error| format!("{error:#}"));
-        self.tell();
+    fn follow(&self, processes: &[u32]) {
+        let mut follower = lock(&self.follower);
+        follower.watch.only(processes.iter().copied().collect());
+        follower.snapshot = follower.watch.snapshot();
+        follower.take_over();
+        follower.load();
+        follower.trouble = follower.turn().err().map(|error| format!("{error:#}"));
+        follower.log();
+        *lock(&self.told) = follower.told(follower.show_paths);
     }
 
-    fn status(&self) -> (&[Hook], &[String]) {
-        (&self.hooks, &self.notes)
+    fn status(&self) -> (Vec<Hook>, Vec<String>) {
+        let told = lock(&self.told);
+        (told.hooks.clone(), told.notes.clone())
     }
 
-    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<()> {
-        let Some(live) = &mut self.live else {
-            return Ok(());
+    fn read(&self, scope: &Scope<'_>) -> anyhow::Result<Read> {
+        let Some(mut books) = try_lock(&self.books) else {
+            return Ok(Read::Before);
         };
-        scope.book(&mut self.ledger, &mut live.calls, |calls| calls.slots)?;
-        self.lost = live.attached.lost()?;
-        self.runs = live.attached.runs();
-        Ok(())
+        if let Some(live) = &mut *books {
+            let mut account = lock(&self.account);
+            scope.book(&mut account.ledger, &mut live.calls, |calls| calls.slots)?;
+            account.lost = live.counters.lost()?;
+            account.runs = live.counters.runs();
+        }
+        Ok(Read::Now)
     }
 
     fn render(&self, families: &mut Families) {
-        render(self.ledger.accounts(), families);
+        render(lock(&self.account).ledger.accounts(), families);
     }
 
     fn attribution(&self) -> Attribution {
-        self.ledger.attribution()
+        lock(&self.account).ledger.attribution()
     }
 
     fn lost(&self) -> Vec<(&'static str, u64)> {
-        self.lost.clone()
+        lock(&self.account).lost.clone()
     }
 
     fn runs(&self) -> Vec<(String, Runs)> {
-        self.runs.clone()
+        lock(&self.account).runs.clone()
+    }
+
+    fn skipped(&self) -> Option<Skipped> {
+        Some(lock(&self.told).skipped)
     }
 }
 

@@ -9,6 +9,7 @@
 
 use std::{
     collections::BTreeMap,
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
@@ -18,14 +19,14 @@ use aya::{
 };
 use exporter_common::gpu::{JOB, Job, Jobs as Totals, NAME, Ring};
 
-use super::Part;
+use super::{Part, lock};
 use crate::{
     families::{Desc, Families, Kind},
     kernel::{Kernel, tracefs::Tracefs},
     ledger::{Attribution, Ledger, Opening},
     pods::Labels,
     probe::{self, Attached, Constants, Hook, Method, NO_TRACEFS, Need, Program, Reason, Runs},
-    signals::{Scope, entries, removed},
+    signals::{Read, Scope, entries, removed, try_lock},
 };
 
 pub(super) static OBJECT: &[u8] =
@@ -194,8 +195,13 @@ type Accounts = BTreeMap<(String, String), Ledger<u64, SLOTS>>;
 
 /// The jobs of the kernel's GPU scheduler.
 #[derive(Default)]
-pub(super) struct Jobs {
+pub(super) struct Jobs(Mutex<Books>);
+
+#[derive(Default)]
+struct Books {
     live: Option<Live>,
+    /// An object that is done with, for who follows to let go of.
+    retired: Option<Live>,
     hooks: Vec<Hook>,
     notes: Vec<String>,
     max_owners: usize,
@@ -210,52 +216,73 @@ pub(super) struct Jobs {
     runs: Vec<(String, Runs)>,
 }
 
+/// What came of loading the object.
+#[derive(Default)]
+struct Loaded {
+    live: Option<Live>,
+    hooks: Vec<Hook>,
+    notes: Vec<String>,
+}
+
 impl Jobs {
     pub(super) fn new(max_owners: usize) -> Self {
-        Self {
+        Self(Mutex::new(Books {
             max_owners,
-            ..Self::default()
-        }
+            ..Books::default()
+        }))
     }
+}
 
-    fn load(&mut self) {
-        let Some(tracefs) = Tracefs::find() else {
-            if std::path::Path::new("/sys/module/gpu_sched").exists() {
-                self.failed = true;
-                self.hooks = vec![Hook {
-                    name: PROGRAMS[0].functions[0],
-                    method: Method::Tracepoint,
-                    reason: Reason::NoHook,
-                    detail: NO_TRACEFS.to_owned(),
-                }];
-            }
-            return;
+/// Loads the object. `None` where the kernel has no such scheduler now.
+fn load() -> Option<Loaded> {
+    let Some(tracefs) = Tracefs::find() else {
+        if !std::path::Path::new("/sys/module/gpu_sched").exists() {
+            return None;
+        }
+        let hook = Hook {
+            name: PROGRAMS[0].functions[0],
+            method: Method::Tracepoint,
+            reason: Reason::NoHook,
+            detail: NO_TRACEFS.to_owned(),
         };
-        // Without the module there is no such scheduler; it comes with a driver.
-        let names = PROGRAMS.iter().flat_map(|program| program.functions);
-        if !names.into_iter().any(|name| tracefs.has(name)) {
-            return;
-        }
-        let kernel = Kernel::read();
-        let types = kernel.types();
-        let outcome = probe::attach(
-            OBJECT,
-            PROGRAMS,
-            types,
-            |constants| resolve(constants, &tracefs),
-            &kernel,
-        );
-        self.hooks = outcome.hooks;
-        self.notes = outcome.notes;
-        match outcome.attached.map(Live::new) {
-            Some(Ok(live)) => self.live = Some(live),
-            Some(Err(error)) => self.notes.push(format!("{error:#}")),
-            None => {}
-        }
-        self.failed = self.live.is_none();
-        for hook in self.hooks.iter().filter(|hook| !hook.detail.is_empty()) {
-            tracing::warn!("signal gpu: {}", hook.detail);
-        }
+        return Some(Loaded {
+            hooks: vec![hook],
+            ..Loaded::default()
+        });
+    };
+    // Without the module there is no such scheduler; it comes with a driver.
+    let names = PROGRAMS.iter().flat_map(|program| program.functions);
+    if !names.into_iter().any(|name| tracefs.has(name)) {
+        return None;
+    }
+    let kernel = Kernel::read();
+    let types = kernel.types();
+    let outcome = probe::attach(
+        OBJECT,
+        PROGRAMS,
+        types,
+        |constants| resolve(constants, &tracefs),
+        &kernel,
+    );
+    let mut loaded = Loaded {
+        live: None,
+        hooks: outcome.hooks,
+        notes: outcome.notes,
+    };
+    match outcome.attached.map(Live::new) {
+        Some(Ok(live)) => loaded.live = Some(live),
+        Some(Err(error)) => loaded.notes.push(format!("{error:#}")),
+        None => {}
+    }
+    for hook in loaded.hooks.iter().filter(|hook| !hook.detail.is_empty()) {
+        tracing::warn!("signal gpu: {}", hook.detail);
+    }
+    Some(loaded)
+}
+
+impl Books {
+    fn is_used(&self) -> bool {
+        self.used.is_some_and(|at| at.elapsed() < HOLD)
     }
 
     /// Books what has been counted.
@@ -309,61 +336,75 @@ fn text(name: &[u8; NAME]) -> String {
 }
 
 impl Part for Jobs {
-    fn follow(&mut self, processes: &[u32]) {
+    fn follow(&self, processes: &[u32]) {
+        let mut books = lock(&self.0);
+        let retired = books.retired.take();
         if !processes.is_empty() {
-            self.used = Some(Instant::now());
+            books.used = Some(Instant::now());
         }
-        let used = self.used.is_some_and(|at| at.elapsed() < HOLD);
-        if !used {
-            self.failed = false;
-        } else if self.live.is_none() && !self.failed {
-            self.load();
+        let used = books.is_used();
+        books.failed &= used;
+        let wanted = used && books.live.is_none() && !books.failed;
+        drop(books);
+        drop(retired);
+        if wanted && let Some(loaded) = load() {
+            let mut books = lock(&self.0);
+            books.failed = loaded.live.is_none();
+            books.live = loaded.live;
+            books.hooks = loaded.hooks;
+            books.notes = loaded.notes;
         }
     }
 
-    fn status(&self) -> (&[Hook], &[String]) {
-        (&self.hooks, &self.notes)
+    fn status(&self) -> (Vec<Hook>, Vec<String>) {
+        let books = lock(&self.0);
+        (books.hooks.clone(), books.notes.clone())
     }
 
-    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<()> {
-        self.book(scope)?;
+    fn read(&self, scope: &Scope<'_>) -> anyhow::Result<Read> {
+        let Some(mut books) = try_lock(&self.0) else {
+            return Ok(Read::Before);
+        };
+        books.book(scope)?;
         // After what it counted has been read: the map goes with it.
-        let used = self.used.is_some_and(|at| at.elapsed() < HOLD);
-        if !used && self.live.take().is_some() {
-            self.hooks.clear();
-            self.notes.clear();
-            for (reason, count) in std::mem::take(&mut self.losses) {
-                *self.lost.entry(reason).or_default() += count;
+        if !books.is_used() && books.live.is_some() {
+            books.retired = books.live.take();
+            books.hooks.clear();
+            books.notes.clear();
+            for (reason, count) in std::mem::take(&mut books.losses) {
+                *books.lost.entry(reason).or_default() += count;
             }
-            for ledger in self.accounts.values_mut() {
+            for ledger in books.accounts.values_mut() {
                 ledger.restart();
             }
         }
-        Ok(())
+        Ok(Read::Now)
     }
 
     fn render(&self, families: &mut Families) {
-        for ((device, ring), ledger) in &self.accounts {
+        for ((device, ring), ledger) in &lock(&self.0).accounts {
             render(device, ring, ledger.accounts(), families);
         }
     }
 
     fn attribution(&self) -> Attribution {
-        let ledgers = self.accounts.values().map(Ledger::attribution);
+        let books = lock(&self.0);
+        let ledgers = books.accounts.values().map(Ledger::attribution);
         ledgers.fold(Attribution::default(), Attribution::plus)
     }
 
     fn lost(&self) -> Vec<(&'static str, u64)> {
+        let books = lock(&self.0);
         let labels = exporter_common::Loss::LABELS.iter();
         let count = |label| {
-            let now = self.losses.iter().find(|(reason, _)| *reason == label);
-            now.map_or(0, |(_, count)| *count) + self.lost.get(label).copied().unwrap_or(0)
+            let now = books.losses.iter().find(|(reason, _)| *reason == label);
+            now.map_or(0, |(_, count)| *count) + books.lost.get(label).copied().unwrap_or(0)
         };
         labels.map(|(_, label)| (*label, count(*label))).collect()
     }
 
     fn runs(&self) -> Vec<(String, Runs)> {
-        self.runs.clone()
+        lock(&self.0).runs.clone()
     }
 }
 

@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Which functions of libcuda are probed, and where?
 
-use std::fs::File;
-
 use anyhow::{bail, ensure};
 use exporter_common::gpu::CudaCall;
 use object::elf::EM_X86_64;
 
-use crate::libraries::elf::{Elf, cheap};
+use crate::libraries::elf::{Library, Wanted, cheap};
 
 use CudaCall::{
     ContextSynchronize, EventSynchronize, GraphLaunch, Launch, Memcpy, StreamSynchronize,
@@ -35,20 +33,25 @@ pub(super) struct Site {
     pub(super) place: Result<u64, String>,
 }
 
+/// What is looked for in a library.
+pub(super) fn wanted() -> Wanted {
+    Wanted {
+        names: FUNCTIONS
+            .iter()
+            .map(|(name, _)| (*name).to_owned())
+            .collect(),
+        ..Wanted::default()
+    }
+}
+
 /// Finds the functions in a library, each address once.
-pub(super) fn sites(file: &File) -> anyhow::Result<Vec<Site>> {
-    let wanted = |name: &[u8]| {
-        let known = FUNCTIONS.iter().find(|(known, _)| known.as_bytes() == name);
-        known.copied()
-    };
-    let elf = Elf::of(file)?;
-    ensure!(
-        elf.machine == EM_X86_64,
-        "it is not of x86-64: what probes cost elsewhere is not known"
-    );
+pub(super) fn sites(library: &Library) -> anyhow::Result<Vec<Site>> {
     let mut sites: Vec<(u64, Site)> = Vec::new();
-    for function in elf.functions(wanted)?.found {
-        let (name, call) = function.what;
+    for function in &library.functions {
+        let known = FUNCTIONS.iter().find(|(known, _)| *known == function.name);
+        let Some((name, call)) = known.copied() else {
+            continue;
+        };
         // One place a name, whatever the file says.
         if sites.iter().any(|(_, site)| site.names.contains(&name)) {
             continue;
@@ -68,6 +71,10 @@ pub(super) fn sites(file: &File) -> anyhow::Result<Vec<Site>> {
     if sites.is_empty() {
         bail!("it has none of the functions");
     }
+    ensure!(
+        library.machine == EM_X86_64,
+        "it is not of x86-64: what probes cost elsewhere is not known"
+    );
     // Probes are detached in this order: those that are hit most go first.
     sites.sort_by_key(|(at, site)| (site.call as u32, *at));
     Ok(sites.into_iter().map(|(_, site)| site).collect())
@@ -76,16 +83,38 @@ pub(super) fn sites(file: &File) -> anyhow::Result<Vec<Site>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::libraries::Identity;
+    use crate::libraries::elf::Function;
 
     #[test]
-    fn what_is_no_library_is_refused() {
-        let this = File::open("/proc/self/exe").expect("it runs");
-        let why = sites(&this).expect_err("no driver").to_string();
+    fn each_function_is_probed_once_and_each_name_once() {
+        let function = |name: &str, at| Function {
+            name: name.to_owned(),
+            at,
+            code: vec![0x55],
+        };
+        let mut library = Library {
+            machine: EM_X86_64,
+            functions: vec![
+                function("cuLaunchKernel", 0x10),
+                function("cuLaunchKernel_ptsz", 0x10),
+                function("cuLaunchKernel", 0x20),
+                function("cuCtxSynchronize", 0x30),
+                function("other", 0x40),
+            ],
+            ..Library::default()
+        };
+        let found = sites(&library).expect("some");
+        let found: Vec<_> = found
+            .iter()
+            .map(|site| (&*site.names, &site.place))
+            .collect();
+        let expected: [(&[&str], _); 2] = [
+            (&["cuLaunchKernel", "cuLaunchKernel_ptsz"], &Ok(0x10)),
+            (&["cuCtxSynchronize"], &Ok(0x30)),
+        ];
+        assert_eq!(found, expected);
+        library.functions.drain(..4);
+        let why = sites(&library).expect_err("no driver").to_string();
         assert!(why.contains("it has none of the functions"), "{why}");
-        let text = File::open("/proc/self/maps").expect("it runs");
-        sites(&text).expect_err("no ELF file");
-        let folder = File::open("/proc").expect("a folder");
-        Identity::of(&folder).expect_err("no file");
     }
 }

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What of a library's functions is probed, by which program, and what is known of its version?
 
-use std::{collections::BTreeMap, fs::File};
+use std::collections::BTreeMap;
 
-use anyhow::bail;
 use exporter_common::{
     ABSENT,
     nccl::Layout,
@@ -11,7 +10,7 @@ use exporter_common::{
 };
 use object::elf::EM_X86_64;
 
-use crate::libraries::elf::{Elf, cheap};
+use crate::libraries::elf::{Library, Wanted, cheap, cpp};
 
 /// What is done at a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,28 +154,39 @@ pub(super) struct Sites {
     pub(super) kind: Kind,
     pub(super) sites: Vec<Site>,
     pub(super) version: Option<Version>,
-    pub(super) build_id: Option<String>,
-    /// What of it could not be read, and why.
-    pub(super) lacks: Option<String>,
 }
+
+/// What is looked for in a file.
+pub(super) fn wanted() -> Wanted {
+    let names = |lists: &[&[(&str, Probes)]]| {
+        let all = lists.iter().flat_map(|list| list.iter());
+        all.map(|(name, _)| (*name).to_owned()).collect()
+    };
+    Wanted {
+        names: names(&[OPERATIONS, LIVES, PLUGIN, GRAPHS]),
+        inside: names(&[INSIDE]),
+        before_version: "NCCL version ".to_owned(),
+        of_version: NCCL.map(str::to_owned).into(),
+    }
+}
+
+/// Either of these makes a file NCCL.
+const NCCL: [&str; 2] = ["ncclAllReduce", "ncclCommInitRank"];
 
 impl Sites {
     /// Finds what there is to probe in a file. `None` if it has nothing to do with NCCL.
-    ///
-    /// # Errors
-    /// When it cannot be read as an ELF file.
-    pub(super) fn of(file: &File) -> anyhow::Result<Option<Self>> {
-        let elf = Elf::of(file)?;
-        let functions = elf.functions(known)?;
+    pub(super) fn of(library: &Library) -> Option<Self> {
         let mut places: BTreeMap<u64, Site> = BTreeMap::new();
-        for function in functions.found {
-            let (name, probes) = function.what;
+        for function in &library.functions {
+            let Some((name, probes)) = known(&function.name) else {
+                continue;
+            };
             // One place a name, whatever the file says.
             if places.values().any(|site| site.name == name) {
                 continue;
             }
             // Where nothing is cheap the beginning will do: these are not called a million times a second.
-            let skipped = match elf.machine {
+            let skipped = match library.machine {
                 EM_X86_64 => cheap(&function.code).unwrap_or_default(),
                 _ => 0,
             };
@@ -187,15 +197,15 @@ impl Sites {
             });
         }
         let mut sites: Vec<_> = places.into_values().collect();
-        let has = |sites: &[Site], name: &str| sites.iter().any(|site| site.name == name);
-        let kind = if has(&sites, "ncclAllReduce") || has(&sites, "ncclCommInitRank") {
+        let has = |name: &str| sites.iter().any(|site| site.name == name);
+        let kind = if NCCL.into_iter().any(has) {
             Kind::Nccl
-        } else if has(&sites, FINISHED) {
+        } else if has(FINISHED) {
             Kind::Plugin
-        } else if has(&sites, "cuGraphLaunch") {
+        } else if has("cuGraphLaunch") {
             Kind::Cuda
         } else {
-            return Ok(None);
+            return None;
         };
         // What else a file has the names of is not what it is for.
         match kind {
@@ -203,21 +213,12 @@ impl Sites {
             Kind::Plugin => sites.retain(|site| is_in(PLUGIN, site)),
             Kind::Cuda => sites.retain(|site| is_in(GRAPHS, site)),
         }
-        let mut lacks = functions.lacks;
-        let version = match kind {
-            Kind::Nccl => Version::of(&elf).unwrap_or_else(|why| {
-                lacks.get_or_insert(format!("its version is not known: {why:#}"));
-                None
-            }),
-            _ => None,
-        };
-        Ok(Some(Self {
+        let version = library.version.as_deref().filter(|_| kind == Kind::Nccl);
+        Some(Self {
             kind,
             sites,
-            version,
-            build_id: elf.build_id(),
-            lacks,
-        }))
+            version: version.and_then(Version::of),
+        })
     }
 
     /// What is known of the communicators that it makes.
@@ -264,24 +265,13 @@ fn few(mut sites: Vec<Site>) -> Vec<Site> {
 }
 
 /// Which function has this name.
-fn known(name: &[u8]) -> Option<(&'static str, Probes)> {
+fn known(name: &str) -> Option<(&'static str, Probes)> {
     let exact = [OPERATIONS, LIVES, PLUGIN, GRAPHS].into_iter().flatten();
-    let mut exact = exact.filter(|(known, _)| known.as_bytes() == name);
-    if let Some(found) = exact.next() {
-        return Some(*found);
-    }
-    // _Z13bootstrapInit…, and _ZL9commAlloc… where it is static. What follows are arguments, and for a copy that the compiler has
-    // specialised .isra or .constprop; .cold is a part of it.
-    let rest = name.strip_prefix(b"_Z")?;
-    let rest = rest.strip_prefix(b"L").unwrap_or(rest);
-    let digits = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
-    let length: usize = std::str::from_utf8(&rest[..digits]).ok()?.parse().ok()?;
-    let plain = rest.get(digits..digits.checked_add(length)?)?;
-    if memchr::memmem::find(name, b".cold").is_some() {
-        return None;
-    }
-    let mut inside = INSIDE.iter();
-    inside.find(|(known, _)| known.as_bytes() == plain).copied()
+    let mut exact = exact.filter(|(known, _)| *known == name);
+    exact.next().copied().or_else(|| {
+        let plain = cpp(name)?;
+        INSIDE.iter().find(|(known, _)| *known == plain).copied()
+    })
 }
 
 /// A version of NCCL.
@@ -317,17 +307,12 @@ const LAYOUTS: &[(Version, [u32; 4])] = &[
 ];
 
 impl Version {
-    /// What the library says of itself: `NCCL version 2.27.5+cuda12.9`.
-    fn of(elf: &Elf<'_>) -> anyhow::Result<Option<Self>> {
-        let is_part = |byte: u8| byte.is_ascii_digit() || byte == b'.';
-        let text = elf.text_after(b"NCCL version ", is_part)?;
-        let Some(text) = text else {
-            return Ok(None);
-        };
+    /// What the library says of itself: the numbers of `NCCL version 2.27.5+cuda12.9`.
+    fn of(text: &str) -> Option<Self> {
         let numbers: Result<Vec<u32>, _> = text.split('.').map(str::parse).collect();
         match numbers.as_deref() {
-            Ok([major, minor, patch]) => Ok(Some(Self(*major, *minor, *patch))),
-            _ => bail!("it calls itself NCCL version {text:?}"),
+            Ok([major, minor, patch]) => Some(Self(*major, *minor, *patch)),
+            _ => None,
         }
     }
 
@@ -358,7 +343,7 @@ mod tests {
 
     #[test]
     fn functions_are_known_by_their_names_and_by_the_names_of_cpp() {
-        let program = |name: &str| known(name.as_bytes()).map(|(_, probes)| probes.entry);
+        let program = |name: &str| known(name).map(|(_, probes)| probes.entry);
         for (name, expected) in [
             ("ncclAllReduce", Some("nccl_all_reduce")),
             ("pncclAllReduce", None),

@@ -1,0 +1,993 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Which processes have which libraries mapped, now?
+//!
+//! A thread looks at processes that are new or whose code has changed, asks the [`helper`](super::helper) what they have mapped and what is
+//! in it, and publishes what it knows. Nobody waits for it. What it spends on the processes of one pod is bounded, and who has had least
+//! comes first: no pod can keep it from the others.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fs::{self, File},
+    path::Path,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+
+use super::{
+    Identity, Refusal, Skip, Skipped,
+    elf::{Library, Wanted},
+    helper::{Answer, Ask, Helper, Silence, Stuck},
+    maps::{Interest, Mapped},
+};
+use crate::pods::{Place, cgroups};
+
+/// How often processes are looked for.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// How long it is not asked again whether a process has new code: longer each time, since a library that comes comes soon.
+const RARELY: Duration = Duration::from_secs(16);
+
+/// How long one that seems to have none is not looked at again.
+const AT_LEAST: Duration = Duration::from_secs(120);
+
+/// How long what failed is not tried again: at first, and at most.
+const AGAIN: Duration = Duration::from_secs(10);
+const AGAIN_AT_MOST: Duration = Duration::from_secs(600);
+
+/// Files that are probed at once: of the node, which have one or some containers their own, and of one pod.
+pub(crate) const FILES: usize = 16;
+pub(crate) const FILES_OF_POD: usize = FILES / 2;
+
+/// Files that are remembered: refused ones of a process, a pod and the node, and those that are of no use, of which PyTorch has some four
+/// hundred.
+const REFUSED_OF_PROCESS: usize = 64;
+const REFUSED_OF_POD: usize = 1024;
+const REFUSED: usize = 8192;
+const STRANGERS_OF_POD: usize = 4096;
+const STRANGERS: usize = 65_536;
+
+/// What may be spent on a pod, and on all: at once, and in each second.
+const SPEND_ON_POD: Budget = Budget::new(10_000, 50);
+const SPEND: Budget = Budget::new(30_000, 250);
+
+/// Helpers that wait in the kernel for good: of the node, and because of one pod.
+const STUCK: usize = 8;
+const STUCK_OF_POD: usize = 2;
+
+/// Notes that are told.
+const NOTES: usize = 20;
+
+/// What is watched for.
+pub(crate) struct Watched {
+    pub(crate) interest: Interest,
+    pub(crate) wanted: Wanted,
+    /// Says if a library is of use.
+    pub(crate) is_of_use: fn(&Library) -> bool,
+}
+
+/// A library that is of use, open.
+#[derive(Debug)]
+pub(crate) struct Found {
+    /// Its path, as some process sees it.
+    pub(crate) path: String,
+    /// Its file: probes go to this and no other, whatever its path becomes.
+    pub(crate) file: File,
+    pub(crate) library: Library,
+    /// The pod, or unit, of that process.
+    pub(crate) pod: Arc<str>,
+}
+
+/// Something for people that may be about a file.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Note {
+    path: Option<String>,
+    text: String,
+}
+
+impl Note {
+    pub(crate) fn new(path: &str, text: impl Into<String>) -> Self {
+        Self {
+            path: Some(path.to_owned()),
+            text: text.into(),
+        }
+    }
+
+    pub(crate) fn plain(text: impl Into<String>) -> Self {
+        Self {
+            path: None,
+            text: text.into(),
+        }
+    }
+
+    /// In one line. The folders of a container's files are its own affair, unless they are asked for.
+    pub(crate) fn told(&self, with_paths: bool) -> String {
+        match &self.path {
+            Some(path) => format!("{}: {}", shown(path, with_paths), self.text),
+            None => self.text.clone(),
+        }
+    }
+}
+
+/// A path, or the name at its end, without what would break a line, and not longer than a line.
+pub(crate) fn shown(path: &str, whole: bool) -> String {
+    let name = path.rsplit('/').next().unwrap_or_default();
+    let shown = if whole { path } else { name };
+    let most = if whole { 512 } else { 64 };
+    let mut text: String = shown
+        .chars()
+        .take(most)
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect();
+    if shown.chars().nth(most).is_some() {
+        text.push('…');
+    }
+    text
+}
+
+/// What is known now.
+#[derive(Debug, Default)]
+pub(crate) struct Snapshot {
+    /// Libraries that are of use.
+    pub(crate) files: BTreeMap<Identity, Arc<Found>>,
+    /// The processes that have some mapped.
+    pub(crate) processes: BTreeMap<u32, Vec<Identity>>,
+    pub(crate) notes: Vec<Note>,
+    pub(crate) skipped: Skipped,
+}
+
+/// A watch at work. Dropping it ends it.
+pub(crate) struct Watch {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    snapshot: Mutex<Arc<Snapshot>>,
+    /// The processes that are looked at; all, where nothing is said.
+    only: Mutex<Option<BTreeSet<u32>>>,
+    stopped: AtomicBool,
+}
+
+/// Closed until the exporter has something to show.
+#[derive(Debug, Default)]
+pub struct Gate {
+    open: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl Gate {
+    /// Lets all through, now and later.
+    pub fn open(&self) {
+        *lock(&self.open) = true;
+        self.opened.notify_all();
+    }
+
+    /// Waits until it is open.
+    pub fn wait(&self) {
+        let open = lock(&self.open);
+        let passed = self.opened.wait_while(open, |open| !*open);
+        drop(passed.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Says if it is open.
+    pub fn is_open(&self) -> bool {
+        *lock(&self.open)
+    }
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Watch {
+    /// Begins to look once the gate is open; where it is open already, has looked once when this returns.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub(crate) fn start(
+        signal: &'static str,
+        watched: Watched,
+        only: Option<BTreeSet<u32>>,
+        gate: &Arc<Gate>,
+    ) -> anyhow::Result<Self> {
+        let shared = Arc::new(Shared {
+            snapshot: Mutex::default(),
+            only: Mutex::new(only),
+            stopped: AtomicBool::new(false),
+        });
+        let mut looker = Looker::new(watched);
+        let turn = |looker: &mut Looker, shared: &Shared| {
+            let only = lock(&shared.only).clone();
+            let processes = only.unwrap_or_else(processes);
+            looker.turn(&processes, &mut |snapshot| {
+                *lock(&shared.snapshot) = Arc::new(snapshot);
+            });
+        };
+        if gate.is_open() {
+            turn(&mut looker, &shared);
+        }
+        let (told, gate) = (Arc::clone(&shared), Arc::clone(gate));
+        thread::Builder::new()
+            .name(format!("{signal}-files"))
+            .spawn(move || {
+                gate.wait();
+                while !told.stopped.load(Ordering::Relaxed) {
+                    turn(&mut looker, &told);
+                    thread::sleep(LOOK_EVERY);
+                }
+            })
+            .context("start the thread that looks for libraries")?;
+        Ok(Self { shared })
+    }
+
+    /// What is known now.
+    pub(crate) fn snapshot(&self) -> Arc<Snapshot> {
+        Arc::clone(&lock(&self.shared.snapshot))
+    }
+
+    /// Has only these processes looked at from now on.
+    pub(crate) fn only(&self, processes: BTreeSet<u32>) {
+        *lock(&self.shared.only) = Some(processes);
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.shared.stopped.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The processes that there are, in the initial namespace if this one is.
+pub(crate) fn processes() -> BTreeSet<u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let number = |entry: fs::DirEntry| entry.file_name().to_str()?.parse().ok();
+    entries.filter_map(number).collect()
+}
+
+/// Time that may be spent.
+#[derive(Clone, Copy, Debug)]
+struct Budget {
+    /// Of a burst, and what comes back in each second, in milliseconds.
+    burst: u64,
+    each_second: u64,
+}
+
+impl Budget {
+    const fn new(burst: u64, each_second: u64) -> Self {
+        Self { burst, each_second }
+    }
+}
+
+/// What has been spent of a [`Budget`].
+#[derive(Clone, Copy, Debug)]
+struct Spent {
+    spent: Duration,
+    at: Instant,
+}
+
+impl Spent {
+    fn new(now: Instant) -> Self {
+        Self {
+            spent: Duration::ZERO,
+            at: now,
+        }
+    }
+
+    /// What is spent, after what has come back.
+    fn now(&mut self, budget: Budget, now: Instant) -> Duration {
+        let since = now.saturating_duration_since(self.at);
+        let back = since.mul_f64(budget.each_second as f64 / 1000.0);
+        self.spent = self.spent.saturating_sub(back);
+        self.at = now;
+        self.spent
+    }
+
+    fn is_left(&mut self, budget: Budget, now: Instant) -> bool {
+        self.now(budget, now) < Duration::from_millis(budget.burst)
+    }
+}
+
+/// What is known of a process.
+struct Look {
+    /// The pod, or unit, that it belongs to.
+    pod: Arc<str>,
+    /// Pages of code that are mapped: where that is the same, hardly anything new is.
+    code: u64,
+    next: Instant,
+    every: Duration,
+    /// When it is looked at whatever it seems.
+    due: Instant,
+    /// Its files that are of use, or refused.
+    files: Vec<Identity>,
+    /// Why it cannot be known.
+    trouble: Option<String>,
+    /// Whether it has more mapped than is read or remembered.
+    beyond: bool,
+}
+
+/// What is known of a pod.
+struct Pod {
+    spent: Spent,
+    /// Whether something of it waits for its share of the time.
+    waits: bool,
+}
+
+/// A file that is not looked at.
+struct Refused {
+    note: Note,
+    skip: Skip,
+    pod: Arc<str>,
+    again: Option<Instant>,
+    every: Duration,
+}
+
+/// A place in memory whose file did not come.
+struct Slow {
+    note: Note,
+    pod: Arc<str>,
+    again: Instant,
+    every: Duration,
+    stuck: Option<Stuck>,
+    /// Whether it is due to be tried again, and its pod has been told.
+    tried: bool,
+}
+
+/// A file as it is told apart before it is open.
+type Key = ((u32, u32), u64, String);
+
+fn key(mapped: &Mapped) -> Key {
+    (mapped.device, mapped.inode, mapped.path.clone())
+}
+
+/// What the thread knows.
+struct Looker {
+    watched: Watched,
+    helper: Option<Helper>,
+    looks: HashMap<u32, Look>,
+    pods: BTreeMap<Arc<str>, Pod>,
+    files: BTreeMap<Identity, Arc<Found>>,
+    refused: BTreeMap<Identity, Refused>,
+    strangers: BTreeMap<Identity, Arc<str>>,
+    slow: HashMap<Key, Slow>,
+    /// Of processes whose mappings did not come.
+    stuck: Vec<(Arc<str>, Stuck)>,
+    spent: Spent,
+    /// When the helper was last asked, or answered.
+    asked: Instant,
+    skipped: Skipped,
+}
+
+/// Why there is no answer.
+enum Failed {
+    /// It did not come in time, or the helper ended of it. What is left of the helper.
+    Late(Option<Stuck>),
+    /// None can be asked.
+    NoHelper(String),
+}
+
+impl Looker {
+    fn new(watched: Watched) -> Self {
+        Self {
+            watched,
+            helper: None,
+            looks: HashMap::new(),
+            pods: BTreeMap::new(),
+            files: BTreeMap::new(),
+            refused: BTreeMap::new(),
+            strangers: BTreeMap::new(),
+            slow: HashMap::new(),
+            stuck: Vec::new(),
+            spent: Spent::new(Instant::now()),
+            asked: Instant::now(),
+            skipped: Skipped::default(),
+        }
+    }
+
+    /// Looks at what is due, and lets go of what nobody has any more.
+    fn turn(&mut self, there: &BTreeSet<u32>, publish: &mut dyn FnMut(Snapshot)) {
+        self.looks.retain(|process, _| there.contains(process));
+        self.forget();
+        self.try_again();
+        let mut due: BTreeMap<Arc<str>, Vec<u32>> = BTreeMap::new();
+        for process in there {
+            if self.is_due(*process) {
+                let pod = &self.looks[process].pod;
+                due.entry(Arc::clone(pod)).or_default().push(*process);
+            }
+        }
+        let mut published = Instant::now();
+        while let Some(process) = self.take_next(&mut due) {
+            self.look(process);
+            if published.elapsed() >= LOOK_EVERY {
+                publish(self.snapshot());
+                published = Instant::now();
+            }
+        }
+        publish(self.snapshot());
+    }
+
+    /// Says if a process is to be looked at now.
+    fn is_due(&mut self, process: u32) -> bool {
+        let now = Instant::now();
+        if self.looks.get(&process).is_some_and(|look| now < look.next) {
+            return false;
+        }
+        let code = code(process);
+        let Some(look) = self.looks.get_mut(&process) else {
+            let pod = pod(process);
+            self.pods.entry(Arc::clone(&pod)).or_insert(Pod {
+                spent: Spent::new(now),
+                waits: false,
+            });
+            let look = Look {
+                pod,
+                code: code.unwrap_or_default(),
+                next: now + LOOK_EVERY,
+                every: LOOK_EVERY,
+                due: now + AT_LEAST,
+                files: Vec::new(),
+                trouble: None,
+                beyond: false,
+            };
+            self.looks.insert(process, look);
+            return code.is_some();
+        };
+        look.next = now + look.every;
+        look.every = RARELY.min(look.every * 2);
+        // A thread of the kernel has none.
+        let Some(code) = code else {
+            return false;
+        };
+        let changed = look.code != code;
+        look.code = code;
+        if changed {
+            look.every = LOOK_EVERY;
+        }
+        changed || now >= look.due
+    }
+
+    /// The next process to look at: one of the pod that has had least, as long as there is time for it.
+    fn take_next(&mut self, due: &mut BTreeMap<Arc<str>, Vec<u32>>) -> Option<u32> {
+        let now = Instant::now();
+        let all = self.spent.is_left(SPEND, now);
+        let mut least: Option<(Duration, Arc<str>)> = None;
+        for name in due.keys() {
+            let Some(pod) = self.pods.get_mut(name) else {
+                continue;
+            };
+            pod.waits = !all || !pod.spent.is_left(SPEND_ON_POD, now);
+            let spent = pod.spent.spent;
+            if !pod.waits && least.as_ref().is_none_or(|(other, _)| spent < *other) {
+                least = Some((spent, Arc::clone(name)));
+            }
+        }
+        if let Some((_, name)) = least {
+            let processes = due.get_mut(&name)?;
+            let process = processes.pop();
+            if processes.is_empty() {
+                due.remove(&name);
+            }
+            return process;
+        }
+        // What is left has its turn later.
+        for process in std::mem::take(due).into_values().flatten() {
+            self.skipped[Skip::Share as usize] += 1;
+            if let Some(look) = self.looks.get_mut(&process) {
+                look.next = now;
+                look.due = now;
+            }
+        }
+        None
+    }
+
+    /// Charges a pod for what it took.
+    fn charge(&mut self, pod: &Arc<str>, took: Duration) {
+        self.spent.spent += took;
+        if let Some(pod) = self.pods.get_mut(pod) {
+            pod.spent.spent += took;
+        }
+    }
+
+    /// Looks at a process.
+    fn look(&mut self, process: u32) {
+        let Some(pod) = self.looks.get(&process).map(|look| Arc::clone(&look.pod)) else {
+            return;
+        };
+        let interest = self.watched.interest;
+        let asked = self.ask(&Ask::Maps { process, interest }, &pod);
+        let maps = match asked.and_then(|()| self.answer(&pod)) {
+            Ok((Answer::Maps(Ok(Some(maps))), _)) => maps,
+            Ok((Answer::Maps(Err(refusal)), _)) => {
+                let files = self.looks[&process].files.clone();
+                return self.looked(process, files, Some(refusal.why), AGAIN);
+            }
+            Ok(_) => return self.looked(process, Vec::new(), None, AT_LEAST),
+            Err(Failed::NoHelper(why)) => {
+                let files = self.looks[&process].files.clone();
+                return self.looked(process, files, Some(why), AGAIN);
+            }
+            Err(Failed::Late(stuck)) => {
+                let files = self.looks[&process].files.clone();
+                self.skipped[Skip::Deadline as usize] += 1;
+                self.stuck.extend(stuck.map(|stuck| (pod, stuck)));
+                let why = format!(
+                    "what process {process} has mapped does not come: {}",
+                    late()
+                );
+                return self.looked(process, files, Some(why), AGAIN_AT_MOST);
+            }
+        };
+        if maps.cut {
+            self.skipped[Skip::Mappings as usize] += 1;
+        }
+        if let Some(look) = self.looks.get_mut(&process) {
+            look.beyond = maps.cut;
+        }
+        let mut files = Vec::new();
+        let whole = self.identify(process, &pod, maps.files, &mut files);
+        let next = if whole { AT_LEAST } else { Duration::ZERO };
+        self.looked(process, files, None, next);
+    }
+
+    fn looked(
+        &mut self,
+        process: u32,
+        files: Vec<Identity>,
+        trouble: Option<String>,
+        next: Duration,
+    ) {
+        if let Some(look) = self.looks.get_mut(&process) {
+            look.files = files;
+            look.trouble = trouble;
+            look.due = Instant::now() + next;
+            if next < AT_LEAST {
+                look.next = look.due;
+            }
+        }
+    }
+
+    /// Adds to `found` what of these files is of use or refused. Returns whether it has come through.
+    fn identify(
+        &mut self,
+        process: u32,
+        pod: &Arc<str>,
+        mut files: Vec<Mapped>,
+        found: &mut Vec<Identity>,
+    ) -> bool {
+        let now = Instant::now();
+        files.retain(|mapped| {
+            let slow = self.slow.get(&key(mapped));
+            !slow.is_some_and(|slow| now < slow.again || slow.stuck.is_some())
+        });
+        while !files.is_empty() {
+            if !self.has_time(pod) {
+                return false;
+            }
+            let ask = Ask::Identify {
+                process,
+                files: files.clone(),
+            };
+            if let Err(failed) = self.ask(&ask, pod) {
+                if let Failed::Late(Some(stuck)) = failed {
+                    self.stuck.push((Arc::clone(pod), stuck));
+                }
+                return false;
+            }
+            let mut identities = Vec::new();
+            while let Some(mapped) = files.get(identities.len()) {
+                match self.answer(pod) {
+                    Ok((Answer::Identity(identity), _)) => identities.push(identity),
+                    Ok(_) => return false,
+                    Err(failed) => {
+                        self.is_slow(&mapped.clone(), pod, failed);
+                        break;
+                    }
+                }
+            }
+            // The one that did not come is passed over.
+            let rest = files.split_off((identities.len() + 1).min(files.len()));
+            for (mapped, identity) in files.iter().zip(identities) {
+                if !self.has_time(pod) {
+                    return false;
+                }
+                self.meet(process, pod, mapped, identity, found);
+            }
+            files = rest;
+        }
+        true
+    }
+
+    /// Meets a file of a process.
+    fn meet(
+        &mut self,
+        process: u32,
+        pod: &Arc<str>,
+        mapped: &Mapped,
+        identity: Result<Option<Identity>, Refusal>,
+        found: &mut Vec<Identity>,
+    ) {
+        let named = self.watched.interest.names(mapped.name());
+        let identity = match identity {
+            Ok(Some(identity)) => identity,
+            Ok(None) => return,
+            // Beside the driver some are not meant to be read.
+            Err(_) if !named => return,
+            Err(refusal) => {
+                self.skipped[refusal.skip as usize] += 1;
+                let slow = self.slow.entry(key(mapped)).or_insert_with(|| Slow {
+                    note: Note::new(&mapped.path, refusal.why.clone()),
+                    pod: Arc::clone(pod),
+                    again: Instant::now(),
+                    every: AGAIN,
+                    stuck: None,
+                    tried: false,
+                });
+                slow.note.text = refusal.why;
+                slow.put_off();
+                return;
+            }
+        };
+        self.slow.remove(&key(mapped));
+        if self.strangers.contains_key(&identity) {
+            return;
+        }
+        let now = Instant::now();
+        let refused = self.refused.get(&identity);
+        let is_refused =
+            refused.is_some_and(|refused| refused.again.is_none_or(|again| now < again));
+        if is_refused || self.files.contains_key(&identity) {
+            found.push(identity);
+            return;
+        }
+        let refused = found.iter().filter(|file| self.refused.contains_key(file));
+        if refused.count() >= REFUSED_OF_PROCESS || !self.may_remember(pod) {
+            self.skipped[Skip::Files as usize] += 1;
+            if let Some(look) = self.looks.get_mut(&process) {
+                look.beyond = true;
+            }
+            return;
+        }
+        match self.examine(process, pod, mapped, identity) {
+            Ok(Some(library)) if (self.watched.is_of_use)(&library.library) => {
+                found.push(identity);
+                self.admit(identity, library, pod);
+            }
+            Ok(Some(_)) => {
+                self.strangers.insert(identity, Arc::clone(pod));
+            }
+            Ok(None) => {}
+            Err(refusal) if !named && !refusal.skip.passes() => {
+                self.strangers.insert(identity, Arc::clone(pod));
+            }
+            Err(refusal) => {
+                found.push(identity);
+                self.refuse(identity, pod, &mapped.path, refusal);
+            }
+        }
+    }
+
+    /// Whether more files of a pod are remembered.
+    fn may_remember(&self, pod: &Arc<str>) -> bool {
+        let of_pod = |other: &&Arc<str>| *other == pod;
+        let refused = self.refused.values().map(|refused| &refused.pod);
+        let strangers = self.strangers.values();
+        self.refused.len() < REFUSED
+            && refused.filter(of_pod).count() < REFUSED_OF_POD
+            && strangers.filter(of_pod).count() < STRANGERS_OF_POD
+    }
+
+    fn admit(&mut self, identity: Identity, found: Found, pod: &Arc<str>) {
+        let of_pod = self.files.values().filter(|found| found.pod == *pod);
+        let why = if of_pod.count() == FILES_OF_POD {
+            format!("one more than the {FILES_OF_POD} files of one pod that are probed at once")
+        } else if self.files.len() == FILES {
+            format!("one more than the {FILES} files that are probed at once")
+        } else {
+            self.refused.remove(&identity);
+            for lack in &found.library.lacks {
+                self.skipped[lack.skip as usize] += 1;
+            }
+            self.files.insert(identity, Arc::new(found));
+            return;
+        };
+        self.refuse(identity, pod, &found.path, Refusal::new(Skip::Files, why));
+    }
+
+    fn refuse(&mut self, identity: Identity, pod: &Arc<str>, path: &str, refusal: Refusal) {
+        self.skipped[refusal.skip as usize] += 1;
+        let every = self
+            .refused
+            .get(&identity)
+            .map_or(AGAIN, |refused| refused.every);
+        // What is held of it is bounded, whatever its path is.
+        let path = shown(path, true);
+        let refused = Refused {
+            note: Note::new(&path, refusal.why),
+            skip: refusal.skip,
+            pod: Arc::clone(pod),
+            again: refusal.skip.passes().then(|| Instant::now() + every),
+            every: AGAIN_AT_MOST.min(every * 2),
+        };
+        self.refused.insert(identity, refused);
+    }
+
+    /// Looks into a file. `None` where it is another meanwhile, or mapped no longer.
+    fn examine(
+        &mut self,
+        process: u32,
+        pod: &Arc<str>,
+        mapped: &Mapped,
+        identity: Identity,
+    ) -> Result<Option<Found>, Refusal> {
+        let ask = Ask::Examine {
+            process,
+            file: mapped.clone(),
+            wanted: self.watched.wanted.clone(),
+        };
+        let asked = self.ask(&ask, pod);
+        match asked.and_then(|()| self.answer(pod)) {
+            Ok((Answer::Library(Ok(Some((same, library)))), Some(file))) => Ok((same == identity)
+                .then(|| Found {
+                    path: mapped.path.clone(),
+                    file,
+                    library,
+                    pod: Arc::clone(pod),
+                })),
+            Ok((Answer::Library(Err(refusal)), _)) => Err(refusal),
+            Ok(_) => Ok(None),
+            Err(failed) => {
+                self.is_slow(mapped, pod, failed);
+                Ok(None)
+            }
+        }
+    }
+
+    /// Asks the helper, which is started where there is none.
+    fn ask(&mut self, ask: &Ask, pod: &Arc<str>) -> Result<(), Failed> {
+        let (all, of_pod) = self.count_stuck(pod);
+        if all >= STUCK || of_pod >= STUCK_OF_POD {
+            let why = format!(
+                "no file of its pod is looked at: {of_pod} that do not answer are still waited for ({all} on this node)"
+            );
+            return Err(Failed::NoHelper(why));
+        }
+        self.asked = Instant::now();
+        let helper = match self.helper.take() {
+            Some(helper) => helper,
+            None => Helper::start().map_err(|error| Failed::NoHelper(format!("{error:#}")))?,
+        };
+        let helper = self.helper.insert(helper);
+        helper.ask(ask).map_err(|silence| self.give_up(&silence))
+    }
+
+    fn answer(&mut self, pod: &Arc<str>) -> Result<(Answer, Option<File>), Failed> {
+        let helper = self.helper.as_mut().expect("it was asked");
+        let answer = helper.answer();
+        let took = self.asked.elapsed();
+        self.asked = Instant::now();
+        self.charge(pod, took);
+        answer.map_err(|silence| self.give_up(&silence))
+    }
+
+    fn give_up(&mut self, silence: &Silence) -> Failed {
+        if let Silence::Ended(why) = silence {
+            tracing::warn!("looking into files: {why}");
+        }
+        Failed::Late(self.helper.take().and_then(Helper::give_up))
+    }
+
+    fn count_stuck(&self, pod: &Arc<str>) -> (usize, usize) {
+        let slow = self.slow.values().filter(|slow| slow.stuck.is_some());
+        let pods = slow
+            .map(|slow| &slow.pod)
+            .chain(self.stuck.iter().map(|(pod, _)| pod));
+        pods.fold((0, 0), |(all, of_pod), other| {
+            (all + 1, of_pod + usize::from(other == pod))
+        })
+    }
+
+    /// A file did not come.
+    fn is_slow(&mut self, mapped: &Mapped, pod: &Arc<str>, failed: Failed) {
+        let Failed::Late(stuck) = failed else {
+            return;
+        };
+        self.skipped[Skip::Deadline as usize] += 1;
+        let slow = self.slow.entry(key(mapped)).or_insert_with(|| Slow {
+            note: Note::new(&mapped.path, format!("it is not looked at: {}", late())),
+            pod: Arc::clone(pod),
+            again: Instant::now(),
+            every: AGAIN,
+            stuck: None,
+            tried: false,
+        });
+        slow.stuck = stuck;
+        slow.put_off();
+    }
+
+    fn has_time(&mut self, pod: &Arc<str>) -> bool {
+        let now = Instant::now();
+        let of_pod = self.pods.get_mut(pod);
+        let left = of_pod.is_some_and(|pod| pod.spent.is_left(SPEND_ON_POD, now));
+        left && self.spent.is_left(SPEND, now)
+    }
+
+    /// Lets go of what nobody has any more.
+    fn forget(&mut self) {
+        let looks = || self.looks.values();
+        let used: BTreeSet<Identity> = looks().flat_map(|look| &look.files).copied().collect();
+        let before = self.files.len();
+        self.files.retain(|identity, _| used.contains(identity));
+        if self.files.len() < before {
+            let now = Instant::now();
+            let waiting = self.refused.values_mut();
+            for refused in waiting.filter(|refused| refused.skip == Skip::Files) {
+                refused.again = Some(now);
+            }
+        }
+        self.refused.retain(|identity, _| used.contains(identity));
+        let pods: BTreeSet<&Arc<str>> = looks().map(|look| &look.pod).collect();
+        self.pods.retain(|pod, _| pods.contains(pod));
+        self.strangers.retain(|_, pod| self.pods.contains_key(pod));
+        if self.strangers.len() > STRANGERS {
+            let mut counts: HashMap<&Arc<str>, usize> = HashMap::new();
+            for pod in self.strangers.values() {
+                *counts.entry(pod).or_default() += 1;
+            }
+            let most = counts.into_iter().max_by_key(|(_, count)| *count);
+            if let Some(most) = most.map(|(pod, _)| Arc::clone(pod)) {
+                self.strangers.retain(|_, pod| *pod != most);
+            }
+        }
+        for slow in self.slow.values_mut() {
+            slow.stuck.take_if(Stuck::has_ended);
+        }
+        let pods = &self.pods;
+        self.slow
+            .retain(|_, slow| pods.contains_key(&slow.pod) || slow.stuck.is_some());
+        self.stuck.retain_mut(|(_, stuck)| !stuck.has_ended());
+    }
+
+    /// Has the processes looked at again whose files are due to be tried again.
+    fn try_again(&mut self) {
+        let now = Instant::now();
+        let due: BTreeSet<Identity> = self
+            .refused
+            .iter()
+            .filter(|(_, refused)| refused.again.is_some_and(|again| now >= again))
+            .map(|(identity, _)| *identity)
+            .collect();
+        // A slow file belongs to no process; those of its pod are looked at again.
+        let mut pods: BTreeSet<Arc<str>> = BTreeSet::new();
+        self.slow.retain(|_, slow| {
+            if slow.stuck.is_some() || now < slow.again {
+                return true;
+            }
+            // Where it has not been met again, nobody has it any more.
+            let first = !std::mem::replace(&mut slow.tried, true);
+            if first {
+                pods.insert(Arc::clone(&slow.pod));
+            }
+            first || now < slow.again + AGAIN_AT_MOST
+        });
+        for look in self.looks.values_mut() {
+            if pods.contains(&look.pod) || look.files.iter().any(|file| due.contains(file)) {
+                look.due = look.due.min(now);
+                look.next = look.next.min(now);
+            }
+        }
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let of_use = |identity: &&Identity| self.files.contains_key(identity);
+        let processes = self.looks.iter().filter_map(|(process, look)| {
+            let files: Vec<_> = look.files.iter().filter(of_use).copied().collect();
+            (!files.is_empty()).then_some((*process, files))
+        });
+        Snapshot {
+            files: self.files.clone(),
+            processes: processes.collect(),
+            notes: self.notes(),
+            skipped: self.skipped,
+        }
+    }
+
+    fn notes(&self) -> Vec<Note> {
+        let mut notes = Vec::new();
+        let refused = self.refused.values().map(|refused| &refused.note);
+        let slow = self.slow.values().map(|slow| &slow.note);
+        let mut about: Vec<_> = refused.chain(slow).cloned().collect();
+        about.sort();
+        about.dedup();
+        let looks = self.looks.iter();
+        let beyond = looks
+            .filter(|(_, look)| look.beyond)
+            .map(|(process, _)| process);
+        if let Some(first) = beyond.clone().min() {
+            notes.push(Note::plain(format!(
+                "process {first}{} has more mappings or files than are read or remembered, of which some may be missed",
+                others(beyond.count() - 1)
+            )));
+        }
+        let waiting = self.pods.values().filter(|pod| pod.waits).count();
+        if waiting > 0 {
+            about.push(Note::plain(format!(
+                "processes of {waiting} pods or units are looked at later: what they have mapped takes more than its share of the time"
+            )));
+        }
+        let mut unseen: Vec<_> = self
+            .looks
+            .iter()
+            .filter_map(|(process, look)| Some((process, look.trouble.as_ref()?)))
+            .collect();
+        unseen.sort();
+        if let Some((_, why)) = unseen.first() {
+            notes.push(Note::plain(format!("{why}{}", others(unseen.len() - 1))));
+        }
+        let more = about.len().saturating_sub(NOTES);
+        about.truncate(NOTES);
+        notes.extend(about);
+        if more > 0 {
+            notes.push(Note::plain(format!("and {more} files more")));
+        }
+        notes
+    }
+}
+
+impl Slow {
+    fn put_off(&mut self) {
+        self.again = Instant::now() + self.every;
+        self.every = AGAIN_AT_MOST.min(self.every * 2);
+        self.tried = false;
+    }
+}
+
+fn others(count: usize) -> String {
+    match count {
+        0 => String::new(),
+        count => format!(" (and {count} processes more)"),
+    }
+}
+
+fn late() -> String {
+    format!(
+        "no answer in {} s; tried again later",
+        super::elf::PATIENCE.as_secs()
+    )
+}
+
+/// Kilobytes of code that a process has mapped: its own and that of libraries. `None` of a thread of the kernel, or where the process
+/// is gone. Reading it takes no lock that the process holds (`task_mem`, fs/proc/task_mmu.c).
+fn code(process: u32) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let value = |key: &str| -> Option<u64> {
+        let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+        line.split_whitespace().next()?.parse().ok()
+    };
+    Some(value("VmExe:")? + value("VmLib:")?)
+}
+
+/// The pod that a process belongs to, or else its unit.
+fn pod(process: u32) -> Arc<str> {
+    let path = format!("/proc/{process}/cgroup");
+    let text = fs::read_to_string(Path::new(&path)).unwrap_or_default();
+    pod_of(&text)
+}
+
+fn pod_of(cgroups: &str) -> Arc<str> {
+    let paths = cgroups
+        .lines()
+        .filter_map(|line| line.splitn(3, ':').nth(2));
+    let mut unit: Arc<str> = "/".into();
+    for path in paths {
+        match cgroups::place(path) {
+            Place::Container { uid, .. } | Place::Pod { uid } => return uid,
+            Place::Unit(name) => unit = name,
+        }
+    }
+    unit
+}

@@ -1,0 +1,619 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a process of a container can do to the exporter: the real binary beside real attacks, on this kernel. `docs/security.md` names these
+//! tests. They need root and a C compiler; each prints what it saw.
+
+use std::{
+    fs::{self, File},
+    io::{BufRead, BufReader, Write},
+    net::TcpStream,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use common::{Exporter, build, run, skip, succeeds};
+use inotify::{Inotify, WatchMask};
+
+mod common;
+
+/// Taken by every test: each looks at all processes of this host.
+fn alone() -> MutexGuard<'static, ()> {
+    static HOST: Mutex<()> = Mutex::new(());
+    HOST.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How long a page may take. A machine that has other things to do is given more.
+fn soon() -> Duration {
+    let strict = std::env::var_os("CHANDRA_TEST_DURATIONS").is_some();
+    Duration::from_secs(if strict { 1 } else { 10 })
+}
+
+/// Bytes that the exporter and its helper may have resident, and files that it may have open.
+const RESIDENT: u64 = 96 << 20;
+const OPEN: usize = 512;
+
+/// The programs of tests/hostile, and the stand-in for NCCL.
+struct Programs {
+    folder: PathBuf,
+    library: PathBuf,
+}
+
+fn programs() -> Option<Programs> {
+    let kernel = chandra::kernel::Kernel::read();
+    if !kernel.may_trace() || kernel.btf.is_err() {
+        skip("needs root and a kernel with BTF");
+        return None;
+    }
+    if !succeeds("cc --version") {
+        skip("needs a C compiler");
+        return None;
+    }
+    let package = env!("CARGO_MANIFEST_DIR");
+    let folder = build().join("hostile");
+    run(&format!(
+        "mkdir -p {folder}
+         for program in attack silent; do
+             cc -O2 -Wall -Wextra -Werror -o {folder}/$program {package}/tests/hostile/$program.c
+         done
+         {package}/../tests/nccl-sim/build {folder}/nccl",
+        folder = folder.display()
+    ));
+    let library = folder.join("nccl/libnccl.so.2");
+    Some(Programs { folder, library })
+}
+
+/// A process that does harm. Its end is that of its input.
+struct Attack {
+    child: Child,
+    input: Option<ChildStdin>,
+    said: Vec<String>,
+}
+
+impl Attack {
+    /// Starts a program and waits for a line.
+    fn start(program: &Path, arguments: &[&str], until: &str) -> Self {
+        let mut child = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("it starts");
+        let input = child.stdin.take();
+        let said = BufReader::new(child.stdout.take().expect("piped"));
+        let mut lines = Vec::new();
+        for line in said.lines().map_while(Result::ok) {
+            let done = line.starts_with(until);
+            lines.push(line);
+            if done {
+                break;
+            }
+        }
+        let reached = lines.last().is_some_and(|line| line.starts_with(until));
+        assert!(reached, "{arguments:?} said {lines:?}");
+        Self {
+            child,
+            input,
+            said: lines,
+        }
+    }
+}
+
+impl Drop for Attack {
+    fn drop(&mut self) {
+        drop(self.input.take());
+        let _ = self.child.wait();
+    }
+}
+
+impl Programs {
+    fn attack(&self, arguments: &[&str]) -> Attack {
+        Attack::start(&self.folder.join("attack"), arguments, "ready")
+    }
+}
+
+/// Bytes resident of a process and of those that it started, and how many files it has open.
+fn held(exporter: &Exporter) -> (u64, usize) {
+    let pid = exporter.child.id();
+    let children = run(&format!(
+        "cat /proc/{pid}/task/*/children 2>/dev/null || true"
+    ));
+    let resident = |pid: &str| -> u64 {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kilobytes = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+        kilobytes.unwrap_or_default() << 10
+    };
+    let own = pid.to_string();
+    let all = children.split_whitespace().chain([&*own]);
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count);
+    (all.map(resident).sum(), open)
+}
+
+/// Watches the exporter for a while: its pages come in time and are whole, and it holds little.
+fn keeps_well(exporter: &Exporter, seconds: u64) {
+    let end = Instant::now() + Duration::from_secs(seconds);
+    let (mut slowest, mut resident, mut open) = (Duration::ZERO, 0, 0);
+    while Instant::now() < end {
+        let begin = Instant::now();
+        let scrape = exporter.scrape();
+        slowest = slowest.max(begin.elapsed());
+        let states = scrape.sum("chandra_signal_state", &[]);
+        assert_eq!(states, 5.0, "{}", scrape.text);
+        let up = [("signal", "tcp"), ("state", "up")];
+        assert_eq!(
+            scrape.sum("chandra_signal_state", &up),
+            1.0,
+            "{}",
+            scrape.text
+        );
+        exporter.get("/livez");
+        exporter.get("/readyz");
+        let now = held(exporter);
+        (resident, open) = (resident.max(now.0), open.max(now.1));
+        thread::sleep(Duration::from_millis(50));
+    }
+    println!(
+        "the slowest page took {slowest:?}; {} MiB resident, {open} files open at most",
+        resident >> 20
+    );
+    assert!(slowest < soon(), "{slowest:?}");
+    assert!(resident < RESIDENT, "{resident}");
+    assert!(open < OPEN, "{open}");
+}
+
+/// Ends it, and says how long that took.
+fn ends(exporter: &mut Exporter, within: u64) {
+    let (status, took) = exporter.stop("TERM");
+    println!("ended in {took:?}");
+    assert!(status.success(), "{status}");
+    let strict = std::env::var_os("CHANDRA_TEST_DURATIONS").is_some();
+    let within = if strict { within } else { within * 6 };
+    assert!(took < Duration::from_secs(within), "{took:?}");
+}
+
+fn start() -> Exporter {
+    Exporter::start(&["--pods", "none", "--web.show-paths"])
+}
+
+fn skipped(exporter: &Exporter, reason: &str) {
+    exporter.scrape_until(&format!("something is skipped: {reason}"), |scrape| {
+        let labels = [("signal", "nccl"), ("reason", reason)];
+        scrape.sum("chandra_libraries_skipped_total", &labels) > 0.0
+    });
+}
+
+/// Waits until the page for people has a text.
+fn page_says(exporter: &Exporter, text: &str) {
+    let end = Instant::now() + Duration::from_secs(90);
+    loop {
+        let page = exporter.get("/");
+        if page.contains(text) {
+            return;
+        }
+        assert!(Instant::now() < end, "no {text:?} on the page\n{page}");
+        thread::sleep(Duration::from_millis(200));
+    }
+}
+
+fn is_probed(exporter: &Exporter) {
+    exporter.scrape_until("NCCL is probed", |scrape| {
+        let attached = [
+            ("signal", "nccl"),
+            ("hook", "ncclEnqueueCheck"),
+            ("reason", "attached"),
+        ];
+        scrape.sum("chandra_hook_info", &attached) == 1.0
+    });
+}
+
+#[test]
+fn mappings_without_end_are_cut() {
+    let _alone = alone();
+    let Some(programs) = programs() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let place = folder.path().to_str().expect("UTF-8");
+    let attack = programs.attack(&["mappings", place, "65000", "3500"]);
+    println!("{:?}", attack.said);
+    let mut exporter = start();
+    skipped(&exporter, "mappings");
+    keeps_well(&exporter, 5);
+    page_says(&exporter, "more mappings or files than are read");
+    ends(&mut exporter, 5);
+}
+
+#[test]
+fn a_file_with_many_names_is_one() {
+    let _alone = alone();
+    let Some(programs) = programs() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let place = folder.path().to_str().expect("UTF-8");
+    let library = programs.library.to_str().expect("UTF-8");
+    let _attack = programs.attack(&["links", place, "20000", library]);
+    let mut exporter = start();
+    is_probed(&exporter);
+    keeps_well(&exporter, 5);
+    ends(&mut exporter, 5);
+}
+
+#[test]
+fn files_without_number_take_their_share_and_no_more() {
+    let _alone = alone();
+    let Some(programs) = programs() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let library = programs.library.to_str().expect("UTF-8");
+    let good = folder.path().join("good");
+    let bad = folder.path().join("bad");
+    let _attack = programs.attack(&["files", good.to_str().expect("UTF-8"), "500", library]);
+    // What is no library at all.
+    let text = folder.path().join("text");
+    fs::write(&text, vec![b'x'; 4096]).expect("written");
+    let text = text.to_str().expect("UTF-8");
+    let _more = programs.attack(&["files", bad.to_str().expect("UTF-8"), "2000", text]);
+    let mut exporter = start();
+    exporter.scrape_until("what has no room is said", |scrape| {
+        scrape.has("chandra_hook_info", "reason=\"no_room\"")
+    });
+    skipped(&exporter, "files");
+    keeps_well(&exporter, 5);
+    page_says(&exporter, "of one pod that are probed at once");
+    ends(&mut exporter, 30);
+}
+
+#[test]
+fn files_that_come_and_go_do_not_hold_up_a_page() {
+    let _alone = alone();
+    let Some(programs) = programs() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let place = folder.path().to_str().expect("UTF-8");
+    let library = programs.library.to_str().expect("UTF-8");
+    let _attack = programs.attack(&["churn", place, library]);
+    let mut exporter = start();
+    is_probed(&exporter);
+    keeps_well(&exporter, 10);
+    ends(&mut exporter, 30);
+}
+
+/// Where an ELF file has its table of sections, and of each its kind.
+fn sections(file: &[u8]) -> Vec<(usize, u32)> {
+    let number = |at: usize, bytes: usize| {
+        let bytes = file[at..at + bytes].iter().rev();
+        bytes.fold(0, |sum, byte| sum << 8 | u64::from(*byte))
+    };
+    let (table, count) = (number(0x28, 8) as usize, number(0x3c, 2) as usize);
+    let places = (0..count).map(|index| table + 64 * index);
+    places.map(|at| (at, number(at + 4, 4) as u32)).collect()
+}
+
+/// Copies of the library that are spoilt: what is done to the sections of a kind.
+fn spoil(library: &Path, to: &Path, kind: u32, offset: Option<u64>, size: u64, file_size: u64) {
+    let mut bytes = fs::read(library).expect("built");
+    for (at, _) in sections(&bytes).into_iter().filter(|(_, of)| *of == kind) {
+        if let Some(offset) = offset {
+            bytes[at + 24..at + 32].copy_from_slice(&offset.to_le_bytes());
+        }
+        bytes[at + 32..at + 40].copy_from_slice(&size.to_le_bytes());
+    }
+    fs::write(to, &bytes).expect("written");
+    let file = File::options().write(true).open(to).expect("there");
+    if file_size > 0 {
+        file.set_len(file_size).expect("sparse");
+    }
+}
+
+#[test]
+fn what_a_file_says_of_itself_is_not_believed() {
+    const SYMTAB: u32 = 2;
+    const STRTAB: u32 = 3;
+    const NOTE: u32 = 7;
+    const DYNSYM: u32 = 11;
+    let _alone = alone();
+    let Some(programs) = programs() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let place = |name: &str| {
+        let own = folder.path().join(name);
+        fs::create_dir(&own).expect("made");
+        own.join("libnccl.so.2")
+    };
+    let library = &programs.library;
+    let end = fs::metadata(library).expect("built").len();
+    let files = [
+        ("notes", place("notes")),
+        ("symbols", place("symbols")),
+        ("names", place("names")),
+        ("all", place("all")),
+        ("cut", place("cut")),
+        ("endless", place("endless")),
+    ];
+    spoil(library, &files[0].1, NOTE, None, 2 << 30, 3 << 30);
+    spoil(library, &files[1].1, DYNSYM, None, 2 << 30, 3 << 30);
+    spoil(library, &files[2].1, STRTAB, None, 31 << 20, 3 << 30);
+    spoil(library, &files[3].1, SYMTAB, Some(0), 1 << 40, 1 << 41);
+    fs::write(&files[4].1, &fs::read(library).expect("built")[..3000]).expect("written");
+    // 20 000 symbols whose names begin in a megabyte that nothing ends.
+    let names = vec![b'n'; 1 << 20];
+    spoil(
+        library,
+        &files[5].1,
+        STRTAB,
+        Some(end),
+        names.len() as u64,
+        0,
+    );
+    let file = File::options()
+        .write(true)
+        .open(&files[5].1)
+        .expect("there");
+    file.write_all_at(&names, end).expect("written");
+    drop(file);
+    let mut symbols = Vec::new();
+    for number in 0..20_000_u32 {
+        symbols.extend((1 + number).to_le_bytes());
+        symbols.extend([0x12, 0, 1, 0]);
+        symbols.extend([0; 16]);
+    }
+    let spoilt = files[5].1.clone();
+    let after = end + names.len() as u64;
+    spoil(
+        &spoilt,
+        &spoilt,
+        DYNSYM,
+        Some(after),
+        symbols.len() as u64,
+        0,
+    );
+    let file = File::options().write(true).open(&spoilt).expect("there");
+    file.write_all_at(&symbols, after).expect("written");
+    drop(file);
+
+    let _attacks: Vec<_> = files
+        .iter()
+        .map(|(_, file)| programs.attack(&["one", file.to_str().expect("UTF-8")]))
+        .collect();
+    let mut exporter = start();
+    for reason in ["size", "malformed", "notes"] {
+        skipped(&exporter, reason);
+    }
+    keeps_well(&exporter, 10);
+    for (what, file) in &files[1..5] {
+        println!("{what}");
+        page_says(&exporter, file.to_str().expect("UTF-8"));
+    }
+    ends(&mut exporter, 30);
+}
+
+/// An exporter that has to go by the path of what is mapped.
+fn without_map_files() -> Option<Exporter> {
+    let setpriv = [
+        "--bounding-set",
+        "-sys_admin,-checkpoint_restore",
+        "--inh-caps",
+        "-sys_admin,-checkpoint_restore",
+    ];
+    if !Command::new("setpriv")
+        .args(setpriv)
+        .arg("true")
+        .status()
+        .is_ok_and(|status| status.success())
+    {
+        skip("needs setpriv");
+        return None;
+    }
+    let mut command = Command::new("setpriv");
+    command.args(setpriv).arg(build().join("chandra"));
+    let flags = ["--pods", "none", "--web.show-paths"];
+    Some(Exporter::start_by(&mut command, &flags))
+}
+
+#[test]
+fn a_path_does_not_lead_to_another_file() {
+    let _alone = alone();
+    let Some(programs) = programs() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let secret = folder.path().join("secret");
+    fs::write(&secret, "of somebody else").expect("written");
+    let copy = |name: &str| {
+        let own = folder.path().join(name);
+        fs::create_dir(&own).expect("made");
+        let file = own.join("libnccl.so.2");
+        fs::copy(&programs.library, &file).expect("copied");
+        file.to_str().expect("UTF-8").to_owned()
+    };
+    let (moved, fifo) = (copy("moved"), copy("fifo"));
+    let _one = programs.attack(&["moved", &moved, secret.to_str().expect("UTF-8")]);
+    let _other = programs.attack(&["fifo", &fifo]);
+    let mut opened = Inotify::init().expect("inotify");
+    for file in [&secret, Path::new(&fifo)] {
+        opened
+            .watches()
+            .add(file, WatchMask::OPEN)
+            .expect("watched");
+    }
+    let Some(mut exporter) = without_map_files() else {
+        return;
+    };
+    page_says(&exporter, &moved);
+    page_says(&exporter, &fifo);
+    keeps_well(&exporter, 2);
+    let mut buffer = [0; 4096];
+    let events = opened.read_events(&mut buffer);
+    assert!(events.is_err(), "it was opened");
+    ends(&mut exporter, 5);
+    // With CAP_SYS_ADMIN the file itself is found, wherever its path leads.
+    let exporter = start();
+    is_probed(&exporter);
+    let events = opened.read_events(&mut buffer);
+    assert!(events.is_err(), "it was opened");
+}
+
+/// A file system of user space, mounted, and a process that has a file of it mapped.
+fn silent(programs: &Programs, folder: &Path, mode: &str) -> Option<Attack> {
+    if !Path::new("/dev/fuse").exists()
+        || !succeeds("grep -qw fuse /proc/filesystems || modprobe fuse")
+    {
+        skip("needs FUSE");
+        return None;
+    }
+    let place = folder.join(mode);
+    fs::create_dir(&place).expect("made");
+    let arguments = [
+        place.as_os_str(),
+        programs.library.as_os_str(),
+        "libnccl.so.2".as_ref(),
+        mode.as_ref(),
+    ];
+    let arguments = arguments.map(|word| word.to_str().expect("UTF-8"));
+    Some(Attack::start(
+        &programs.folder.join("silent"),
+        &arguments,
+        "mapped",
+    ))
+}
+
+/// A file system that does not answer costs its file, not the signal: neither before its server has taken the request, when SIGKILL still
+/// helps who waits, nor after, when it does not.
+#[test]
+fn a_file_system_that_never_answers_costs_that_file() {
+    let _alone = alone();
+    let Some(programs) = programs() else { return };
+    for mode in ["deaf", "mute"] {
+        println!("{mode}");
+        let folder = tempfile::tempdir().expect("a folder");
+        let Some(attack) = silent(&programs, folder.path(), mode) else {
+            return;
+        };
+        let mut exporter = start();
+        let file = folder.path().join(mode).join("libnccl.so.2");
+        page_says(&exporter, file.to_str().expect("UTF-8"));
+        skipped(&exporter, "deadline");
+        // Another library is found meanwhile.
+        let good = folder.path().join("good");
+        let library = programs.library.to_str().expect("UTF-8");
+        let good = good.to_str().expect("UTF-8");
+        let _good = programs.attack(&["files", good, "1", library]);
+        is_probed(&exporter);
+        keeps_well(&exporter, 10);
+        ends(&mut exporter, 5);
+        drop(attack);
+    }
+}
+
+/// One that does answer is said, and its file not probed: the kernel would wait for it where no process can be given up.
+#[test]
+fn a_file_system_of_user_space_is_not_probed() {
+    let _alone = alone();
+    let Some(programs) = programs() else { return };
+    for mode in ["well", "slow"] {
+        println!("{mode}");
+        let folder = tempfile::tempdir().expect("a folder");
+        let Some(attack) = silent(&programs, folder.path(), mode) else {
+            return;
+        };
+        let mut exporter = start();
+        skipped(&exporter, "file_system");
+        page_says(&exporter, "file system of user space");
+        keeps_well(&exporter, 2);
+        ends(&mut exporter, 5);
+        drop(attack);
+    }
+}
+
+/// The folders of a container's files are told only to who asks for them.
+#[test]
+fn paths_are_shown_where_they_are_asked_for() {
+    let _alone = alone();
+    let Some(programs) = programs() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let place = folder.path().join("private");
+    let library = programs.library.to_str().expect("UTF-8");
+    let _job = programs.attack(&["files", place.to_str().expect("UTF-8"), "1", library]);
+    let exporter = Exporter::start(&["--pods", "none"]);
+    is_probed(&exporter);
+    page_says(&exporter, "NCCL 2.27.5: libnccl.so.0");
+    let page = exporter.get("/");
+    assert!(
+        !page.contains("private") && !page.contains("build id"),
+        "{page}"
+    );
+    drop(exporter);
+    let exporter = start();
+    is_probed(&exporter);
+    page_says(&exporter, "private/libnccl.so.0, build id");
+}
+
+/// Sockets that never finish a request keep nobody out.
+#[test]
+fn slow_sockets_keep_no_probe_out() {
+    let _alone = alone();
+    if programs().is_none() {
+        return;
+    }
+    let mut exporter = Exporter::start(&["--pods", "none"]);
+    let mut slow: Vec<TcpStream> = Vec::new();
+    for _ in 0..40 {
+        for _ in 0..128 {
+            let mut socket = TcpStream::connect(&exporter.address).expect("it listens");
+            let _ = socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: slow\r\n");
+            slow.push(socket);
+        }
+        let begin = Instant::now();
+        assert_eq!(exporter.get("/livez"), "ok");
+        exporter.get("/readyz");
+        assert!(begin.elapsed() < soon());
+        let keep = slow.len().saturating_sub(128);
+        slow.drain(..keep);
+    }
+    keeps_well(&exporter, 1);
+    ends(&mut exporter, 5);
+}
+
+/// SIGTERM ends it from its first moment on, `/livez` answers and `/readyz` tells as soon as it listens.
+#[test]
+fn it_can_be_ended_from_its_first_moment() {
+    let _alone = alone();
+    if programs().is_none() {
+        return;
+    }
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .expect("a port")
+        .to_string();
+    let start = || {
+        let mut command = Command::new(build().join("chandra"));
+        command.args(["--pods", "none", "--web.listen-address", &port]);
+        command.stderr(Stdio::null()).spawn().expect("it starts")
+    };
+    for wait in [0, 10, 30, 100, 300, 1000] {
+        let mut child = start();
+        thread::sleep(Duration::from_millis(wait));
+        let begin = Instant::now();
+        run(&format!("kill -TERM {}", child.id()));
+        let status = child.wait().expect("it ends");
+        println!("after {wait} ms: {status} in {:?}", begin.elapsed());
+        assert!(begin.elapsed() < soon() * 5);
+    }
+    let mut child = start();
+    let mut answers: Vec<String> = Vec::new();
+    let end = Instant::now() + Duration::from_secs(60);
+    while answers.last().is_none_or(|last| !last.ends_with(" 200 OK")) {
+        assert!(Instant::now() < end, "{answers:?}");
+        let Ok(mut socket) = TcpStream::connect(&port) else {
+            thread::sleep(Duration::from_millis(1));
+            continue;
+        };
+        let _ = socket.write_all(b"GET /readyz HTTP/1.0\r\n\r\n");
+        let line = BufReader::new(socket).lines().next();
+        answers.extend(line.and_then(Result::ok));
+        answers.dedup();
+    }
+    println!("{answers:?}");
+    let first = answers.first();
+    assert!(
+        first.is_some_and(|first| first.contains(" 503 ")),
+        "it is not ready at once"
+    );
+    run(&format!("kill -TERM {}", child.id()));
+    child.wait().expect("it ends");
+}
