@@ -20,14 +20,29 @@ pub use watch::Gate;
 /// A file, whatever it is called and wherever it is mounted: its inode's number, size and time of change.
 ///
 /// Overlay file systems hand these on from the file beneath, but not its device: two containers of one image show different
-/// devices for what is one inode to the kernel, and a probe in one of them is in both. No two files of different file systems
-/// change in the same nanosecond and have one number.
+/// devices for what is one inode to the kernel, and a probe in one of them is in both. No two files of different file systems of this node
+/// change in the same nanosecond and have one number, and nobody can set that time. A server of files says what it likes: there the
+/// device counts too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) struct Identity {
     inode: u64,
     size: u64,
     changed: (i64, i64),
+    /// 0 of an overlay and of file systems of this node.
+    device: u64,
 }
+
+/// `f_type` of file systems whose times the kernel of this node sets, and of overlays (include/uapi/linux/magic.h; ZFS).
+const LOCAL: [u64; 8] = [
+    0x794c_7630, // overlay
+    0xef53,      // ext2, ext3, ext4
+    0x5846_5342, // xfs
+    0x9123_683e, // btrfs
+    0x0102_1994, // tmpfs
+    0xf2f5_2010, // f2fs
+    0x2fc1_2fc1, // zfs
+    0x7371_7368, // squashfs
+];
 
 impl Identity {
     /// Of an open file.
@@ -36,10 +51,12 @@ impl Identity {
         if !metadata.is_file() {
             return Err(io::Error::other("it is not a file"));
         }
+        let local = LOCAL.contains(&open::file_system(file)?);
         Ok(Self {
             inode: metadata.ino(),
             size: metadata.size(),
             changed: (metadata.ctime(), metadata.ctime_nsec()),
+            device: if local { 0 } else { metadata.dev() },
         })
     }
 }

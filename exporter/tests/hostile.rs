@@ -253,6 +253,7 @@ fn files_without_number_take_their_share_and_no_more() {
     let text = text.to_str().expect("UTF-8");
     let _more = programs.attack(&["files", bad.to_str().expect("UTF-8"), "2000", text]);
     let mut exporter = start();
+    is_probed(&exporter);
     exporter.scrape_until("what has no room is said", |scrape| {
         scrape.has("chandra_hook_info", "reason=\"no_room\"")
     });

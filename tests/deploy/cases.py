@@ -437,7 +437,7 @@ def daemonset(o, case, values, extras, selector, account):
     }[case["update"]])
     yield from same("tolerations", pod["tolerations"], extras.get("tolerations", [{"operator": "Exists"}]))
     yield from same("nodes", pod["nodeSelector"], {"kubernetes.io/os": "linux"} | extras.get("nodeSelector", {}))
-    yield from same("grace", pod.get("terminationGracePeriodSeconds"), extras.get("terminationGracePeriodSeconds", 15))
+    yield from same("grace", pod.get("terminationGracePeriodSeconds"), extras.get("terminationGracePeriodSeconds", 40))
     for key in "affinity", "priorityClassName", "imagePullSecrets":
         yield from same(key, pod.get(key), extras.get(key))
     resources = {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "192Mi"}}

@@ -43,11 +43,11 @@ use super::{
 /// How long an answer is waited for: longer than what the helper itself ends after.
 const PATIENCE: Duration = Duration::from_secs(6);
 
-/// Bytes of an answer. The longest is 4096 files of a process with their paths.
-const ANSWER: usize = 32 << 20;
+/// Bytes of an answer. The longest is the files of a process with their paths, of each byte of which JSON may make six.
+const ANSWER: usize = 8 << 20;
 
-/// Memory of the helper. A file takes half of it at most.
-const MEMORY: u64 = 256 << 20;
+/// Memory of the helper, in addresses. A file takes a third of it at most.
+const MEMORY: u64 = 192 << 20;
 
 /// What `ps` calls the helper; `pidof chandra` is the exporter alone.
 const NAME: &str = "chandra-look";
@@ -205,17 +205,14 @@ impl Helper {
             }
         }
         if heard.bytes == 0 {
-            return Err(Silence::Ended(self.end_of_it()));
+            let why = match self.child.try_wait() {
+                Ok(Some(status)) => format!("the process that does it ended: {status}"),
+                _ => "the process that does it ended".to_owned(),
+            };
+            return Err(Silence::Ended(why));
         }
         self.heard.extend_from_slice(&bytes[..heard.bytes]);
         Ok(())
-    }
-
-    fn end_of_it(&mut self) -> String {
-        match self.child.wait() {
-            Ok(status) => format!("the process that looks into files ended: {status}"),
-            Err(error) => error.to_string(),
-        }
     }
 
     /// Gives it up. What is left of it, where it does not end at once.

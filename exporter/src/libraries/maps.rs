@@ -15,8 +15,9 @@ use serde::{Deserialize, Serialize};
 const BYTES: u64 = 16 << 20;
 const LINES: usize = 65_536;
 
-/// Files of one process. PyTorch has some four hundred.
+/// Files of one process, and bytes of their paths. PyTorch has some four hundred.
 const FILES: usize = 4096;
+const PATHS: usize = 1 << 20;
 
 /// Which files of a process are of interest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,7 +80,7 @@ impl Maps {
         let mut text = text.take(BYTES);
         let mut maps = Self::default();
         let mut known = HashSet::new();
-        let (mut line, mut cuda) = (Vec::new(), false);
+        let (mut line, mut cuda, mut paths) = (Vec::new(), false, 0);
         for number in 0.. {
             line.clear();
             if text.read_until(b'\n', &mut line)? == 0 {
@@ -98,9 +99,11 @@ impl Maps {
             if !may_be || !access.contains(&b'x') {
                 continue;
             }
-            if maps.files.len() == FILES {
+            let room = maps.files.len() < FILES && paths + mapped.path.len() <= PATHS;
+            if !room {
                 maps.cut = true;
             } else if known.insert((mapped.path.clone(), mapped.inode)) {
+                paths += mapped.path.len();
                 maps.files.push(mapped);
             }
         }

@@ -36,8 +36,7 @@ pub(crate) fn open(mapped: &Mapped, process: &Path) -> Result<Option<File>, Refu
         Err(Errno::NOENT | Errno::SRCH) => return Ok(None),
         Err(error @ (Errno::PERM | Errno::ACCESS)) => by_path(mapped, process).map_err(|also| {
             unreadable(format!(
-                "cannot open {} ({error}), nor its path ({also}); add CAP_SYS_PTRACE and CAP_SYS_ADMIN",
-                exact.display()
+                "cannot open it, neither as it is mapped (map_files: {error}) nor by its path ({also}); add CAP_SYS_PTRACE and CAP_SYS_ADMIN"
             ))
         })?,
         Err(error) => return Err(unreadable(format!("cannot open it: {error}"))),
@@ -89,7 +88,7 @@ fn by_path(mapped: &Mapped, process: &Path) -> io::Result<OwnedFd> {
     clippy::cast_sign_loss,
     reason = "the type of f_type is another on each architecture"
 )]
-fn file_system(place: impl AsFd) -> rustix::io::Result<u64> {
+pub(super) fn file_system(place: impl AsFd) -> rustix::io::Result<u64> {
     Ok(fstatfs(place)?.f_type as u64)
 }
 

@@ -8,6 +8,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs::{self, File},
+    io,
     path::Path,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
@@ -25,7 +26,10 @@ use super::{
     helper::{Answer, Ask, Helper, Silence, Stuck},
     maps::{Interest, Mapped},
 };
-use crate::pods::{Place, cgroups};
+use crate::{
+    pods::{Place, cgroups},
+    probe::{Reason, Room},
+};
 
 /// How often processes are looked for.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -51,17 +55,22 @@ const REFUSED_OF_POD: usize = 1024;
 const REFUSED: usize = 8192;
 const STRANGERS_OF_POD: usize = 4096;
 const STRANGERS: usize = 65_536;
+/// Places in memory whose files did not come, of a pod and the node.
+const SLOW_OF_POD: usize = 64;
+const SLOW: usize = 1024;
 
 /// What may be spent on a pod, and on all: at once, and in each second.
 const SPEND_ON_POD: Budget = Budget::new(10_000, 50);
 const SPEND: Budget = Budget::new(30_000, 250);
 
-/// Helpers that wait in the kernel for good: of the node, and because of one pod.
+/// Helpers that wait in the kernel for good: because of one pod, and of the node. With as many nobody is looked at who has some, and with four
+/// times as many nobody.
 const STUCK: usize = 8;
 const STUCK_OF_POD: usize = 2;
 
-/// Notes that are told.
+/// Notes that are told, and files that one names.
 const NOTES: usize = 20;
+const PATHS: usize = 4;
 
 /// What is watched for.
 pub(crate) struct Watched {
@@ -79,38 +88,57 @@ pub(crate) struct Found {
     /// Its file: probes go to this and no other, whatever its path becomes.
     pub(crate) file: File,
     pub(crate) library: Library,
-    /// The pod, or unit, of that process.
-    pub(crate) pod: Arc<str>,
+    /// The pod, or unit, of that process, on whose account it is looked at.
+    pod: Arc<str>,
 }
 
-/// Something for people that may be about a file.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// Something for people that may be about files.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Note {
-    path: Option<String>,
+    paths: Vec<String>,
+    /// How many files it is about besides.
+    more: usize,
     text: String,
 }
 
 impl Note {
-    pub(crate) fn new(path: &str, text: impl Into<String>) -> Self {
+    pub(crate) fn plain(text: impl Into<String>) -> Self {
         Self {
-            path: Some(path.to_owned()),
+            paths: Vec::new(),
+            more: 0,
             text: text.into(),
         }
     }
 
-    pub(crate) fn plain(text: impl Into<String>) -> Self {
-        Self {
-            path: None,
-            text: text.into(),
+    /// One for each text, with the first paths that it is about.
+    fn of_files<'a>(files: impl Iterator<Item = (&'a str, &'a str)>) -> Vec<Self> {
+        let mut by_text: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+        for (path, text) in files {
+            by_text.entry(text).or_default().insert(path);
         }
+        let note = |(text, paths): (&str, BTreeSet<&str>)| Self {
+            more: paths.len().saturating_sub(PATHS),
+            paths: paths.into_iter().take(PATHS).map(str::to_owned).collect(),
+            text: text.to_owned(),
+        };
+        by_text.into_iter().map(note).collect()
     }
 
     /// In one line. The folders of a container's files are its own affair, unless they are asked for.
     pub(crate) fn told(&self, with_paths: bool) -> String {
-        match &self.path {
-            Some(path) => format!("{}: {}", shown(path, with_paths), self.text),
-            None => self.text.clone(),
+        if self.paths.is_empty() {
+            return self.text.clone();
         }
+        let paths: Vec<_> = self
+            .paths
+            .iter()
+            .map(|path| shown(path, with_paths))
+            .collect();
+        let more = match self.more {
+            0 => String::new(),
+            more => format!(" and {more} files more"),
+        };
+        format!("{}{more}: {}", paths.join(", "), self.text)
     }
 }
 
@@ -137,6 +165,8 @@ pub(crate) struct Snapshot {
     pub(crate) files: BTreeMap<Identity, Arc<Found>>,
     /// The processes that have some mapped.
     pub(crate) processes: BTreeMap<u32, Vec<Identity>>,
+    /// The pods, or units, that these are of.
+    pub(crate) pods: BTreeMap<Identity, BTreeSet<Arc<str>>>,
     pub(crate) notes: Vec<Note>,
     pub(crate) skipped: Skipped,
 }
@@ -184,6 +214,27 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+impl Snapshot {
+    /// Takes places for all probes of a file, on the account of any pod that has it and room.
+    ///
+    /// # Errors
+    /// What to tell of a probe that has no place.
+    pub(crate) fn room(
+        &self,
+        file: &Identity,
+        places: usize,
+    ) -> Result<Vec<Room>, (Reason, String)> {
+        let mut refused = (Reason::NoRoom, "nobody has it any more".to_owned());
+        for pod in self.pods.get(file).into_iter().flatten() {
+            match Room::take(places, pod) {
+                Ok(room) => return Ok(room),
+                Err(why) => refused = why,
+            }
+        }
+        Err(refused)
+    }
+}
+
 impl Watch {
     /// Begins to look once the gate is open; where it is open already, has looked once when this returns.
     ///
@@ -203,7 +254,9 @@ impl Watch {
         let mut looker = Looker::new(watched);
         let turn = |looker: &mut Looker, shared: &Shared| {
             let only = lock(&shared.only).clone();
-            let processes = only.unwrap_or_else(processes);
+            let Ok(processes) = only.map_or_else(processes, Ok) else {
+                return;
+            };
             looker.turn(&processes, &mut |snapshot| {
                 *lock(&shared.snapshot) = Arc::new(snapshot);
             });
@@ -243,10 +296,16 @@ impl Drop for Watch {
 }
 
 /// The processes that there are, in the initial namespace if this one is.
-pub(crate) fn processes() -> BTreeSet<u32> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let number = |entry: fs::DirEntry| entry.file_name().to_str()?.parse().ok();
-    entries.filter_map(number).collect()
+///
+/// # Errors
+/// When `/proc` cannot be read, which says nothing of processes.
+pub(crate) fn processes() -> io::Result<BTreeSet<u32>> {
+    let mut there = BTreeSet::new();
+    for entry in fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        there.extend(name.to_str().and_then(|name| name.parse::<u32>().ok()));
+    }
+    Ok(there)
 }
 
 /// Time that may be spent.
@@ -287,6 +346,12 @@ impl Spent {
         self.spent
     }
 
+    /// Spends some. What is owed has a bound, so that one long wait is paid back in minutes.
+    fn add(&mut self, took: Duration, budget: Budget) {
+        let most = Duration::from_millis(budget.burst + budget.each_second * 60);
+        self.spent = most.min(self.spent + took);
+    }
+
     fn is_left(&mut self, budget: Budget, now: Instant) -> bool {
         self.now(budget, now) < Duration::from_millis(budget.burst)
     }
@@ -308,6 +373,8 @@ struct Look {
     trouble: Option<String>,
     /// Whether it has more mapped than is read or remembered.
     beyond: bool,
+    /// At which of its files the last look was cut.
+    at: usize,
 }
 
 /// What is known of a pod.
@@ -315,11 +382,54 @@ struct Pod {
     spent: Spent,
     /// Whether something of it waits for its share of the time.
     waits: bool,
+    /// Its files that are refused, and those that are of no use.
+    refused: usize,
+    strangers: usize,
+}
+
+impl Pod {
+    fn new() -> Self {
+        Self {
+            spent: Spent::new(Instant::now()),
+            waits: false,
+            refused: 0,
+            strangers: 0,
+        }
+    }
+}
+
+/// What has been met of a process.
+#[derive(Default)]
+struct Met {
+    /// Its files that are of use or refused, and how many of them are refused.
+    files: BTreeSet<Identity>,
+    refused: usize,
+    /// How many files were met, and whether there was no time for the others.
+    done: usize,
+    cut: bool,
+    /// Whether some did not come.
+    late: bool,
+}
+
+impl Met {
+    /// Adds a file that is refused, unless there are too many. Says if it is among them.
+    fn add_refused(&mut self, identity: Identity) -> bool {
+        if self.files.contains(&identity) {
+            return true;
+        }
+        let room = self.refused < REFUSED_OF_PROCESS;
+        if room {
+            self.refused += 1;
+            self.files.insert(identity);
+        }
+        room
+    }
 }
 
 /// A file that is not looked at.
 struct Refused {
-    note: Note,
+    path: String,
+    why: String,
     skip: Skip,
     pod: Arc<str>,
     again: Option<Instant>,
@@ -328,7 +438,8 @@ struct Refused {
 
 /// A place in memory whose file did not come.
 struct Slow {
-    note: Note,
+    path: String,
+    why: String,
     pod: Arc<str>,
     again: Instant,
     every: Duration,
@@ -337,11 +448,11 @@ struct Slow {
     tried: bool,
 }
 
-/// A file as it is told apart before it is open.
-type Key = ((u32, u32), u64, String);
+/// A file as it is told apart before it is open: file systems use these numbers again, and it is put off for a while only.
+type Key = ((u32, u32), u64);
 
 fn key(mapped: &Mapped) -> Key {
-    (mapped.device, mapped.inode, mapped.path.clone())
+    (mapped.device, mapped.inode)
 }
 
 /// What the thread knows.
@@ -359,6 +470,8 @@ struct Looker {
     spent: Spent,
     /// When the helper was last asked, or answered.
     asked: Instant,
+    /// When it was last logged that a helper ended.
+    complained: Option<Instant>,
     skipped: Skipped,
 }
 
@@ -384,6 +497,7 @@ impl Looker {
             stuck: Vec::new(),
             spent: Spent::new(Instant::now()),
             asked: Instant::now(),
+            complained: None,
             skipped: Skipped::default(),
         }
     }
@@ -414,41 +528,51 @@ impl Looker {
     /// Says if a process is to be looked at now.
     fn is_due(&mut self, process: u32) -> bool {
         let now = Instant::now();
-        if self.looks.get(&process).is_some_and(|look| now < look.next) {
+        let Some(look) = self.looks.get_mut(&process) else {
+            return self.is_new(process, now);
+        };
+        if now < look.next {
             return false;
         }
-        let code = code(process);
-        let Some(look) = self.looks.get_mut(&process) else {
-            let pod = pod(process);
-            self.pods.entry(Arc::clone(&pod)).or_insert(Pod {
-                spent: Spent::new(now),
-                waits: false,
-            });
-            let look = Look {
-                pod,
-                code: code.unwrap_or_default(),
-                next: now + LOOK_EVERY,
-                every: LOOK_EVERY,
-                due: now + AT_LEAST,
-                files: Vec::new(),
-                trouble: None,
-                beyond: false,
-            };
-            self.looks.insert(process, look);
-            return code.is_some();
-        };
         look.next = now + look.every;
         look.every = RARELY.min(look.every * 2);
+        let pod = self.pods.get_mut(&look.pod);
+        let Some(pod) = pod.filter(|pod| pod.spent.clone().is_left(SPEND_ON_POD, now)) else {
+            return false;
+        };
+        let code = code(process);
+        // A pod may have more processes than it costs nothing to ask about.
+        let took = now.elapsed();
+        pod.spent.add(took, SPEND_ON_POD);
+        self.spent.add(took, SPEND);
         // A thread of the kernel has none.
         let Some(code) = code else {
             return false;
         };
-        let changed = look.code != code;
-        look.code = code;
-        if changed {
-            look.every = LOOK_EVERY;
-        }
+        let changed = std::mem::replace(&mut look.code, code) != code;
         changed || now >= look.due
+    }
+
+    /// The same of one that has not been seen before.
+    fn is_new(&mut self, process: u32, now: Instant) -> bool {
+        let (pod, code) = (pod(process), code(process));
+        let of_pod = self.pods.entry(Arc::clone(&pod)).or_insert_with(Pod::new);
+        let took = now.elapsed();
+        of_pod.spent.add(took, SPEND_ON_POD);
+        self.spent.add(took, SPEND);
+        let look = Look {
+            pod,
+            code: code.unwrap_or_default(),
+            next: now + LOOK_EVERY,
+            every: LOOK_EVERY,
+            due: now + AT_LEAST,
+            files: Vec::new(),
+            trouble: None,
+            beyond: false,
+            at: 0,
+        };
+        self.looks.insert(process, look);
+        code.is_some()
     }
 
     /// The next process to look at: one of the pod that has had least, as long as there is time for it.
@@ -487,17 +611,21 @@ impl Looker {
 
     /// Charges a pod for what it took.
     fn charge(&mut self, pod: &Arc<str>, took: Duration) {
-        self.spent.spent += took;
+        self.spent.add(took, SPEND);
         if let Some(pod) = self.pods.get_mut(pod) {
-            pod.spent.spent += took;
+            pod.spent.add(took, SPEND_ON_POD);
         }
     }
 
     /// Looks at a process.
     fn look(&mut self, process: u32) {
-        let Some(pod) = self.looks.get(&process).map(|look| Arc::clone(&look.pod)) else {
-            return;
-        };
+        // It may have been moved since it was met, or be another of the same number.
+        let pod = pod(process);
+        self.pods.entry(Arc::clone(&pod)).or_insert_with(Pod::new);
+        match self.looks.get_mut(&process) {
+            Some(look) => look.pod = Arc::clone(&pod),
+            None => return,
+        }
         let interest = self.watched.interest;
         let asked = self.ask(&Ask::Maps { process, interest }, &pod);
         let maps = match asked.and_then(|()| self.answer(&pod)) {
@@ -528,10 +656,18 @@ impl Looker {
         if let Some(look) = self.looks.get_mut(&process) {
             look.beyond = maps.cut;
         }
-        let mut files = Vec::new();
-        let whole = self.identify(process, &pod, maps.files, &mut files);
-        let next = if whole { AT_LEAST } else { Duration::ZERO };
-        self.looked(process, files, None, next);
+        let mut met = Met::default();
+        self.identify(process, &pod, maps.files, &mut met);
+        let Some(look) = self.looks.get_mut(&process) else {
+            return;
+        };
+        // What was not looked at now may be there as before.
+        if met.cut || met.late {
+            met.files.extend(look.files.iter().copied());
+        }
+        look.at = if met.cut { look.at + met.done } else { 0 };
+        let next = if met.cut { Duration::ZERO } else { AT_LEAST };
+        self.looked(process, met.files.into_iter().collect(), None, next);
     }
 
     fn looked(
@@ -551,55 +687,77 @@ impl Looker {
         }
     }
 
-    /// Adds to `found` what of these files is of use or refused. Returns whether it has come through.
-    fn identify(
-        &mut self,
-        process: u32,
-        pod: &Arc<str>,
-        mut files: Vec<Mapped>,
-        found: &mut Vec<Identity>,
-    ) -> bool {
+    /// Meets these files, as far as the time goes.
+    fn identify(&mut self, process: u32, pod: &Arc<str>, mut files: Vec<Mapped>, met: &mut Met) {
         let now = Instant::now();
         files.retain(|mapped| {
             let slow = self.slow.get(&key(mapped));
-            !slow.is_some_and(|slow| now < slow.again || slow.stuck.is_some())
+            let waits = slow.is_some_and(|slow| now < slow.again || slow.stuck.is_some());
+            met.late |= waits;
+            !waits
         });
+        // Where it was cut the last time it goes on; what is called as it should comes first.
+        if !files.is_empty() {
+            let at = self.looks.get(&process).map_or(0, |look| look.at);
+            let length = files.len();
+            files.rotate_left(at % length);
+            let interest = self.watched.interest;
+            files.sort_by_key(|mapped| !interest.names(mapped.name()));
+        }
         while !files.is_empty() {
             if !self.has_time(pod) {
-                return false;
+                met.cut = true;
+                return;
             }
             let ask = Ask::Identify {
                 process,
                 files: files.clone(),
             };
             if let Err(failed) = self.ask(&ask, pod) {
-                if let Failed::Late(Some(stuck)) = failed {
-                    self.stuck.push((Arc::clone(pod), stuck));
-                }
-                return false;
+                self.keep_stuck(failed, pod);
+                met.cut = true;
+                return;
             }
             let mut identities = Vec::new();
             while let Some(mapped) = files.get(identities.len()) {
                 match self.answer(pod) {
                     Ok((Answer::Identity(identity), _)) => identities.push(identity),
-                    Ok(_) => return false,
-                    Err(failed) => {
-                        self.is_slow(&mapped.clone(), pod, failed);
+                    answer => {
+                        let failed = match answer {
+                            Err(failed) => failed,
+                            Ok(_) => self.give_up(&Silence::Ended("it is out of step".to_owned())),
+                        };
+                        self.is_slow(process, &mapped.clone(), pod, failed);
+                        met.late = true;
                         break;
                     }
                 }
+                // What is still to be said would be taken for the answer to another question.
+                if identities.len() < files.len() && !self.has_time(pod) {
+                    let failed = self.give_up(&Silence::Late);
+                    self.keep_stuck(failed, pod);
+                    met.cut = true;
+                    break;
+                }
             }
             // The one that did not come is passed over.
-            let rest = files.split_off((identities.len() + 1).min(files.len()));
+            let come = identities.len() + usize::from(!met.cut);
+            let rest = files.split_off(come.min(files.len()));
             for (mapped, identity) in files.iter().zip(identities) {
-                if !self.has_time(pod) {
-                    return false;
-                }
-                self.meet(process, pod, mapped, identity, found);
+                met.done += 1;
+                self.meet(process, pod, mapped, identity, met);
+            }
+            if met.cut {
+                return;
             }
             files = rest;
         }
-        true
+    }
+
+    fn keep_stuck(&mut self, failed: Failed, pod: &Arc<str>) {
+        if let Failed::Late(Some(stuck)) = failed {
+            self.stuck.push((Arc::clone(pod), stuck));
+        }
     }
 
     /// Meets a file of a process.
@@ -609,7 +767,7 @@ impl Looker {
         pod: &Arc<str>,
         mapped: &Mapped,
         identity: Result<Option<Identity>, Refusal>,
-        found: &mut Vec<Identity>,
+        met: &mut Met,
     ) {
         let named = self.watched.interest.names(mapped.name());
         let identity = match identity {
@@ -618,17 +776,8 @@ impl Looker {
             // Beside the driver some are not meant to be read.
             Err(_) if !named => return,
             Err(refusal) => {
-                self.skipped[refusal.skip as usize] += 1;
-                let slow = self.slow.entry(key(mapped)).or_insert_with(|| Slow {
-                    note: Note::new(&mapped.path, refusal.why.clone()),
-                    pod: Arc::clone(pod),
-                    again: Instant::now(),
-                    every: AGAIN,
-                    stuck: None,
-                    tried: false,
-                });
-                slow.note.text = refusal.why;
-                slow.put_off();
+                self.put_off(process, mapped, pod, refusal, None);
+                met.late = true;
                 return;
             }
         };
@@ -637,51 +786,82 @@ impl Looker {
             return;
         }
         let now = Instant::now();
-        let refused = self.refused.get(&identity);
-        let is_refused =
-            refused.is_some_and(|refused| refused.again.is_none_or(|again| now < again));
-        if is_refused || self.files.contains_key(&identity) {
-            found.push(identity);
+        let is_refused = self.refused.get(&identity).is_some_and(|refused| {
+            // What one pod has no place for, another may have.
+            let waits = refused.again.is_none_or(|again| now < again);
+            waits && (refused.skip != Skip::Files || refused.pod == *pod)
+        });
+        if self.files.contains_key(&identity) {
+            met.files.insert(identity);
             return;
         }
-        let refused = found.iter().filter(|file| self.refused.contains_key(file));
-        if refused.count() >= REFUSED_OF_PROCESS || !self.may_remember(pod) {
+        if is_refused {
+            if !met.add_refused(identity) {
+                self.skipped[Skip::Files as usize] += 1;
+                self.is_beyond(process);
+            }
+            return;
+        }
+        if met.refused >= REFUSED_OF_PROCESS || !self.may_remember(pod) {
             self.skipped[Skip::Files as usize] += 1;
-            if let Some(look) = self.looks.get_mut(&process) {
-                look.beyond = true;
-            }
+            self.is_beyond(process);
             return;
         }
-        match self.examine(process, pod, mapped, identity) {
-            Ok(Some(library)) if (self.watched.is_of_use)(&library.library) => {
-                found.push(identity);
-                self.admit(identity, library, pod);
-            }
-            Ok(Some(_)) => {
-                self.strangers.insert(identity, Arc::clone(pod));
-            }
-            Ok(None) => {}
-            Err(refusal) if !named && !refusal.skip.passes() => {
-                self.strangers.insert(identity, Arc::clone(pod));
-            }
-            Err(refusal) => {
-                found.push(identity);
-                self.refuse(identity, pod, &mapped.path, refusal);
-            }
+        if !self.has_time(pod) {
+            met.cut = true;
+            return;
         }
+        let refusal = match self.examine(process, pod, mapped, identity) {
+            Ok(Some(library)) if (self.watched.is_of_use)(&library.library) => {
+                match self.admit(identity, library, pod) {
+                    Ok(()) => {
+                        met.files.insert(identity);
+                        return;
+                    }
+                    Err(refusal) => refusal,
+                }
+            }
+            Ok(Some(_)) => return self.is_stranger(identity, pod),
+            Ok(None) => {
+                met.late = true;
+                return;
+            }
+            Err(refusal) if !named && !refusal.skip.passes() => {
+                return self.is_stranger(identity, pod);
+            }
+            Err(refusal) => refusal,
+        };
+        met.add_refused(identity);
+        self.refuse(identity, pod, &mapped.path, refusal);
     }
 
     /// Whether more files of a pod are remembered.
     fn may_remember(&self, pod: &Arc<str>) -> bool {
-        let of_pod = |other: &&Arc<str>| *other == pod;
-        let refused = self.refused.values().map(|refused| &refused.pod);
-        let strangers = self.strangers.values();
         self.refused.len() < REFUSED
-            && refused.filter(of_pod).count() < REFUSED_OF_POD
-            && strangers.filter(of_pod).count() < STRANGERS_OF_POD
+            && self
+                .pods
+                .get(pod)
+                .is_some_and(|pod| pod.refused < REFUSED_OF_POD)
     }
 
-    fn admit(&mut self, identity: Identity, found: Found, pod: &Arc<str>) {
+    /// Remembers a file that is of no use.
+    fn is_stranger(&mut self, identity: Identity, pod: &Arc<str>) {
+        // Where a pod has had so many they are forgotten, and those that are still there met anew, on its account.
+        if let Some(of_pod) = self.pods.get_mut(pod)
+            && of_pod.strangers >= STRANGERS_OF_POD
+        {
+            of_pod.strangers = 0;
+            self.strangers.retain(|_, other| other != pod);
+        }
+        if self.strangers.insert(identity, Arc::clone(pod)).is_none()
+            && let Some(pod) = self.pods.get_mut(pod)
+        {
+            pod.strangers += 1;
+        }
+    }
+
+    /// Takes a library among those that are probed, if there is room.
+    fn admit(&mut self, identity: Identity, found: Found, pod: &Arc<str>) -> Result<(), Refusal> {
         let of_pod = self.files.values().filter(|found| found.pod == *pod);
         let why = if of_pod.count() == FILES_OF_POD {
             format!("one more than the {FILES_OF_POD} files of one pod that are probed at once")
@@ -693,9 +873,9 @@ impl Looker {
                 self.skipped[lack.skip as usize] += 1;
             }
             self.files.insert(identity, Arc::new(found));
-            return;
+            return Ok(());
         };
-        self.refuse(identity, pod, &found.path, Refusal::new(Skip::Files, why));
+        Err(Refusal::new(Skip::Files, why))
     }
 
     fn refuse(&mut self, identity: Identity, pod: &Arc<str>, path: &str, refusal: Refusal) {
@@ -705,15 +885,19 @@ impl Looker {
             .get(&identity)
             .map_or(AGAIN, |refused| refused.every);
         // What is held of it is bounded, whatever its path is.
-        let path = shown(path, true);
         let refused = Refused {
-            note: Note::new(&path, refusal.why),
+            path: shown(path, true),
+            why: refusal.why,
             skip: refusal.skip,
             pod: Arc::clone(pod),
             again: refusal.skip.passes().then(|| Instant::now() + every),
             every: AGAIN_AT_MOST.min(every * 2),
         };
-        self.refused.insert(identity, refused);
+        if self.refused.insert(identity, refused).is_none()
+            && let Some(pod) = self.pods.get_mut(pod)
+        {
+            pod.refused += 1;
+        }
     }
 
     /// Looks into a file. `None` where it is another meanwhile, or mapped no longer.
@@ -741,7 +925,7 @@ impl Looker {
             Ok((Answer::Library(Err(refusal)), _)) => Err(refusal),
             Ok(_) => Ok(None),
             Err(failed) => {
-                self.is_slow(mapped, pod, failed);
+                self.is_slow(process, mapped, pod, failed);
                 Ok(None)
             }
         }
@@ -750,7 +934,7 @@ impl Looker {
     /// Asks the helper, which is started where there is none.
     fn ask(&mut self, ask: &Ask, pod: &Arc<str>) -> Result<(), Failed> {
         let (all, of_pod) = self.count_stuck(pod);
-        if all >= STUCK || of_pod >= STUCK_OF_POD {
+        if of_pod >= STUCK_OF_POD || (of_pod > 0 && all >= STUCK) || all >= 4 * STUCK {
             let why = format!(
                 "no file of its pod is looked at: {of_pod} that do not answer are still waited for ({all} on this node)"
             );
@@ -775,7 +959,12 @@ impl Looker {
     }
 
     fn give_up(&mut self, silence: &Silence) -> Failed {
-        if let Silence::Ended(why) = silence {
+        if let Silence::Ended(why) = silence
+            && self
+                .complained
+                .is_none_or(|at| at.elapsed() >= AGAIN_AT_MOST)
+        {
+            self.complained = Some(Instant::now());
             tracing::warn!("looking into files: {why}");
         }
         Failed::Late(self.helper.take().and_then(Helper::give_up))
@@ -792,21 +981,53 @@ impl Looker {
     }
 
     /// A file did not come.
-    fn is_slow(&mut self, mapped: &Mapped, pod: &Arc<str>, failed: Failed) {
-        let Failed::Late(stuck) = failed else {
+    fn is_slow(&mut self, process: u32, mapped: &Mapped, pod: &Arc<str>, failed: Failed) {
+        if let Failed::Late(stuck) = failed {
+            let why = format!("it is not looked at: {}", late());
+            let refusal = Refusal::new(Skip::Deadline, why);
+            self.put_off(process, mapped, pod, refusal, stuck);
+        }
+    }
+
+    /// Does not look at a file again for a while.
+    fn put_off(
+        &mut self,
+        process: u32,
+        mapped: &Mapped,
+        pod: &Arc<str>,
+        refusal: Refusal,
+        stuck: Option<Stuck>,
+    ) {
+        self.skipped[refusal.skip as usize] += 1;
+        let key = key(mapped);
+        let of_pod = self.slow.values().filter(|slow| slow.pod == *pod).count();
+        let full = of_pod >= SLOW_OF_POD || self.slow.len() >= SLOW;
+        if full && !self.slow.contains_key(&key) {
+            self.skipped[Skip::Files as usize] += 1;
+            self.stuck
+                .extend(stuck.map(|stuck| (Arc::clone(pod), stuck)));
+            self.is_beyond(process);
             return;
-        };
-        self.skipped[Skip::Deadline as usize] += 1;
-        let slow = self.slow.entry(key(mapped)).or_insert_with(|| Slow {
-            note: Note::new(&mapped.path, format!("it is not looked at: {}", late())),
+        }
+        let slow = self.slow.entry(key).or_insert_with(|| Slow {
+            path: shown(&mapped.path, true),
+            why: String::new(),
             pod: Arc::clone(pod),
             again: Instant::now(),
             every: AGAIN,
             stuck: None,
             tried: false,
         });
+        slow.why = refusal.why;
         slow.stuck = stuck;
         slow.put_off();
+    }
+
+    /// A process has more than is read or remembered.
+    fn is_beyond(&mut self, process: u32) {
+        if let Some(look) = self.looks.get_mut(&process) {
+            look.beyond = true;
+        }
     }
 
     fn has_time(&mut self, pod: &Arc<str>) -> bool {
@@ -825,7 +1046,8 @@ impl Looker {
         if self.files.len() < before {
             let now = Instant::now();
             let waiting = self.refused.values_mut();
-            for refused in waiting.filter(|refused| refused.skip == Skip::Files) {
+            let waiting = waiting.filter(|refused| refused.skip == Skip::Files);
+            for refused in waiting.take(before - self.files.len()) {
                 refused.again = Some(now);
             }
         }
@@ -833,12 +1055,21 @@ impl Looker {
         let pods: BTreeSet<&Arc<str>> = looks().map(|look| &look.pod).collect();
         self.pods.retain(|pod, _| pods.contains(pod));
         self.strangers.retain(|_, pod| self.pods.contains_key(pod));
-        if self.strangers.len() > STRANGERS {
-            let mut counts: HashMap<&Arc<str>, usize> = HashMap::new();
-            for pod in self.strangers.values() {
-                *counts.entry(pod).or_default() += 1;
+        for pod in self.pods.values_mut() {
+            (pod.refused, pod.strangers) = (0, 0);
+        }
+        for refused in self.refused.values() {
+            if let Some(pod) = self.pods.get_mut(&refused.pod) {
+                pod.refused += 1;
             }
-            let most = counts.into_iter().max_by_key(|(_, count)| *count);
+        }
+        for pod in self.strangers.values() {
+            if let Some(pod) = self.pods.get_mut(pod) {
+                pod.strangers += 1;
+            }
+        }
+        if self.strangers.len() > STRANGERS {
+            let most = self.pods.iter().max_by_key(|(_, pod)| pod.strangers);
             if let Some(most) = most.map(|(pod, _)| Arc::clone(pod)) {
                 self.strangers.retain(|_, pod| *pod != most);
             }
@@ -884,13 +1115,21 @@ impl Looker {
 
     fn snapshot(&self) -> Snapshot {
         let of_use = |identity: &&Identity| self.files.contains_key(identity);
-        let processes = self.looks.iter().filter_map(|(process, look)| {
+        let mut processes = BTreeMap::new();
+        let mut pods: BTreeMap<Identity, BTreeSet<Arc<str>>> = BTreeMap::new();
+        for (process, look) in &self.looks {
             let files: Vec<_> = look.files.iter().filter(of_use).copied().collect();
-            (!files.is_empty()).then_some((*process, files))
-        });
+            for file in &files {
+                pods.entry(*file).or_default().insert(Arc::clone(&look.pod));
+            }
+            if !files.is_empty() {
+                processes.insert(*process, files);
+            }
+        }
         Snapshot {
             files: self.files.clone(),
-            processes: processes.collect(),
+            processes,
+            pods,
             notes: self.notes(),
             skipped: self.skipped,
         }
@@ -898,11 +1137,10 @@ impl Looker {
 
     fn notes(&self) -> Vec<Note> {
         let mut notes = Vec::new();
-        let refused = self.refused.values().map(|refused| &refused.note);
-        let slow = self.slow.values().map(|slow| &slow.note);
-        let mut about: Vec<_> = refused.chain(slow).cloned().collect();
-        about.sort();
-        about.dedup();
+        let refused = self.refused.values();
+        let refused = refused.map(|refused| (&*refused.path, &*refused.why));
+        let slow = self.slow.values().map(|slow| (&*slow.path, &*slow.why));
+        let mut about = Note::of_files(refused.chain(slow));
         let looks = self.looks.iter();
         let beyond = looks
             .filter(|(_, look)| look.beyond)
@@ -932,7 +1170,7 @@ impl Looker {
         about.truncate(NOTES);
         notes.extend(about);
         if more > 0 {
-            notes.push(Note::plain(format!("and {more} files more")));
+            notes.push(Note::plain(format!("and {more} reasons more")));
         }
         notes
     }
@@ -963,7 +1201,9 @@ fn late() -> String {
 /// Kilobytes of code that a process has mapped: its own and that of libraries. `None` of a thread of the kernel, or where the process
 /// is gone. Reading it takes no lock that the process holds (`task_mem`, fs/proc/task_mmu.c).
 fn code(process: u32) -> Option<u64> {
-    let text = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    // A thread's name may be anything.
+    let text = fs::read(format!("/proc/{process}/status")).ok()?;
+    let text = String::from_utf8_lossy(&text);
     let value = |key: &str| -> Option<u64> {
         let line = text.lines().find_map(|line| line.strip_prefix(key))?;
         line.split_whitespace().next()?.parse().ok()
@@ -974,8 +1214,8 @@ fn code(process: u32) -> Option<u64> {
 /// The pod that a process belongs to, or else its unit.
 fn pod(process: u32) -> Arc<str> {
     let path = format!("/proc/{process}/cgroup");
-    let text = fs::read_to_string(Path::new(&path)).unwrap_or_default();
-    pod_of(&text)
+    let text = fs::read(Path::new(&path)).unwrap_or_default();
+    pod_of(&String::from_utf8_lossy(&text))
 }
 
 fn pod_of(cgroups: &str) -> Arc<str> {

@@ -55,7 +55,7 @@ use crate::{
         watch::{Found, Snapshot, Watch, Watched, processes, shown},
     },
     pods::{Labels, Resolution},
-    probe::{self, Attached, Counters, FileLink, Hook, Method, Need, Program, Reason, Room, Runs},
+    probe::{self, Attached, Counters, FileLink, Hook, Method, Need, Program, Reason, Runs},
 };
 
 /// The signal.
@@ -456,9 +456,10 @@ impl Core {
         self.probe();
         let books = Arc::clone(&self.books);
         let swept = match &mut *lock(&books) {
-            Some(live) => self
-                .tell_layouts(live)
-                .and_then(|()| live.sweep(&processes())),
+            Some(live) => self.tell_layouts(live).and_then(|()| {
+                let there = processes().context("list the processes")?;
+                live.sweep(&there)
+            }),
             None => Ok(()),
         };
         self.trouble = swept.err().map(|error| format!("{error:#}"));
@@ -529,7 +530,7 @@ impl Core {
         let Some(loaded) = &mut self.loaded else {
             return;
         };
-        for probed in self.files.values_mut() {
+        for (identity, probed) in &mut self.files {
             let had_no_room = |outcome: &Result<(), (Reason, String)>| {
                 matches!(outcome, Err((Reason::NoRoom, _)))
             };
@@ -538,7 +539,7 @@ impl Core {
             }
             let sites = probed.sites.sites.iter();
             let places = sites.map(|site| site.probes.count()).sum();
-            let mut room = match Room::take(places, &probed.found.pod) {
+            let mut room = match self.snapshot.room(identity, places) {
                 Ok(room) => room,
                 Err(full) => {
                     probed.outcomes = vec![Err(full); probed.sites.sites.len()];
@@ -622,7 +623,8 @@ impl Core {
             (None, true) => State::Failed,
             _ => State::Absent,
         };
-        let mut hooks: BTreeMap<&'static str, (Reason, String)> = BTreeMap::new();
+        // Of several files a hook may be attached in one and have no room in another: it is told twice.
+        let mut hooks: BTreeMap<(&'static str, &'static str), (Reason, String)> = BTreeMap::new();
         let mut found = Vec::new();
         let mut full = Vec::new();
         for probed in self.files.values() {
@@ -656,15 +658,11 @@ impl Core {
                     Ok(()) => (Reason::Attached, String::new()),
                     Err((reason, why)) => (*reason, format!("{} of {path}: {why}", site.name)),
                 };
-                let known = hooks
-                    .entry(site.name)
-                    .or_insert((Reason::Attached, String::new()));
-                if known.0 == Reason::Attached {
-                    *known = (reason, detail);
-                }
+                let known = hooks.entry((site.name, reason.label()));
+                known.or_insert((reason, detail));
             }
         }
-        let hook = |(name, (reason, detail))| Hook {
+        let hook = |((name, _), (reason, detail))| Hook {
             name,
             method: Method::Uprobe,
             reason,

@@ -42,8 +42,7 @@ use crate::{
     },
     pods::Labels,
     probe::{
-        self, Attached, Constants, Counters, FileLink, Hook, Method, Need, Program, Reason, Room,
-        Runs,
+        self, Attached, Constants, Counters, FileLink, Hook, Method, Need, Program, Reason, Runs,
     },
     signals::{BoundedLog, Options, Read, Scope, entries, removed, try_lock},
 };
@@ -174,7 +173,7 @@ impl Library {
     }
 
     /// Attaches the probes, those of the returns first: each entry that is seen is followed by a return that is.
-    fn attach(&mut self, loaded: &mut Loaded) {
+    fn attach(&mut self, identity: &Identity, snapshot: &Snapshot, loaded: &mut Loaded) {
         let path = format!("/proc/self/fd/{}", self.found.file.as_raw_fd());
         let path = Path::new(&path);
         self.outcomes.clear();
@@ -184,7 +183,7 @@ impl Library {
                     let attached = &mut loaded.attached;
                     attached.attach_to_file(program, path, place, room, &loaded.kernel)
                 };
-                let mut room = Room::take(2, &self.found.pod)?;
+                let mut room = snapshot.room(identity, 2)?;
                 let returns = to(RETURN, room.pop().expect("two"))?;
                 let entries = to(ENTRIES[site.call as usize], room.pop().expect("two"))?;
                 self.links.extend([entries, returns]);
@@ -324,8 +323,7 @@ impl Follower {
         }
         let mut gone = Vec::new();
         self.libraries.retain(|identity, library| {
-            let same = || Identity::of(&library.found.file).is_ok_and(|now| now == *identity);
-            let stays = found.contains_key(identity) && same();
+            let stays = found.contains_key(identity);
             if !stays {
                 gone.append(&mut library.links);
             }
@@ -409,9 +407,9 @@ impl Follower {
         let Some(loaded) = &mut self.loaded else {
             return Ok(());
         };
-        for library in self.libraries.values_mut() {
+        for (identity, library) in &mut self.libraries {
             if library.sites.is_ok() && library.links.is_empty() {
-                library.attach(loaded);
+                library.attach(identity, &self.snapshot, loaded);
                 if !library.links.is_empty() && matches!(self.window, Window::Shut { .. }) {
                     self.window = Window::Open { since: now };
                 }
@@ -419,7 +417,7 @@ impl Follower {
         }
         if self.swept.elapsed() >= SWEEP_EVERY {
             self.swept = now;
-            let there = processes();
+            let there = processes().context("list the processes")?;
             self.forget(|frame| !there.contains(&((frame.thread >> 32) as u32)))?;
         }
         Ok(())
