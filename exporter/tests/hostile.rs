@@ -544,6 +544,49 @@ fn paths_are_shown_where_they_are_asked_for() {
     page_says(&exporter, "private/libnccl.so.0, build id");
 }
 
+/// Ticks of CPU time, of which a second has a hundred.
+fn ticks(pid: &str) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let fields = stat.rsplit(") ").next().unwrap_or_default().split(' ');
+    let times = fields
+        .skip(11)
+        .take(2)
+        .map(|field| field.parse::<u64>().unwrap_or_default());
+    times.sum()
+}
+
+#[test]
+#[ignore = "a measurement of two minutes: what it costs to look at 250 processes of PyTorch's kind"]
+fn the_cost_of_looking_at_many_processes() {
+    let _alone = alone();
+    let Some(programs) = programs() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    for number in 0..199 {
+        let file = folder.path().join(format!("libtorch.so.{number}"));
+        fs::copy(&programs.library, file).expect("copied");
+    }
+    // Beside the driver every file with code is looked into, once.
+    fs::copy(&programs.library, folder.path().join("libcuda.so.1")).expect("copied");
+    let place = folder.path().to_str().expect("UTF-8");
+    let _job = programs.attack(&["job", place, "250"]);
+    let exporter = start();
+    is_probed(&exporter);
+    // Each is looked at after 1, 2, 4, 8 and 16 s, then every 16 s.
+    thread::sleep(Duration::from_secs(32));
+    let pid = exporter.child.id().to_string();
+    let children = run(&format!("cat /proc/{pid}/task/*/children"));
+    let spent = || ticks(&pid) + children.split_whitespace().map(ticks).sum::<u64>();
+    let (before, begin) = (spent(), Instant::now());
+    thread::sleep(Duration::from_secs(120));
+    let share = (spent() - before) as f64 / 100.0 / begin.elapsed().as_secs_f64();
+    println!(
+        "250 processes with {} mappings each: {:.2} % of a core",
+        run("grep -c . /proc/$(pgrep -n -x attack)/maps").trim(),
+        100.0 * share
+    );
+    assert!(share < 0.01, "{share}");
+}
+
 /// Sockets that never finish a request keep nobody out.
 #[test]
 fn slow_sockets_keep_no_probe_out() {

@@ -1231,3 +1231,87 @@ fn pod_of(cgroups: &str) -> Arc<str> {
     }
     unit
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_spent_comes_back_and_what_is_owed_has_a_bound() {
+        let begin = Instant::now();
+        let budget = Budget::new(1000, 100);
+        let mut spent = Spent::new(begin);
+        spent.add(Duration::from_millis(900), budget);
+        assert!(spent.is_left(budget, begin));
+        spent.add(Duration::from_secs(3600), budget);
+        assert_eq!(spent.spent, Duration::from_secs(7));
+        let after = |seconds| begin + Duration::from_secs(seconds);
+        assert!(!spent.is_left(budget, after(59)));
+        assert!(spent.is_left(budget, after(61)));
+        assert_eq!(spent.now(budget, after(600)), Duration::ZERO);
+        // A clock that was read earlier gives nothing back.
+        spent.add(Duration::from_millis(1), budget);
+        assert_eq!(spent.now(budget, after(500)), Duration::from_millis(1));
+    }
+
+    #[test]
+    fn a_process_belongs_to_its_pod_or_to_its_unit() {
+        let uid = "12345678-0000-4000-8000-123456789abc";
+        let slice = format!("kubepods-pod{}.slice", uid.replace('-', "_"));
+        let container = format!("cri-containerd-{}.scope", "a".repeat(64));
+        for (text, pod) in [
+            (format!("0::/kubepods.slice/{slice}/{container}\n"), uid),
+            (format!("0::/kubepods.slice/{slice}\n"), uid),
+            (format!("5:memory:/kubepods/pod{uid}/x\n0::/\n"), uid),
+            ("0::/system.slice/ssh.service\n".to_owned(), "ssh.service"),
+            ("0::/\n".to_owned(), "/"),
+            (String::new(), "/"),
+        ] {
+            assert_eq!(&*pod_of(&text), pod, "{text}");
+        }
+    }
+
+    #[test]
+    fn files_of_one_reason_are_told_in_one_line() {
+        let files = ["/a/1", "/a/2", "/b/3", "/b/4", "/b/5", "/b/6"];
+        let files = files.into_iter().map(|path| (path, "no ELF file"));
+        let notes = Note::of_files(files.chain([("/c/libnccl.so.2", "late")]));
+        let told =
+            |with_paths| -> Vec<_> { notes.iter().map(|note| note.told(with_paths)).collect() };
+        assert_eq!(
+            told(true),
+            [
+                "/c/libnccl.so.2: late",
+                "/a/1, /a/2, /b/3, /b/4 and 2 files more: no ELF file"
+            ]
+        );
+        assert_eq!(told(false)[0], "libnccl.so.2: late");
+    }
+
+    #[test]
+    fn a_name_cannot_break_a_line_or_fill_a_page() {
+        assert_eq!(shown("/a/lib\nnccl.so", false), "lib\u{fffd}nccl.so");
+        let long = format!("/{}", "x".repeat(5000));
+        assert_eq!(shown(&long, true).chars().count(), 513);
+        assert_eq!(shown(&long, false).chars().count(), 65);
+        assert_eq!(shown("", true), "");
+    }
+
+    /// As they were counted or named, whatever a pod has of others.
+    #[test]
+    fn a_process_has_few_refused_files_and_each_once() {
+        let identity = |inode| Identity {
+            inode,
+            size: 1,
+            changed: (1, 1),
+            device: 0,
+        };
+        let mut met = Met::default();
+        for inode in 0..REFUSED_OF_PROCESS as u64 {
+            assert!(met.add_refused(identity(inode)));
+            assert!(met.add_refused(identity(inode)), "once more is no more");
+        }
+        assert!(!met.add_refused(identity(9999)));
+        assert_eq!(met.files.len(), REFUSED_OF_PROCESS);
+    }
+}

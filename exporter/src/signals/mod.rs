@@ -367,7 +367,7 @@ impl Scope<'_> {
         ledger: &mut Ledger<u64, N>,
         map: &mut HashMap<MapData, u64, V>,
         totals: impl Fn(V) -> [u64; N],
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<Read> {
         let readings = entries(map)?;
         let readings = readings
             .into_iter()
@@ -376,7 +376,7 @@ impl Scope<'_> {
         for cgroup in ledger.retire(self.retention, |cgroup| !self.pods.knows(cgroup), self.now) {
             removed(map.remove(&cgroup))?;
         }
-        Ok(())
+        Ok(Read::Now)
     }
 }
 

@@ -129,8 +129,7 @@ impl Signal for Tcp {
     fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<Read> {
         scope.book(&mut self.ledger, &mut self.retransmits, |value| {
             value.segments
-        })?;
-        Ok(Read::Now)
+        })
     }
 
     fn render(&self, families: &mut Families) {

@@ -9,6 +9,8 @@
 //   attack one FILE                       FILE
 //   attack moved FILE TARGET              FILE, whose path is a symbolic link to TARGET (absolute) thereafter
 //   attack fifo FILE                      FILE, whose path is a FIFO thereafter
+//   attack job FOLDER COUNT               not hostile: COUNT processes that have each file of FOLDER mapped twice, once as code, as PyTorch's
+//                                         data loaders have theirs
 //   attack churn FOLDER SOURCE            a new copy of SOURCE, libnccl.so.N, each 300 ms, for ever; the one before is unmapped and
 //                                         removed
 //
@@ -20,6 +22,7 @@
 // the same file only where their rights are the same and their offsets follow each other. A process with vm.max_map_count mappings
 // gets ENOMEM for more, also from malloc.
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -48,7 +51,7 @@ static void fail(const char *tried, const char *what) {
 
 static int usage(void) {
   fprintf(stderr, "usage: attack mappings FOLDER COUNT LENGTH | files FOLDER COUNT SOURCE | links FOLDER COUNT SOURCE | one FILE | "
-                  "moved FILE TARGET | fifo FILE | churn FOLDER SOURCE\n");
+                  "moved FILE TARGET | fifo FILE | job FOLDER COUNT | churn FOLDER SOURCE\n");
   return 2;
 }
 
@@ -192,6 +195,27 @@ static void fifo(const char *file) {
   if (mkfifo(file, 0644)) fail("mkfifo", file);
 }
 
+static void job(const char *folder, long count) {
+  DIR *files = opendir(folder);
+  if (!files) fail("open", folder);
+  for (struct dirent *entry; (entry = readdir(files));) {
+    if (entry->d_type != DT_REG) continue;
+    int file = openat(dirfd(files), entry->d_name, O_RDONLY | O_CLOEXEC);
+    if (file < 0) fail("open", entry->d_name);
+    for (int rights = PROT_READ; rights; rights = rights & PROT_EXEC ? 0 : PROT_READ | PROT_EXEC)
+      if (mmap(NULL, PAGE, rights, MAP_PRIVATE, file, 0) == MAP_FAILED) fail("mmap", entry->d_name);
+    close(file);
+  }
+  closedir(files);
+  for (long i = 1; i < count; i++) {
+    pid_t child = fork();
+    if (child < 0) fail("fork", folder);
+    if (child) continue;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    for (;;) pause();
+  }
+}
+
 static void churn(const char *folder, const char *source) {
   make_folder(folder);
   char *before = NULL;
@@ -228,6 +252,8 @@ int main(int count, char **arguments) {
     moved(path, arguments[3]);
   else if (!strcmp(what, "fifo") && count == 3)
     fifo(path);
+  else if (!strcmp(what, "job") && count == 4)
+    job(path, number(arguments[3]));
   else if (!strcmp(what, "churn") && count == 4)
     return churn(path, arguments[3]), 0;
   else
