@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::{
     capabilities::{CapabilitySet, Names},
     kernel::{Hierarchy, Kernel},
-    maps,
+    libraries, maps,
     probe::Reason,
     scrape::{self, Running},
     signals::{Options, SIGNALS, State},
@@ -288,17 +288,9 @@ fn gpu() -> String {
 
 /// Processes that have NCCL mapped.
 fn nccl() -> String {
-    let maps_nccl = |pid: &str| {
-        fs::read_to_string(format!("/proc/{pid}/maps"))
-            .is_ok_and(|maps| maps.lines().any(|line| line.contains("/libnccl")))
-    };
-    let count = fs::read_dir("/proc")
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .filter(|name| name.bytes().all(|b| b.is_ascii_digit()) && maps_nccl(name))
-        .count();
-    match count {
+    let there = libraries::watch::processes().unwrap_or_default();
+    let maps_nccl = |process: &&u32| libraries::has_nccl(**process);
+    match there.iter().filter(maps_nccl).count() {
         0 => "no process has libnccl mapped".to_owned(),
         n => format!("libnccl is mapped by {n} processes"),
     }

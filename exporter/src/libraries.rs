@@ -10,7 +10,11 @@ pub(crate) mod maps;
 mod open;
 pub(crate) mod watch;
 
-use std::{fs::File, io, os::unix::fs::MetadataExt};
+use std::{
+    fs::File,
+    io::{self, BufReader},
+    os::unix::fs::MetadataExt,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -127,4 +131,13 @@ impl Refusal {
             why: why.into(),
         }
     }
+}
+
+/// Says if a process has a file mapped that is called as NCCL is.
+pub(crate) fn has_nccl(process: u32) -> bool {
+    let interest = maps::Interest::Nccl;
+    let maps = File::open(format!("/proc/{process}/maps"))
+        .and_then(|file| maps::Maps::read(BufReader::new(file), interest));
+    let files = maps.map(|maps| maps.files).unwrap_or_default();
+    files.iter().any(|mapped| interest.names(mapped.name()))
 }

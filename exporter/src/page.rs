@@ -52,9 +52,10 @@ pub fn landing(
     show_paths: bool,
 ) -> String {
     let mut page = String::new();
-    let trouble = pods.trouble().map(|trouble| match show_paths {
-        true => trouble,
-        false => "the source of pod names does not answer as it should: the log says why",
+    let hidden = *source == Source::Kube && !show_paths;
+    let trouble = pods.trouble().map(|trouble| match hidden {
+        true => "the API server does not tell the pods: the log says why, and this page with --web.show-paths",
+        false => trouble,
     });
     // Writing to a String cannot fail.
     let _ = write(&mut page, signals, pods, host, source, trouble);

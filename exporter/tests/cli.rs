@@ -304,8 +304,11 @@ fn an_api_server_that_cannot_be_reached_is_waited_for_and_told_of() {
         port.expect("a port")
     );
     fs::write(&kubeconfig, text).expect("written");
-    let mut command = chandra();
-    command.env("KUBECONFIG", &kubeconfig);
+    let command = || {
+        let mut command = chandra();
+        command.env("KUBECONFIG", &kubeconfig);
+        command
+    };
     let args = [
         "--pods",
         "kube",
@@ -314,7 +317,18 @@ fn an_api_server_that_cannot_be_reached_is_waited_for_and_told_of() {
         "--disable",
         "tcp",
     ];
-    let mut exporter = Exporter::start_by(&mut command, &args);
+    let shy = Exporter::start_by(&mut command(), &args);
+    let end = Instant::now() + Duration::from_secs(60);
+    let mut page = shy.get("/");
+    while !page.contains("the API server does not tell the pods") {
+        assert!(Instant::now() < end, "{page}");
+        thread::sleep(Duration::from_millis(50));
+        page = shy.get("/");
+    }
+    assert!(!page.contains("refused"), "{page}");
+    drop(shy);
+    let args = [&args[..], &["--web.show-paths"]].concat();
+    let mut exporter = Exporter::start_by(&mut command(), &args);
     let age = || exporter.scrape().sum("chandra_pods_age_seconds", &[]);
     let first = age();
     thread::sleep(Duration::from_millis(1200));
@@ -722,7 +736,7 @@ fn the_reference_and_the_version_are_printed_and_help_names_every_flag() {
             assert!(help.contains(&*variable.to_string_lossy()), "{long}");
         }
     }
-    for subcommand in command.get_subcommands() {
+    for subcommand in command.get_subcommands().filter(|one| !one.is_hide_set()) {
         assert!(
             help.contains(&format!("  {} ", subcommand.get_name())),
             "{help}"
