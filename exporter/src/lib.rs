@@ -11,6 +11,7 @@ pub mod families;
 pub mod kernel;
 pub mod ledger;
 pub mod libraries;
+mod lock;
 pub mod maps;
 pub mod page;
 pub mod pods;

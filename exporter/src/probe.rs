@@ -10,7 +10,7 @@ use std::{
     fmt, io,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
 };
 
 use anyhow::Context;
@@ -25,11 +25,14 @@ use aya::{
 };
 use exporter_common::Loss;
 
-use crate::kernel::{
-    Kernel,
-    btf::Btf,
-    symbols::{self, Function, Symbols},
-    tracefs::Tracefs,
+use crate::{
+    kernel::{
+        Kernel,
+        btf::Btf,
+        symbols::{self, Function, Symbols},
+        tracefs::Tracefs,
+    },
+    lock::lock,
 };
 
 /// How a hook is attached. The label `method` of `chandra_hook_info`.
@@ -141,7 +144,7 @@ pub struct Room(Arc<str>);
 static TAKEN: Mutex<BTreeMap<Arc<str>, usize>> = Mutex::new(BTreeMap::new());
 
 fn taken() -> MutexGuard<'static, BTreeMap<Arc<str>, usize>> {
-    TAKEN.lock().unwrap_or_else(PoisonError::into_inner)
+    lock(&TAKEN)
 }
 
 impl Room {

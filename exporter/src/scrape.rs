@@ -4,7 +4,7 @@
 use std::{
     cell::{Cell, RefCell},
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -15,6 +15,7 @@ use crate::{
     families::{Desc, Families, Kind},
     kernel::{Hierarchy, Kernel},
     libraries::Skip,
+    lock::lock,
     page,
     pods::{Pods, Source, cgroups::Bell},
     probe::{Method, Reason, Runs},
@@ -363,12 +364,7 @@ impl Exporter {
             retention: self.retention,
             strangers: Cell::new(false),
         };
-        for running in self
-            .signals
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .iter_mut()
-        {
+        for running in lock(&self.signals).iter_mut() {
             scrape(running, &scope, &mut families);
         }
         if let Some(bell) = self.bell.as_ref().filter(|_| scope.strangers.get()) {
@@ -464,7 +460,7 @@ impl Site for Exporter {
     }
 
     fn landing(&self) -> String {
-        let mut signals = self.signals.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut signals = lock(&self.signals);
         signals.iter_mut().for_each(Running::follow);
         let view = self.pods.view();
         page::landing(&signals, &view, &self.host, &self.source, self.show_paths)

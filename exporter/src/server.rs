@@ -16,7 +16,7 @@ use std::{
     io::{self, Write as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     pin::{Pin, pin},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -47,7 +47,10 @@ use tokio::{
 use tokio_io_timeout::TimeoutStream;
 use tokio_rustls::{TlsAcceptor, rustls::ServerConfig, server::TlsStream};
 
-use crate::web::{Settings, Verdict, Web};
+use crate::{
+    lock::lock,
+    web::{Settings, Verdict, Web},
+};
 
 /// What the server shows; implemented by the exporter, faked in tests.
 pub trait Site: Send + Sync + 'static {
@@ -436,10 +439,7 @@ impl<S: Site> Server<S> {
         let is_probe = PROBES.contains(&request.uri().path());
         let work = (!is_probe).then(|| self.work.try_acquire());
         let mut response = if let Some(Err(_)) = work {
-            let mut response = text(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once");
-            let headers = response.headers_mut();
-            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
-            response
+            turned_away(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once")
         } else {
             match self.admit(&settings, request, client).await {
                 Ok(()) => self.answer(&settings, request).await,
@@ -562,9 +562,16 @@ impl<S: Site> Server<S> {
 const PROBES: [&str; 2] = ["/livez", "/readyz"];
 
 fn later(why: &'static str) -> Response<Full<Bytes>> {
-    let mut response = text(StatusCode::TOO_MANY_REQUESTS, why);
+    let mut response = turned_away(StatusCode::TOO_MANY_REQUESTS, why);
     let headers = response.headers_mut();
     headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    response
+}
+
+/// An answer after which the connection makes room.
+fn turned_away(status: StatusCode, why: &'static str) -> Response<Full<Bytes>> {
+    let mut response = text(status, why);
+    let headers = response.headers_mut();
     headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     response
 }
@@ -927,11 +934,6 @@ impl Seldom {
         }
         due
     }
-}
-
-/// The values under these locks are whole at every moment, so a panic elsewhere does not spoil them.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

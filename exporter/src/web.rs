@@ -15,7 +15,7 @@ use std::{
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -26,6 +26,8 @@ pub use basic::{Gate, Verdict};
 use hyper::header::{HeaderName, HeaderValue};
 use serde::{Deserialize, Deserializer};
 pub use tls::Tls;
+
+use crate::lock::lock;
 
 /// The least time between two looks at the files: a flood of requests costs no more.
 const LOOK: Duration = Duration::from_millis(100);
@@ -432,11 +434,6 @@ impl Bucket {
         self.tokens = if passes { grown - 1.0 } else { grown };
         passes
     }
-}
-
-/// The values under these locks are whole at every moment, so a panic elsewhere does not spoil them.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use std::{
     cell::Cell,
     collections::BTreeSet,
     fs::File,
+    io,
     os::unix::fs::FileExt,
     time::{Duration, Instant},
 };
@@ -68,7 +69,17 @@ struct Reader<'f> {
     skip: Cell<Skip>,
 }
 
-impl Reader<'_> {
+impl<'f> Reader<'f> {
+    fn new(file: &'f File) -> io::Result<Self> {
+        Ok(Self {
+            file,
+            size: file.metadata()?.len(),
+            left: Cell::new(READ),
+            until: Instant::now() + PATIENCE,
+            skip: Cell::new(Skip::Malformed),
+        })
+    }
+
     fn read(&self, at: u64, length: u64) -> anyhow::Result<Vec<u8>> {
         let end = at.checked_add(length);
         ensure!(
@@ -189,13 +200,7 @@ impl Library {
     pub(crate) fn of(file: &File, wanted: &Wanted) -> Result<Self, Refusal> {
         let unreadable =
             |error| Refusal::new(Skip::Unreadable, format!("cannot look at it: {error}"));
-        let reader = Reader {
-            file,
-            size: file.metadata().map_err(unreadable)?.len(),
-            left: Cell::new(READ),
-            until: Instant::now() + PATIENCE,
-            skip: Cell::new(Skip::Malformed),
-        };
+        let reader = Reader::new(file).map_err(unreadable)?;
         Self::read(&reader, wanted)
     }
 
@@ -654,13 +659,7 @@ mod tests {
 
     /// All that is ever asked of a file, and how many bytes were read for it.
     fn look(file: &File) -> (Result<Library, Refusal>, u64) {
-        let reader = Reader {
-            file,
-            size: file.metadata().expect("open").len(),
-            left: Cell::new(READ),
-            until: Instant::now() + PATIENCE,
-            skip: Cell::new(Skip::Malformed),
-        };
+        let reader = Reader::new(file).expect("open");
         let seen = Library::read(&reader, &wanted());
         (seen, READ - reader.left.get())
     }

@@ -268,7 +268,7 @@ fn serve(socket: BorrowedFd<'_>, proc: &Path) -> anyhow::Result<()> {
             Ask::Identify { process, files } => {
                 let folder = folder(proc, process);
                 for file in files {
-                    let identity = identity(&file, &folder);
+                    let identity = opened(&file, &folder).map(|file| Some(file?.0));
                     say(socket, &Answer::Identity(identity), None)?;
                 }
             }
@@ -276,14 +276,24 @@ fn serve(socket: BorrowedFd<'_>, proc: &Path) -> anyhow::Result<()> {
                 process,
                 file,
                 wanted,
-            } => match examine(&file, &folder(proc, process), &wanted) {
-                Ok(Some((identity, library, file))) => {
-                    let found = Answer::Library(Ok(Some((identity, library))));
-                    say(socket, &found, Some(file.as_fd()))?;
-                }
-                Ok(None) => say(socket, &Answer::Library(Ok(None)), None)?,
-                Err(refusal) => say(socket, &Answer::Library(Err(refusal)), None)?,
-            },
+            } => {
+                let found = opened(&file, &folder(proc, process)).and_then(|found| {
+                    let Some((identity, file)) = found else {
+                        return Ok(None);
+                    };
+                    let library = Library::of(&file, &wanted)?;
+                    Ok(Some((identity, library, file)))
+                });
+                let (answer, file) = match found {
+                    Ok(Some((identity, library, file))) => {
+                        (Ok(Some((identity, library))), Some(file))
+                    }
+                    Ok(None) => (Ok(None), None),
+                    Err(refusal) => (Err(refusal), None),
+                };
+                let file = file.as_ref().map(File::as_fd);
+                say(socket, &Answer::Library(answer), file)?;
+            }
         }
     }
     Ok(())
@@ -320,27 +330,18 @@ fn is_gone(error: &io::Error) -> bool {
         .any(|gone| code == Some(gone.raw_os_error()))
 }
 
-fn identity(file: &Mapped, process: &Path) -> Result<Option<Identity>, Refusal> {
-    let unreadable =
-        |error: io::Error| Refusal::new(Skip::Unreadable, format!("cannot look at it: {error}"));
-    let file = open(file, process)?;
-    file.map(|file| Identity::of(&file).map_err(unreadable))
-        .transpose()
-}
-
-fn examine(
-    file: &Mapped,
-    process: &Path,
-    wanted: &Wanted,
-) -> Result<Option<(Identity, Library, File)>, Refusal> {
-    let unreadable =
-        |error: io::Error| Refusal::new(Skip::Unreadable, format!("cannot look at it: {error}"));
+/// The file, and what it is told apart by. `None` where it is mapped no longer.
+fn opened(file: &Mapped, process: &Path) -> Result<Option<(Identity, File)>, Refusal> {
     let Some(file) = open(file, process)? else {
         return Ok(None);
     };
-    let identity = Identity::of(&file).map_err(unreadable)?;
-    let library = Library::of(&file, wanted)?;
-    Ok(Some((identity, library, file)))
+    match Identity::of(&file) {
+        Ok(identity) => Ok(Some((identity, file))),
+        Err(error) => {
+            let why = format!("cannot look at it: {error}");
+            Err(Refusal::new(Skip::Unreadable, why))
+        }
+    }
 }
 
 /// Says something, the file with its first bytes.

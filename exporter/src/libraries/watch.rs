@@ -9,9 +9,8 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs::{self, File},
     io,
-    path::Path,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -27,6 +26,7 @@ use super::{
     maps::{Interest, Mapped},
 };
 use crate::{
+    lock::lock,
     pods::{Place, cgroups},
     probe::{Reason, Room},
 };
@@ -45,8 +45,8 @@ const AGAIN: Duration = Duration::from_secs(10);
 const AGAIN_AT_MOST: Duration = Duration::from_secs(600);
 
 /// Files that are probed at once: of the node, which have one or some containers their own, and of one pod.
-pub(crate) const FILES: usize = 16;
-pub(crate) const FILES_OF_POD: usize = FILES / 2;
+const FILES: usize = 16;
+const FILES_OF_POD: usize = FILES / 2;
 
 /// Files that are remembered: refused ones of a process, a pod and the node, and those that are of no use, of which PyTorch has some four
 /// hundred.
@@ -102,7 +102,7 @@ pub(crate) struct Note {
 }
 
 impl Note {
-    pub(crate) fn plain(text: impl Into<String>) -> Self {
+    fn plain(text: impl Into<String>) -> Self {
         Self {
             paths: Vec::new(),
             more: 0,
@@ -208,10 +208,6 @@ impl Gate {
     pub fn is_open(&self) -> bool {
         *lock(&self.open)
     }
-}
-
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Snapshot {
@@ -536,30 +532,27 @@ impl Looker {
         }
         look.next = now + look.every;
         look.every = RARELY.min(look.every * 2);
-        let pod = self.pods.get_mut(&look.pod);
-        let Some(pod) = pod.filter(|pod| pod.spent.clone().is_left(SPEND_ON_POD, now)) else {
+        let pod = Arc::clone(&look.pod);
+        let spent = self.pods.get_mut(&pod).map(|pod| &mut pod.spent);
+        if !spent.is_some_and(|spent| spent.is_left(SPEND_ON_POD, now)) {
             return false;
-        };
-        let code = code(process);
-        // A pod may have more processes than it costs nothing to ask about.
-        let took = now.elapsed();
-        pod.spent.add(took, SPEND_ON_POD);
-        self.spent.add(took, SPEND);
+        }
         // A thread of the kernel has none.
-        let Some(code) = code else {
-            return false;
-        };
-        let changed = std::mem::replace(&mut look.code, code) != code;
-        changed || now >= look.due
+        let code = code(process);
+        let due = code.is_some_and(|code| {
+            let changed = std::mem::replace(&mut look.code, code) != code;
+            changed || now >= look.due
+        });
+        // A pod may have more processes than it costs nothing to ask about.
+        self.charge(&pod, now.elapsed());
+        due
     }
 
     /// The same of one that has not been seen before.
     fn is_new(&mut self, process: u32, now: Instant) -> bool {
         let (pod, code) = (pod(process), code(process));
-        let of_pod = self.pods.entry(Arc::clone(&pod)).or_insert_with(Pod::new);
-        let took = now.elapsed();
-        of_pod.spent.add(took, SPEND_ON_POD);
-        self.spent.add(took, SPEND);
+        self.pods.entry(Arc::clone(&pod)).or_insert_with(Pod::new);
+        self.charge(&pod, now.elapsed());
         let look = Look {
             pod,
             code: code.unwrap_or_default(),
@@ -631,28 +624,21 @@ impl Looker {
         let maps = match asked.and_then(|()| self.answer(&pod)) {
             Ok((Answer::Maps(Ok(Some(maps))), _)) => maps,
             Ok((Answer::Maps(Err(refusal)), _)) => {
-                let files = self.looks[&process].files.clone();
-                return self.looked(process, files, Some(refusal.why), AGAIN);
+                return self.is_unseen(process, refusal.why, AGAIN);
             }
             Ok(_) => return self.looked(process, Vec::new(), None, AT_LEAST),
-            Err(Failed::NoHelper(why)) => {
-                let files = self.looks[&process].files.clone();
-                return self.looked(process, files, Some(why), AGAIN);
-            }
-            Err(Failed::Late(stuck)) => {
-                let files = self.looks[&process].files.clone();
+            Err(Failed::NoHelper(why)) => return self.is_unseen(process, why, AGAIN),
+            Err(failed) => {
                 self.skipped[Skip::Deadline as usize] += 1;
-                self.stuck.extend(stuck.map(|stuck| (pod, stuck)));
+                self.keep_stuck(failed, &pod);
                 let why = format!(
                     "what process {process} has mapped does not come: {}",
                     late()
                 );
-                return self.looked(process, files, Some(why), AGAIN_AT_MOST);
+                return self.is_unseen(process, why, AGAIN_AT_MOST);
             }
         };
-        if maps.cut {
-            self.skipped[Skip::Mappings as usize] += 1;
-        }
+        self.skipped[Skip::Mappings as usize] += u64::from(maps.cut);
         if let Some(look) = self.looks.get_mut(&process) {
             look.beyond = maps.cut;
         }
@@ -668,6 +654,14 @@ impl Looker {
         look.at = if met.cut { look.at + met.done } else { 0 };
         let next = if met.cut { Duration::ZERO } else { AT_LEAST };
         self.looked(process, met.files.into_iter().collect(), None, next);
+    }
+
+    /// A process could not be looked at: what was known of it stands.
+    fn is_unseen(&mut self, process: u32, why: String, next: Duration) {
+        if let Some(look) = self.looks.get_mut(&process) {
+            let files = std::mem::take(&mut look.files);
+            self.looked(process, files, Some(why), next);
+        }
     }
 
     fn looked(
@@ -1213,8 +1207,7 @@ fn code(process: u32) -> Option<u64> {
 
 /// The pod that a process belongs to, or else its unit.
 fn pod(process: u32) -> Arc<str> {
-    let path = format!("/proc/{process}/cgroup");
-    let text = fs::read(Path::new(&path)).unwrap_or_default();
+    let text = fs::read(format!("/proc/{process}/cgroup")).unwrap_or_default();
     pod_of(&String::from_utf8_lossy(&text))
 }
 

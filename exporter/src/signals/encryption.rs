@@ -18,7 +18,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::Path,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -41,13 +41,14 @@ use exporter_common::{
 
 use super::{
     Attempt, Entry, Follower, Options, Read, Scope, Signal, State, Status, entries, follow_modules,
-    no_losses, removed, try_lock,
+    no_losses, removed,
 };
 use crate::{
     capabilities::{BPF, KPROBES, PERFMON},
     families::{Desc, Families, Kind},
     kernel::{Kernel, btf::Btf, symbols},
     ledger::{Attribution, Ledger, Opening, PATIENCE},
+    lock::{lock, try_lock},
     pods::{Drain, Labels, Owner, Resolution, View},
     probe::{self, Attached, Constants, Method, Need, Program, Reason, Runs},
 };
@@ -781,7 +782,7 @@ struct Drained(Arc<Mutex<Core>>);
 
 impl Drain for Drained {
     fn drain(&self, pods: &View<'_>) {
-        let mut core = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut core = lock(&self.0);
         let core = &mut *core;
         let Some(live) = &core.live else {
             return;

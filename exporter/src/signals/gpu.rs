@@ -21,7 +21,7 @@ use std::{
     os::unix::fs::{FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -39,7 +39,7 @@ use jobs::Jobs;
 
 use super::{
     Attempt, Entry, Follower, Options, Read, Scope, Signal, State, Status, entries, follow,
-    no_losses, removed, try_lock,
+    no_losses, removed,
 };
 use crate::{
     capabilities::{BPF, CUDA_LIBRARIES, CUDA_UPROBES, DEVICES, KPROBES, PERFMON},
@@ -47,6 +47,7 @@ use crate::{
     kernel::Kernel,
     ledger::{Attribution, Ledger, Opening, UNKNOWN},
     libraries::Skipped,
+    lock::{lock, try_lock},
     pods::{Labels, Resolution},
     probe::{self, Attached, Constants, Hook, Method, Need, Program, Reason, Runs},
 };
@@ -467,10 +468,6 @@ fn attach(kernel: &Kernel, options: Options) -> Attempt {
 }
 
 type Parts = Arc<[Box<dyn Part>]>;
-
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Processes of an owner, by driver.
 pub type Processes = [u64; DRIVERS.len()];

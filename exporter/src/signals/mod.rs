@@ -12,10 +12,9 @@ use std::{
     io::ErrorKind,
     path::PathBuf,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, TryLockError,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
-    thread,
     time::{Duration, Instant},
 };
 
@@ -32,6 +31,7 @@ use crate::{
     kernel::{Kernel, uevents::Uevents},
     ledger::{Attribution, Ledger},
     libraries::{Gate, Skipped},
+    lock::lock,
     pods::{Drain, Resolution, View},
     probe::{Attached, Hook, Outcome, Runs},
 };
@@ -232,7 +232,7 @@ fn follow_modules(signal: &str, core: &Mutex<impl Follower>, stopped: &AtomicBoo
 fn follow(signal: &str, core: &Mutex<impl Follower>, stopped: &AtomicBool, mut wait: impl FnMut()) {
     while !stopped.load(Ordering::Relaxed) {
         wait();
-        let mut core = core.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut core = lock(core);
         let before = core.status().state;
         core.follow(Kernel::read);
         announce(signal, before, core.status());
@@ -300,22 +300,6 @@ pub enum Read {
     Now,
     /// What it reads is held by who attaches to it: what was read before stands.
     Before,
-}
-
-/// How long a scrape waits for what is held only as long as a map is read.
-const HELD: Duration = Duration::from_millis(100);
-
-/// Takes a lock that whoever attaches may hold for long. `None` where it is not to be had soon.
-fn try_lock<T: ?Sized>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
-    let until = Instant::now() + HELD;
-    loop {
-        match mutex.try_lock() {
-            Ok(guard) => return Some(guard),
-            Err(TryLockError::Poisoned(guard)) => return Some(guard.into_inner()),
-            Err(TryLockError::WouldBlock) if Instant::now() >= until => return None,
-            Err(TryLockError::WouldBlock) => thread::sleep(Duration::from_millis(1)),
-        }
-    }
 }
 
 /// The losses of a signal that has lost nothing.

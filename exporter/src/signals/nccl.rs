@@ -18,7 +18,7 @@ use std::{
     os::fd::AsRawFd,
     path::Path,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -42,7 +42,7 @@ use sites::{Kind as Library, Sites};
 
 use super::{
     Attempt, BoundedLog, Entry, Options, Read, Scope, Signal, State, Status, announce, entries,
-    no_losses, removed, try_lock,
+    no_losses, removed,
 };
 use crate::{
     capabilities::{BPF, LIBRARIES, PERFMON, UPROBES},
@@ -54,6 +54,7 @@ use crate::{
         maps::Interest,
         watch::{Found, Snapshot, Watch, Watched, processes, shown},
     },
+    lock::{lock, try_lock},
     pods::{Labels, Resolution},
     probe::{self, Attached, Counters, FileLink, Hook, Method, Need, Program, Reason, Runs},
 };
@@ -712,10 +713,6 @@ impl Core {
 
 fn attach(kernel: &Kernel, options: Options) -> Attempt {
     Attempt::following(Nccl::new(kernel, &options))
-}
-
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct Nccl {

@@ -45,7 +45,6 @@ use self::{
 };
 use super::{
     Attempt, Entry, Follower, Options, Read, Scope, Signal, State, Status, entries, follow_modules,
-    try_lock,
 };
 use crate::{
     capabilities::{BPF, NAMESPACES, NAMESPACES_OF_OTHERS, PERFMON},
@@ -56,6 +55,7 @@ use crate::{
         symbols::{self, Symbols},
     },
     ledger::{Attribution, Ledger, OTHER, Opening, UNKNOWN},
+    lock::try_lock,
     pods::{Labels, Resolution},
     probe::{self, Attached, Constants, Hook, Method, Need, Program, Reason, Runs},
 };

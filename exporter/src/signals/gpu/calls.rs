@@ -29,7 +29,6 @@ use exporter_common::gpu::{
 use super::{
     Part,
     library::{self, Site},
-    lock,
 };
 use crate::{
     families::{Desc, Families, Kind},
@@ -40,11 +39,12 @@ use crate::{
         maps::Interest,
         watch::{Found, Snapshot, Watch, Watched, processes, shown},
     },
+    lock::{lock, try_lock},
     pods::Labels,
     probe::{
         self, Attached, Constants, Counters, FileLink, Hook, Method, Need, Program, Reason, Runs,
     },
-    signals::{BoundedLog, Options, Read, Scope, entries, removed, try_lock},
+    signals::{BoundedLog, Options, Read, Scope, entries, removed},
 };
 
 pub(super) static OBJECT: &[u8] =

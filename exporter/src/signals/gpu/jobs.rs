@@ -19,14 +19,15 @@ use aya::{
 };
 use exporter_common::gpu::{JOB, Job, Jobs as Totals, NAME, Ring};
 
-use super::{Part, lock};
+use super::Part;
 use crate::{
     families::{Desc, Families, Kind},
     kernel::{Kernel, tracefs::Tracefs},
     ledger::{Attribution, Ledger, Opening},
+    lock::{lock, try_lock},
     pods::Labels,
     probe::{self, Attached, Constants, Hook, Method, NO_TRACEFS, Need, Program, Reason, Runs},
-    signals::{Read, Scope, entries, removed, try_lock},
+    signals::{Read, Scope, entries, removed},
 };
 
 pub(super) static OBJECT: &[u8] =
