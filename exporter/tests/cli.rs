@@ -13,9 +13,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use chandra::{args::Args, families::Kind, kernel::Kernel, reference, scrape, signals::SIGNALS};
+use chandra::{args::Args, families::Kind, reference, scrape, signals::SIGNALS};
 use clap::CommandFactory;
-use common::{Exporter, Pod, Scrape, build, skip, succeeds, write_pods};
+use common::{Exporter, Pod, Scrape, build, may_trace, skip, succeeds, write_pods};
 
 /// In which any exporter ends that is told to, on a busy machine.
 const ENDS: Duration = Duration::from_secs(60);
@@ -84,8 +84,7 @@ fn is_root() -> bool {
 
 /// Says if tcp attaches on this host, and prints why not.
 fn can_attach() -> bool {
-    let kernel = Kernel::read();
-    let can = kernel.may_trace() && kernel.btf.is_ok();
+    let can = may_trace();
     if !can {
         skip("needs root and a kernel with BTF");
     }
@@ -318,13 +317,9 @@ fn an_api_server_that_cannot_be_reached_is_waited_for_and_told_of() {
         "tcp",
     ];
     let shy = Exporter::start_by(&mut command(), &args);
-    let end = Instant::now() + Duration::from_secs(60);
-    let mut page = shy.get("/");
-    while !page.contains("the API server does not tell the pods") {
-        assert!(Instant::now() < end, "{page}");
-        thread::sleep(Duration::from_millis(50));
-        page = shy.get("/");
-    }
+    let page = shy.page_until("it tells of the API server", |page| {
+        page.contains("the API server does not tell the pods")
+    });
     assert!(!page.contains("refused"), "{page}");
     drop(shy);
     let args = [&args[..], &["--web.show-paths"]].concat();
@@ -590,17 +585,7 @@ fn a_pods_file_is_read_again_when_it_changes() {
     let args = ["--pods", &file, "--disable", "tcp"];
     let exporter = Exporter::start_by(&mut chandra(), &args);
     let age = || exporter.scrape().sum("chandra_pods_age_seconds", &[]);
-    let until = |what: &str, holds: &dyn Fn(&str) -> bool| {
-        let end = Instant::now() + Duration::from_secs(60);
-        loop {
-            let page = exporter.get("/");
-            if holds(&page) {
-                break;
-            }
-            assert!(Instant::now() < end, "not so in time: {what}\n{page}");
-            thread::sleep(Duration::from_millis(50));
-        }
-    };
+    let until = |what: &str, holds: &dyn Fn(&str) -> bool| exporter.page_until(what, holds);
     let page = exporter.get("/");
     assert!(page.contains("vllm-0") && page.contains(&file), "{page}");
     assert!(page.contains("Pods: 1, from"), "{page}");

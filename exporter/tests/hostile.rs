@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{Exporter, build, run, skip, succeeds};
+use common::{Exporter, build, may_trace, run, skip, succeeds};
 use inotify::{Inotify, WatchMask};
 
 mod common;
@@ -42,8 +42,7 @@ struct Programs {
 }
 
 fn programs() -> Option<Programs> {
-    let kernel = chandra::kernel::Kernel::read();
-    if !kernel.may_trace() || kernel.btf.is_err() {
+    if !may_trace() {
         skip("needs root and a kernel with BTF");
         return None;
     }
@@ -187,26 +186,11 @@ fn skipped(exporter: &Exporter, reason: &str) {
 
 /// Waits until the page for people has a text.
 fn page_says(exporter: &Exporter, text: &str) {
-    let end = Instant::now() + Duration::from_secs(90);
-    loop {
-        let page = exporter.get("/");
-        if page.contains(text) {
-            return;
-        }
-        assert!(Instant::now() < end, "no {text:?} on the page\n{page}");
-        thread::sleep(Duration::from_millis(200));
-    }
+    exporter.page_until(&format!("it says {text:?}"), |page| page.contains(text));
 }
 
 fn is_probed(exporter: &Exporter) {
-    exporter.scrape_until("NCCL is probed", |scrape| {
-        let attached = [
-            ("signal", "nccl"),
-            ("hook", "ncclEnqueueCheck"),
-            ("reason", "attached"),
-        ];
-        scrape.sum("chandra_hook_info", &attached) == 1.0
-    });
+    exporter.until_attached("nccl", "ncclEnqueueCheck");
 }
 
 #[test]

@@ -51,8 +51,7 @@ fn alone() -> MutexGuard<'static, ()> {
 
 /// Says if this process may load programs, and prints why not.
 fn can_trace() -> bool {
-    let kernel = chandra::kernel::Kernel::read();
-    let can = kernel.may_trace() && kernel.btf.is_ok();
+    let can = common::may_trace();
     if !can {
         skip("needs root and a kernel with BTF");
     }

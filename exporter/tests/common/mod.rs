@@ -115,6 +115,27 @@ impl Exporter {
         }
     }
 
+    /// Scrapes until a hook of a signal is attached.
+    pub fn until_attached(&self, signal: &str, hook: &str) -> Scrape {
+        self.scrape_until(&format!("{hook} is attached"), |scrape| {
+            let labels = [("signal", signal), ("hook", hook), ("reason", "attached")];
+            scrape.sum("chandra_hook_info", &labels) == 1.0
+        })
+    }
+
+    /// Reads the page for people until a condition holds, and returns it.
+    pub fn page_until(&self, what: &str, holds: impl Fn(&str) -> bool) -> String {
+        let end = Instant::now() + Duration::from_secs(90);
+        loop {
+            let page = self.get("/");
+            if holds(&page) {
+                return page;
+            }
+            assert!(Instant::now() < end, "not in 90 s: {what}\n{page}");
+            thread::sleep(Duration::from_millis(200));
+        }
+    }
+
     /// Scrapes until a signal is in a state.
     pub fn until_state(&self, signal: &str, state: &str) -> Scrape {
         self.scrape_until(&format!("{signal} is {state}"), |scrape| {
@@ -230,6 +251,12 @@ pub fn skip(why: &str) {
         "CHANDRA_TEST_ALL is set: {why}"
     );
     println!("SKIPPED: {why}");
+}
+
+/// Says if this process may load programs that trace.
+pub fn may_trace() -> bool {
+    let kernel = chandra::kernel::Kernel::read();
+    kernel.may_trace() && kernel.btf.is_ok()
 }
 
 /// Runs a shell command that must succeed, and returns its output.

@@ -118,14 +118,7 @@ fn exporter(folder: &Path, flags: &[&str]) -> (Exporter, Job) {
 }
 
 fn found(exporter: &Exporter) {
-    exporter.scrape_until("the library is probed", |scrape| {
-        let attached = [
-            ("signal", "nccl"),
-            ("hook", "ncclEnqueueCheck"),
-            ("reason", "attached"),
-        ];
-        scrape.sum("chandra_hook_info", &attached) == 1.0
-    });
+    exporter.until_attached("nccl", "ncclEnqueueCheck");
 }
 
 fn number(value: &Value) -> f64 {
@@ -503,10 +496,7 @@ fn start_plugin(folder: &Path, ranks: u32, collectives: u32) -> Job {
 }
 
 fn plugin_found(exporter: &Exporter) {
-    exporter.scrape_until("the plugin is probed", |scrape| {
-        let attached = [("signal", "nccl"), ("hook", "nccl_profiler_finished")];
-        scrape.sum("chandra_hook_info", &attached) == 1.0
-    });
+    exporter.until_attached("nccl", "nccl_profiler_finished");
 }
 
 #[test]
