@@ -19,7 +19,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+use k8s_openapi::{
+    api::core::v1::{ContainerStatus, Pod},
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
 
 /// The name of the root cgroup, which is the host itself.
 const ROOT: &str = "/";
@@ -108,6 +111,9 @@ pub enum Resolution {
 pub struct Record {
     /// What the cgroup's path calls the pod: its uid, or the config hash of a static pod.
     pub uid: Arc<str>,
+    /// The uid of the object that says so: another for the mirror of a static pod, which only claims to be it. Of two objects that claim
+    /// one uid neither has it, unless it is one's own.
+    pub object: Arc<str>,
     /// The pod's namespace.
     pub namespace: Arc<str>,
     /// The pod's name.
@@ -124,13 +130,8 @@ impl Record {
     /// Reads what Chandra needs of a pod, or `None` of one that lacks a uid or a name.
     pub fn of(pod: &Pod) -> Option<Self> {
         let meta = &pod.metadata;
-        let annotation = |key| meta.annotations.as_ref().and_then(|all| all.get(key));
-        // The API's object for a static pod is a mirror with a uid of its own. The kubelet names the cgroup after the
-        // hash of the manifest (pkg/kubelet/config/common.go, applyDefaults), which the mirror carries.
-        let uid = match annotation("kubernetes.io/config.mirror") {
-            Some(hash) => annotation("kubernetes.io/config.hash").unwrap_or(hash),
-            None => meta.uid.as_ref()?,
-        };
+        let own = meta.uid.as_ref()?;
+        let uid = mirrored(meta).unwrap_or(own);
         let status = pod.status.as_ref();
         let lists = [
             status.and_then(|s| s.container_statuses.as_deref()),
@@ -146,7 +147,8 @@ impl Record {
             })
             .collect();
         Some(Self {
-            uid: uid.as_str().into(),
+            uid: uid.into(),
+            object: own.as_str().into(),
             namespace: meta.namespace.as_deref().unwrap_or("default").into(),
             name: meta.name.as_deref()?.into(),
             created: meta
@@ -157,7 +159,42 @@ impl Record {
             addresses: addresses(pod),
         })
     }
+
+    fn full_name(&self) -> Name {
+        (Arc::clone(&self.namespace), Arc::clone(&self.name))
+    }
+
+    /// One of its containers as an owner.
+    fn owner(&self, container: &str) -> Owner {
+        Owner {
+            labels: Labels {
+                namespace: Arc::clone(&self.namespace),
+                pod: Arc::clone(&self.name),
+                container: container.into(),
+            },
+            uid: Arc::clone(&self.uid),
+        }
+    }
 }
+
+/// The hash of the manifest of the static pod that an object mirrors.
+///
+/// The API's object for a static pod has a uid of its own. The kubelet names the cgroup after the hash of the manifest
+/// (pkg/kubelet/config/common.go, applyDefaults), which the mirror carries, and makes its node the mirror's owner
+/// (pkg/kubelet/pod/mirror_client.go). Whoever may create pods can write all of this, so it is a claim: see [`Record::object`]. A pod
+/// that is no static one cannot be meant, since a uid of the API server has dashes and a hash has none.
+fn mirrored(meta: &ObjectMeta) -> Option<&str> {
+    let annotation = |key| meta.annotations.as_ref().and_then(|all| all.get(key));
+    annotation("kubernetes.io/config.mirror")?;
+    let hash = annotation("kubernetes.io/config.hash")?;
+    let of_node = meta.owner_references.iter().flatten();
+    let of_node = of_node.filter(|owner| owner.kind == "Node").count() == 1;
+    let is_hash = hash.len() == HASH && hash.bytes().all(|b| b.is_ascii_hexdigit());
+    (of_node && is_hash).then_some(hash)
+}
+
+/// Hexadecimal digits of a manifest's hash.
+const HASH: usize = 32;
 
 /// The addresses of a pod that runs in a network of its own, of both families.
 fn addresses(pod: &Pod) -> Vec<IpAddr> {
@@ -247,9 +284,12 @@ pub struct Pods {
 #[derive(Debug, Default)]
 struct State {
     cgroups: HashMap<u64, Cgroup>,
-    pods: HashMap<Arc<str>, Known>,
+    /// By what their cgroups are called, the objects that claim to be that pod: one, but for forged mirrors. None has another's name.
+    pods: HashMap<Arc<str>, Vec<Known>>,
+    /// By its own uid, which pod an object claims to be. It cannot become another, or whoever writes it could claim many.
+    claims: HashMap<Arc<str>, Arc<str>>,
     /// Namespace and name → the uid that holds the name.
-    holders: HashMap<(Arc<str>, Arc<str>), Arc<str>>,
+    holders: HashMap<Name, Arc<str>>,
     /// When the pods' source last answered.
     fresh: Option<Instant>,
     /// Why the pods' source does not answer, in one line.
@@ -267,6 +307,9 @@ struct Known {
     record: Record,
     gone: Option<Instant>,
 }
+
+/// A namespace and a name in it.
+type Name = (Arc<str>, Arc<str>);
 
 impl fmt::Debug for Pods {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -357,37 +400,33 @@ impl Pods {
         state.answered(now);
     }
 
-    /// Marks a pod as deleted. Its name and containers are remembered while its cgroups are.
-    pub fn pod_gone(&self, uid: &str, now: Instant) {
+    /// Marks a pod as deleted, by the object that described it. Its name and containers are remembered while its cgroups are.
+    pub fn pod_gone(&self, object: &str, now: Instant) {
         self.before(|state| {
-            state
-                .pods
-                .get(uid)
-                .is_some_and(|pod| !pod.addresses().is_empty())
+            let known = state.object(object);
+            known.is_some_and(|known| !known.addresses().is_empty())
         });
         let mut state = self.write();
-        if let Some(pod) = state.pods.get_mut(uid) {
-            pod.gone.get_or_insert(now);
+        if let Some(known) = state.object_mut(object) {
+            known.gone.get_or_insert(now);
         }
         state.answered(now);
     }
 
     /// Replaces the list of pods: those that are not in it are deleted.
     pub fn pods_listed(&self, records: Vec<Record>, now: Instant) {
-        let listed: HashSet<_> = records
-            .iter()
-            .map(|record| Arc::clone(&record.uid))
-            .collect();
+        let objects = records.iter().map(|record| Arc::clone(&record.object));
+        let listed: HashSet<_> = objects.collect();
+        let is_gone = |known: &Known| !listed.contains(&known.record.object);
         self.before(|state| {
-            let gone = |(uid, pod): (&Arc<str>, &Known)| {
-                !listed.contains(uid) && !pod.addresses().is_empty()
-            };
-            state.pods.iter().any(gone) || records.iter().any(|record| state.readdresses(record))
+            let mut known = state.pods.values().flatten();
+            known.any(|known| is_gone(known) && !known.addresses().is_empty())
+                || records.iter().any(|record| state.readdresses(record))
         });
         let mut state = self.write();
-        for (uid, pod) in &mut state.pods {
-            if !listed.contains(uid) {
-                pod.gone.get_or_insert(now);
+        for known in state.pods.values_mut().flatten() {
+            if is_gone(known) {
+                known.gone.get_or_insert(now);
             }
         }
         for record in records {
@@ -412,6 +451,7 @@ impl Pods {
         let State {
             cgroups,
             pods,
+            claims,
             holders,
             ..
         } = &mut *state;
@@ -423,9 +463,15 @@ impl Pods {
             .values()
             .filter_map(|cgroup| cgroup.place.uid())
             .collect();
-        pods.retain(|uid, pod| kept(pod.gone) || used.contains(uid));
+        pods.retain(|uid, known| {
+            known.retain(|known| kept(known.gone) || used.contains(uid));
+            !known.is_empty()
+        });
+        let objects = pods.values().flatten().map(|known| &known.record.object);
+        let objects: HashSet<_> = objects.collect();
+        claims.retain(|object, _| objects.contains(object));
         holders.retain(|_, uid| pods.contains_key(uid));
-        (cgroups.len(), pods.len())
+        (cgroups.len(), objects.len())
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, State> {
@@ -446,8 +492,34 @@ impl Known {
 impl State {
     /// Says if what is new of a pod changes who holds an address.
     fn readdresses(&self, record: &Record) -> bool {
-        let known = self.pods.get(&record.uid);
+        let known = self.object(&record.object);
         known.map_or(&[][..], Known::addresses) != record.addresses
+    }
+
+    fn object(&self, object: &str) -> Option<&Known> {
+        let mut known = self.pods.get(self.claims.get(object)?)?.iter();
+        known.find(|known| &*known.record.object == object)
+    }
+
+    fn object_mut(&mut self, object: &str) -> Option<&mut Known> {
+        let mut known = self.pods.get_mut(self.claims.get(object)?)?.iter_mut();
+        known.find(|known| &*known.record.object == object)
+    }
+
+    /// The pod that a uid is: nobody's where several claim it, unless it is one's own.
+    fn pod(&self, uid: &Arc<str>) -> Option<&Known> {
+        let known = self.pods.get(uid)?;
+        let mut own = known.iter().filter(|known| known.record.object == *uid);
+        match (own.next(), own.next(), &known[..]) {
+            (Some(known), None, _) | (None, None, [known]) => Some(known),
+            _ => None,
+        }
+    }
+
+    /// The same, if that pod has its name now.
+    fn holder(&self, uid: &Arc<str>) -> Option<&Known> {
+        let holds = |known: &&Known| self.holders.get(&known.record.full_name()) == Some(uid);
+        self.pod(uid).filter(holds)
     }
 
     fn answered(&mut self, now: Instant) {
@@ -456,8 +528,15 @@ impl State {
     }
 
     fn upsert(&mut self, mut record: Record) {
-        let name = (Arc::clone(&record.namespace), Arc::clone(&record.name));
-        if let Some(known) = self.pods.get(&record.uid) {
+        if let Some(claimed) = self.claims.get(&record.object) {
+            record.uid = Arc::clone(claimed);
+        }
+        let name = record.full_name();
+        // A static pod whose mirror is made anew is the same pod.
+        let mut known = self.pods.get(&record.uid).into_iter().flatten();
+        let known = known.find(|known| known.record.full_name() == name);
+        let is_new = known.is_none();
+        if let Some(known) = known {
             // A container that restarted twice is no longer in the status, but its cgroup may still be. One whose cgroup is
             // forgotten is as well, or a crash loop would pile up ids.
             let earlier = known.record.containers.iter();
@@ -480,23 +559,25 @@ impl State {
                 .map(|(id, name)| (Arc::clone(id), Arc::clone(name)));
             record.containers.extend(earlier);
         }
-        let holds = self
-            .holders
-            .get(&name)
-            .and_then(|uid| self.pods.get(uid))
-            .is_none_or(|holder| {
-                // Creation times are those of several clocks, in whole seconds: a deleted pod has no claim, and in a tie
-                // the later arrival wins.
-                holder.gone.is_some()
-                    || record.created > holder.record.created
-                    || record.created == holder.record.created
-                        && !self.pods.contains_key(&record.uid)
-            });
+        let holder = self.holders.get(&name).and_then(|uid| {
+            let mut claims = self.pods.get(uid)?.iter();
+            claims.find(|known| known.record.full_name() == name)
+        });
+        let holds = holder.is_none_or(|holder| {
+            // Creation times are those of several clocks, in whole seconds: a deleted pod has no claim, and in a tie
+            // the later arrival wins.
+            holder.gone.is_some()
+                || record.created > holder.record.created
+                || record.created == holder.record.created && is_new
+        });
         if holds {
-            self.holders.insert(name, Arc::clone(&record.uid));
+            self.holders.insert(name.clone(), Arc::clone(&record.uid));
         }
-        self.pods
-            .insert(Arc::clone(&record.uid), Known { record, gone: None });
+        self.claims
+            .insert(Arc::clone(&record.object), Arc::clone(&record.uid));
+        let known = self.pods.entry(Arc::clone(&record.uid)).or_default();
+        known.retain(|known| known.record.full_name() != name);
+        known.push(Known { record, gone: None });
     }
 
     fn resolve(&self, place: &Place, named: bool) -> Resolution {
@@ -525,28 +606,17 @@ impl State {
                 uid: Arc::clone(uid),
             });
         }
-        let Some(Known { record, .. }) = self.pods.get(uid) else {
+        if !self.pods.contains_key(uid) {
             return Resolution::Pending(None);
-        };
-        let holder = self
-            .holders
-            .get(&(Arc::clone(&record.namespace), Arc::clone(&record.name)));
-        if holder != Some(uid) {
-            return Resolution::Unknown;
         }
-        let owner = |container: &str| Owner {
-            labels: Labels {
-                namespace: Arc::clone(&record.namespace),
-                pod: Arc::clone(&record.name),
-                container: container.into(),
-            },
-            uid: Arc::clone(uid),
+        let Some(Known { record, .. }) = self.holder(uid) else {
+            return Resolution::Unknown;
         };
         match id {
-            None => Resolution::Owner(owner("")),
+            None => Resolution::Owner(record.owner("")),
             Some(id) => match record.containers.get(id) {
-                Some(name) => Resolution::Owner(owner(name)),
-                None => Resolution::Pending(Some(owner(""))),
+                Some(name) => Resolution::Owner(record.owner(name)),
+                None => Resolution::Pending(Some(record.owner(""))),
             },
         }
     }
@@ -571,26 +641,14 @@ impl View<'_> {
     /// Returns the pods that hold an address now, by address. One that several pods claim has no owner.
     pub fn addresses(&self) -> HashMap<IpAddr, Option<Owner>> {
         let mut addresses = HashMap::new();
-        for (uid, pod) in &self.state.pods {
-            let name = (
-                Arc::clone(&pod.record.namespace),
-                Arc::clone(&pod.record.name),
-            );
-            let holds_name = self.state.holders.get(&name) == Some(uid);
-            let labels = Labels {
-                namespace: name.0,
-                pod: name.1,
-                container: "".into(),
-            };
-            let owner = Owner {
-                labels,
-                uid: Arc::clone(uid),
-            };
-            for address in pod.addresses() {
+        for known in self.state.pods.values().flatten() {
+            let holder = self.state.holder(&known.record.uid);
+            let holds = holder.is_some_and(|holder| std::ptr::eq(holder, known));
+            for address in known.addresses() {
                 addresses
                     .entry(*address)
                     .and_modify(|owner| *owner = None)
-                    .or_insert_with(|| holds_name.then(|| owner.clone()));
+                    .or_insert_with(|| holds.then(|| known.record.owner("")));
             }
         }
         addresses
@@ -632,7 +690,8 @@ impl View<'_> {
 
     /// The pods that the source lists, as namespace, name and number of containers, sorted.
     pub fn listed(&self) -> Vec<(Arc<str>, Arc<str>, usize)> {
-        let live = self.state.pods.values().filter(|pod| pod.gone.is_none());
+        let known = self.state.pods.values().flatten();
+        let live = known.filter(|pod| pod.gone.is_none());
         let mut all: Vec<_> = live
             .map(|pod| {
                 (

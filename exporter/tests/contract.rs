@@ -455,6 +455,7 @@ fn a_node_with_eight_gpu_pods_stays_within_the_series_budget() {
         let containers = [(id(0), "worker".into()), (id(1), "sidecar".into())];
         let record = Record {
             uid: uid.clone(),
+            object: uid.clone(),
             namespace: "training".into(),
             name: format!("llama-worker-{pod}").into(),
             created: 0,

@@ -1213,8 +1213,10 @@ async fn a_static_pod_has_the_hash_of_its_manifest_for_a_uid() {
     mirror["metadata"]["annotations"] = json!({
         "kubernetes.io/config.hash": hash,
         "kubernetes.io/config.mirror": hash,
-        "kubernetes.io/config.source": "file",
+                "kubernetes.io/config.source": "file",
     });
+    mirror["metadata"]["ownerReferences"] =
+        json!([{"apiVersion": "v1", "kind": "Node", "name": "node-7", "uid": "n7"}]);
     api.put(mirror);
     let pods = api.follow();
     place(&pods, 1, hash, "c0");

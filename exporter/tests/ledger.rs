@@ -159,6 +159,7 @@ fn labels(namespace: &str, pod: &str, container: &str) -> Labels {
 fn record(uid: &str, name: &str, created: i64, containers: &[(&str, &str)]) -> Record {
     Record {
         uid: uid.into(),
+        object: uid.into(),
         namespace: "ml".into(),
         name: name.into(),
         created,
@@ -619,11 +620,14 @@ fn a_static_pods_cgroup_is_found_by_the_hash_of_its_manifest() {
         "metadata": {
             "name": "etcd-node-7", "namespace": "kube-system",
             "uid": "0f5e1c6a-7d8e-4f2b-9c3d-1a2b3c4d5e6f",
-            "annotations": {
+                        "annotations": {
                 "kubernetes.io/config.hash": hash,
                 "kubernetes.io/config.mirror": hash,
                 "kubernetes.io/config.source": "file",
             },
+            "ownerReferences": [{
+                "apiVersion": "v1", "kind": "Node", "name": "node-7", "uid": "n7", "controller": true,
+            }],
         },
         "status": { "containerStatuses": [{
             "name": "etcd", "containerID": format!("cri-o://{id}"),
@@ -642,6 +646,130 @@ fn a_static_pods_cgroup_is_found_by_the_hash_of_its_manifest() {
     node.scrape();
     let etcd = labels("kube-system", "etcd-node-7", "etcd");
     assert_eq!(node.accounts().get(&etcd), Some(&3));
+}
+
+/// An object of the API that mirrors a static pod, or says so.
+fn mirror(name: &str, uid: &str, hash: &str, owner: &str) -> Record {
+    let pod = serde_json::json!({
+        "metadata": {
+            "name": name, "namespace": "ml", "uid": uid,
+            "annotations": {
+                "kubernetes.io/config.hash": hash,
+                "kubernetes.io/config.mirror": hash,
+                "kubernetes.io/config.source": "file",
+            },
+            "ownerReferences": [{"apiVersion": "v1", "kind": owner, "name": "node-7", "uid": "n7"}],
+        },
+        "status": { "containerStatuses": [{
+            "name": name, "containerID": "containerd://c1",
+            "image": "", "imageID": "", "ready": true, "restartCount": 0,
+        }]},
+    });
+    let pod: Pod = serde_json::from_value(pod).expect("a pod");
+    Record::of(&pod).expect("named")
+}
+
+const VICTIM: &str = "0f5e1c6a-7d8e-4f2b-9c3d-1a2b3c4d5e6f";
+const HASH: &str = "3a7bd3e2360a3d29eea436fcfb7e44c7";
+
+/// Who may create pods writes what a mirror has; whatever the order in which they are met, nobody gets what another pod did.
+#[test]
+fn a_forged_mirror_takes_nothing() {
+    let bare = VICTIM.replace('-', "");
+    let forgers = [
+        mirror("forger-a", "f-a", VICTIM, "Node"),
+        mirror("forger-b", "f-b", &bare, "Node"),
+        mirror("forger-c", "f-c", HASH, "ReplicaSet"),
+        mirror("forger-d", "f-d", HASH, "Node"),
+    ];
+    let victims = [
+        record(VICTIM, "victim", 100, &[("c1", "main")]),
+        mirror("etcd", "uid-of-the-mirror", HASH, "Node"),
+    ];
+    let resolved = |node: &Node, forger: &Record| {
+        node.started(10, VICTIM, "c1");
+        node.started(11, HASH, "c1");
+        node.started(12, &forger.object, "c1");
+        let view = node.pods.view();
+        [10, 11, 12].map(|cgroup| match view.resolve(cgroup) {
+            Resolution::Owner(owner) => owner.labels.pod.to_string(),
+            other => format!("{other:?}"),
+        })
+    };
+    for forger in &forgers {
+        // Two mirrors of one hash: which is the true one cannot be told.
+        let is_claimed = forger.object.as_ref() == "f-d";
+        let of_static = if is_claimed { "Unknown" } else { "etcd" };
+        let own = match forger.object.as_ref() {
+            "f-a" | "f-c" => &*forger.name,
+            // Its cgroup is not called what it says.
+            _ => "Pending(None)",
+        };
+        let expected = ["victim", of_static, own];
+        let all = [&victims[0], &victims[1], forger];
+        for order in [
+            [0, 1, 2],
+            [0, 2, 1],
+            [1, 0, 2],
+            [1, 2, 0],
+            [2, 0, 1],
+            [2, 1, 0],
+        ] {
+            let records = || order.map(|at| all[at].clone());
+            let listed = Node::new(ROOMY);
+            listed.pods.pods_listed(records().into(), listed.now);
+            assert_eq!(resolved(&listed, forger), expected, "{order:?}");
+            let watched = Node::new(ROOMY);
+            for record in records() {
+                watched.pods.pod_found(record, watched.now);
+            }
+            assert_eq!(resolved(&watched, forger), expected, "{order:?}");
+            // What it says changes: it claims no more than before.
+            let mut changed = forger.clone();
+            changed.uid = HASH.into();
+            watched.pods.pod_found(changed, watched.now);
+            assert_eq!(resolved(&watched, forger), expected, "{order:?}");
+            // Its end gives back what it claimed.
+            watched.deleted(&forger.object);
+            watched.stopped(12);
+            watched.pods.expire(watched.now);
+            let all: Vec<_> = victims.to_vec();
+            watched.pods.pods_listed(all, watched.now);
+            watched.stopped(11);
+            watched.pods.expire(watched.now + RETENTION);
+            let [victim, of_static, _] = resolved(&watched, forger);
+            assert_eq!((&*victim, &*of_static), ("victim", "etcd"), "{order:?}");
+        }
+    }
+}
+
+#[test]
+fn a_mirror_that_is_made_anew_is_the_same_pod() {
+    let mut node = Node::new(ROOMY);
+    let at = node.now;
+    node.pods.pod_found(mirror("etcd", "m1", HASH, "Node"), at);
+    node.started(10, HASH, "c1");
+    node.count(10, 3);
+    node.scrape();
+    node.deleted("m1");
+    node.pods.pod_found(mirror("etcd", "m2", HASH, "Node"), at);
+    node.deleted("m1");
+    node.count(10, 4);
+    node.scrape();
+    assert_eq!(node.series("etcd", "etcd"), Some(7));
+    assert_eq!(node.pods.view().listed().len(), 1);
+}
+
+/// Two objects of one uid and two names are not what an API server has: neither is believed.
+#[test]
+fn of_two_names_for_one_uid_neither_is_believed() {
+    for (first, second) in [("victim", "other"), ("other", "victim")] {
+        let node = Node::new(ROOMY);
+        let of = |name| record(VICTIM, name, 100, &[("c1", "main")]);
+        node.pods.pods_listed(vec![of(first), of(second)], node.now);
+        node.started(10, VICTIM, "c1");
+        assert_eq!(node.pods.view().resolve(10), Resolution::Unknown);
+    }
 }
 
 #[test]

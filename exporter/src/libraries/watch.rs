@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     lock::lock,
-    pods::{Place, cgroups},
+    pods::cgroups,
     probe::{Reason, Room},
 };
 
@@ -1208,21 +1208,7 @@ fn code(process: u32) -> Option<u64> {
 /// The pod that a process belongs to, or else its unit.
 fn pod(process: u32) -> Arc<str> {
     let text = fs::read(format!("/proc/{process}/cgroup")).unwrap_or_default();
-    pod_of(&String::from_utf8_lossy(&text))
-}
-
-fn pod_of(cgroups: &str) -> Arc<str> {
-    let paths = cgroups
-        .lines()
-        .filter_map(|line| line.splitn(3, ':').nth(2));
-    let mut unit: Arc<str> = "/".into();
-    for path in paths {
-        match cgroups::place(path) {
-            Place::Container { uid, .. } | Place::Pod { uid } => return uid,
-            Place::Unit(name) => unit = name,
-        }
-    }
-    unit
+    cgroups::charged(&String::from_utf8_lossy(&text))
 }
 
 #[cfg(test)]
@@ -1245,23 +1231,6 @@ mod tests {
         // A clock that was read earlier gives nothing back.
         spent.add(Duration::from_millis(1), budget);
         assert_eq!(spent.now(budget, after(500)), Duration::from_millis(1));
-    }
-
-    #[test]
-    fn a_process_belongs_to_its_pod_or_to_its_unit() {
-        let uid = "12345678-0000-4000-8000-123456789abc";
-        let slice = format!("kubepods-pod{}.slice", uid.replace('-', "_"));
-        let container = format!("cri-containerd-{}.scope", "a".repeat(64));
-        for (text, pod) in [
-            (format!("0::/kubepods.slice/{slice}/{container}\n"), uid),
-            (format!("0::/kubepods.slice/{slice}\n"), uid),
-            (format!("5:memory:/kubepods/pod{uid}/x\n0::/\n"), uid),
-            ("0::/system.slice/ssh.service\n".to_owned(), "ssh.service"),
-            ("0::/\n".to_owned(), "/"),
-            (String::new(), "/"),
-        ] {
-            assert_eq!(&*pod_of(&text), pod, "{text}");
-        }
     }
 
     #[test]

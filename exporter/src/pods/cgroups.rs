@@ -41,42 +41,240 @@ const DEPTH: usize = 32;
 /// Knows the names that the kubelet gives pods with both cgroup drivers, and the names of containers under containerd,
 /// CRI-O and Docker. The outermost pod and container win: what a container nests inside is its own.
 pub fn place(path: &str) -> Place {
-    let mut parts = path.split('/').filter(|part| !part.is_empty()).peekable();
-    let mut in_pods = false;
-    let mut walked = Vec::new();
-    while let Some(part) = parts.next() {
-        // With mismatched drivers runc puts systemd's "slice:prefix:id" into one directory name.
-        let (slice, container) = match part.split(':').collect::<Vec<_>>()[..] {
-            [slice, _, id] => (slice, Some(id)),
-            _ => (part, None),
-        };
-        in_pods |= slice.contains("kubepods");
-        if in_pods && let Some(uid) = pod_uid(slice) {
-            let id = container
-                .and_then(container_id)
-                .or_else(|| parts.next().and_then(container_id));
-            return match id {
-                Some(id) => Place::Container { uid, id },
-                None => Place::Pod { uid },
-            };
-        }
-        walked.push(part);
-    }
-    Place::Unit(unit(&walked).into())
+    place_among(path, Tree::Nested)
 }
 
-/// The uid in a pod's directory name: `kubepods-burstable-pod<uid with _>.slice` or `pod<uid>`.
-fn pod_uid(part: &str) -> Option<Arc<str>> {
-    let name = part.strip_suffix(".slice").unwrap_or(part);
-    let uid = match name.rfind("-pod") {
-        Some(at) if name.contains("kubepods") => name.get(at + 4..)?,
-        _ => name.strip_prefix("pod")?,
+/// The same, on a node whose pods are in trees that are no worse.
+fn place_among(path: &str, worst: Tree) -> Place {
+    match find(path) {
+        Some((tree, Some(place))) if tree <= worst => place,
+        _ => Place::Unit(unit(path).into()),
+    }
+}
+
+/// What a process is charged to by its `/proc/PID/cgroup`: its pod's uid, or else its unit.
+pub fn charged(cgroups: &str) -> Arc<str> {
+    let mut unit_of: Arc<str> = "/".into();
+    for path in cgroups
+        .lines()
+        .filter_map(|line| line.splitn(3, ':').nth(2))
+    {
+        // In a cgroup namespace of its own the reader sees what is outside of it below as many `..` as that is deep.
+        let inner = path.trim_start_matches("/..");
+        let found = find(inner).or_else(|| find(&beside(inner)?).filter(|_| inner != path));
+        match found {
+            Some((Tree::Kubelet, Some(Place::Container { uid, .. } | Place::Pod { uid }))) => {
+                return uid;
+            }
+            Some((Tree::Nested, Some(Place::Container { uid, .. } | Place::Pod { uid }))) => {
+                return format!("{}/{uid}", unit(inner)).into();
+            }
+            _ => unit_of = unit(inner).into(),
+        }
+    }
+    unit_of
+}
+
+/// The path of what lies beside the reader's own pod, or its level, as it is below the root.
+fn beside(path: &str) -> Option<String> {
+    let first = path.trim_start_matches('/').split('/').next()?;
+    if first.starts_with("pod") || LEVELS.contains(&first) {
+        return Some(format!("/{KUBEPODS}{path}"));
+    }
+    let level = match pod_slice(first) {
+        Some(("", _)) => first.rsplit_once("-pod")?.0,
+        _ => KUBEPODS,
     };
-    // A uid is a UUID; that of a static pod is the 32 hexadecimal digits of a hash.
-    let uid = uid.replace('_', "-");
+    let level = match level {
+        KUBEPODS => String::new(),
+        level => format!("/{level}.slice"),
+    };
+    Some(format!("/{KUBEPODS}.slice{level}{path}"))
+}
+
+/// Whose a tree is that looks like the kubelet's. Whoever may make cgroups can make one that does: the processes in it then count for
+/// pods only where there is none of a better kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Tree {
+    /// Below the root of the hierarchy, below a `--cgroup-root` there, or of a service that runs pods.
+    Kubelet,
+    /// In another service, scope or container: Kubernetes in Docker or LXC, or what looks so.
+    Nested,
+    /// In the session of a user: Kubernetes without root, or what looks so.
+    User,
+}
+
+/// Services in whose cgroup a kubelet or a container runtime makes those of pods.
+const SERVICES: [&str; 12] = [
+    "containerd.service",
+    "cri-docker.service",
+    "cri-o.service",
+    "crio.service",
+    "docker.service",
+    "k0scontroller.service",
+    "k0sworker.service",
+    "k3s.service",
+    "k3s-agent.service",
+    "kubelet.service",
+    "rke2-agent.service",
+    "rke2-server.service",
+];
+
+/// What is at the root of the hierarchy, or of a directory of it, and no `--cgroup-root`.
+const OTHERS: [&str; 8] = [
+    "docker",
+    "init.scope",
+    "libpod_parent",
+    "lxc",
+    "machine",
+    "machine.slice",
+    "system.slice",
+    "user.slice",
+];
+
+impl Tree {
+    /// Whose a tree is that begins below these directories.
+    fn below(parts: &[&str]) -> Self {
+        match parts {
+            ["user.slice", ..] => Self::User,
+            ["system.slice", service] if SERVICES.contains(service) => Self::Kubelet,
+            _ if parts.iter().all(|part| is_root(part)) => Self::Kubelet,
+            _ => Self::Nested,
+        }
+    }
+}
+
+/// Says if a directory may be a part of `--cgroup-root`.
+fn is_root(part: &str) -> bool {
+    let leaf = [".service", ".scope"].iter().any(|end| part.ends_with(end));
+    let id = part.len() == CONTAINER_ID && part.bytes().all(|b| b.is_ascii_hexdigit());
+    !leaf && !id && !part.contains("lxc.") && !OTHERS.contains(&part)
+}
+
+/// Finds the tree that looks like the kubelet's in a path, and the pod or the container of one.
+fn find(path: &str) -> Option<(Tree, Option<Place>)> {
+    let parts: Vec<_> = path.split('/').filter(|part| !part.is_empty()).collect();
+    let found = |at: usize, uid, container: Option<&str>| {
+        let place = match container.and_then(|part| container_of(part, &uid)) {
+            Some(id) => Place::Container { uid, id },
+            None => Place::Pod { uid },
+        };
+        Some((Tree::below(&parts[..at]), Some(place)))
+    };
+    for (at, part) in parts.iter().enumerate() {
+        // With mismatched drivers runc puts systemd's "slice:prefix:id" into one directory name.
+        if let Some((slice, _)) = part.split_once(':')
+            && let Some((root, uid)) = pod_slice(slice)
+            && (root.is_empty() || root.ends_with('-'))
+        {
+            return found(at, uid, Some(part));
+        }
+        let before = at.checked_sub(1).map(|before| parts[before]);
+        let Some(tree) = tree(part, before) else {
+            continue;
+        };
+        // Of the best kind that guarantees all there is no level of its own.
+        let (level, pod) = match parts.get(at + 1) {
+            Some(level) if tree.is_level(level) => (*level, at + 2),
+            _ => (*part, at + 1),
+        };
+        return match parts.get(pod).and_then(|part| tree.pod(level, part)) {
+            Some(uid) => found(at, uid, parts.get(pod + 1).copied()),
+            None => Some((Tree::below(&parts[..at]), None)),
+        };
+    }
+    None
+}
+
+/// How the directories below the kubelet's root are called.
+enum Names<'a> {
+    /// `kubepods`, with plain names below.
+    Plain,
+    /// A slice, whose name begins those of all below it.
+    Slice(&'a str),
+}
+
+/// Says how the names go on below a directory that the kubelet's tree begins with. `before` is the one above it.
+fn tree<'a>(part: &'a str, before: Option<&str>) -> Option<Names<'a>> {
+    if let Some(name) = part.strip_suffix(".slice") {
+        let above = before.and_then(|before| before.strip_suffix(".slice"));
+        let own = match above {
+            // systemd names a slice by all that are above it.
+            Some(above) if name != KUBEPODS => name.strip_prefix(above)?.strip_prefix('-')?,
+            _ => name,
+        };
+        return (own == KUBEPODS).then_some(Names::Slice(name));
+    }
+    // k3s without root puts its own name before it.
+    let above = before.and_then(|before| before.strip_suffix(".slice"));
+    let own = above.and_then(|above| part.strip_prefix(above)?.strip_prefix('-'));
+    (part == KUBEPODS || own == Some(KUBEPODS)).then_some(Names::Plain)
+}
+
+/// The kubelet's own directory (`defaultNodeAllocatableCgroupName` of pkg/kubelet/cm).
+const KUBEPODS: &str = "kubepods";
+
+/// Classes of pods that have a directory of their own.
+const LEVELS: [&str; 2] = ["burstable", "besteffort"];
+
+impl Names<'_> {
+    fn is_level(&self, part: &str) -> bool {
+        match self {
+            Self::Plain => LEVELS.contains(&part),
+            Self::Slice(root) => {
+                let level = part
+                    .strip_prefix(root)
+                    .and_then(|rest| rest.strip_prefix('-'));
+                let level = level.and_then(|level| level.strip_suffix(".slice"));
+                level.is_some_and(|level| LEVELS.contains(&level))
+            }
+        }
+    }
+
+    /// The uid of a pod's directory in a level's, or in the root.
+    fn pod(&self, level: &str, part: &str) -> Option<Arc<str>> {
+        match self {
+            Self::Plain => uid(part.strip_prefix("pod")?),
+            Self::Slice(_) => {
+                let rest = part.strip_prefix(level.strip_suffix(".slice")?)?;
+                uid(rest.strip_prefix("-pod")?.strip_suffix(".slice")?)
+            }
+        }
+    }
+}
+
+/// What stands before the kubelet's root in the name of a pod's slice, and the pod's uid.
+fn pod_slice(name: &str) -> Option<(&str, Arc<str>)> {
+    let (level, rest) = name.strip_suffix(".slice")?.rsplit_once("-pod")?;
+    let ends = LEVELS.map(|name| {
+        level
+            .strip_suffix(name)
+            .and_then(|level| level.strip_suffix('-'))
+    });
+    let root = ends.into_iter().flatten().next().unwrap_or(level);
+    Some((root.strip_suffix(KUBEPODS)?, uid(rest)?))
+}
+
+/// A pod's uid as a name of a directory has it: a UUID, or of a static pod the 32 hexadecimal digits of a hash.
+fn uid(text: &str) -> Option<Arc<str>> {
+    let uid = text.replace('_', "-");
     let digits = uid.bytes().filter(u8::is_ascii_hexdigit).count();
     (digits == 32 && uid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')).then(|| uid.into())
 }
+
+/// The id of a container by its directory in that of a pod.
+fn container_of(part: &str, pod: &Arc<str>) -> Option<Arc<str>> {
+    match part.split(':').collect::<Vec<_>>()[..] {
+        [slice, _, id] => {
+            let (_, of) = pod_slice(slice)?;
+            container_id(id).filter(|_| of == *pod)
+        }
+        _ => container_id(part),
+    }
+}
+
+/// Hexadecimal digits of a container's id.
+const CONTAINER_ID: usize = 64;
 
 /// The id in a container's directory name: `cri-containerd-<id>.scope`, `crio-<id>`, `docker-<id>.scope`, `<id>` …
 ///
@@ -85,12 +283,14 @@ fn container_id(part: &str) -> Option<Arc<str>> {
     let name = part.strip_suffix(".scope").unwrap_or(part);
     let (prefix, id) = name.rsplit_once('-').unwrap_or(("", name));
     let monitor = prefix.ends_with("conmon");
-    (!monitor && id.len() == 64 && id.bytes().all(|b| b.is_ascii_hexdigit())).then(|| id.into())
+    (!monitor && id.len() == CONTAINER_ID && id.bytes().all(|b| b.is_ascii_hexdigit()))
+        .then(|| id.into())
 }
 
 /// What a host without Kubernetes calls a cgroup: the outermost systemd unit that is not a slice, else the innermost
 /// directory. A Slurm step is named with its job, since `step_0` alone says nothing.
-fn unit(parts: &[&str]) -> String {
+fn unit(path: &str) -> String {
+    let parts: Vec<_> = path.split('/').filter(|part| !part.is_empty()).collect();
     if let Some(at) = parts.iter().position(|part| part.starts_with("job_")) {
         return parts
             .iter()
@@ -142,6 +342,8 @@ pub struct Watcher {
     dirs: HashMap<WatchDescriptor, String>,
     /// What is at a path, so that a removal, which only has a name, finds the id.
     seen: HashMap<String, Seen>,
+    /// The best kind of tree that pods have been found in.
+    tree: Tree,
 }
 
 #[derive(Debug)]
@@ -175,6 +377,7 @@ impl Watcher {
             watches,
             dirs: HashMap::new(),
             seen: HashMap::new(),
+            tree: Tree::User,
         };
         watcher
             .walk()
@@ -281,7 +484,13 @@ impl Watcher {
 
     fn walk(&mut self) -> io::Result<()> {
         let mut met = HashSet::new();
-        self.visit(String::new(), 0, &mut met)?;
+        loop {
+            let tree = self.tree;
+            self.visit(String::new(), 0, &mut met)?;
+            if self.tree == tree {
+                break;
+            }
+        }
         let gone: Vec<_> = self
             .seen
             .extract_if(|_, seen| !met.contains(&seen.id))
@@ -305,7 +514,14 @@ impl Watcher {
                 self.unwatch(gone.watch);
             }
         }
-        self.pods.cgroup_found(id, place(&path));
+        if let Some((tree, _)) = find(&path)
+            && tree < self.tree
+        {
+            // What was taken for pods in a worse one is looked at again.
+            self.tree = tree;
+            self.bell.rung.store(true, Ordering::Relaxed);
+        }
+        self.pods.cgroup_found(id, place_among(&path, self.tree));
         if depth == DEPTH {
             return Ok(());
         }
@@ -362,6 +578,7 @@ fn full(root: &Path, path: &str) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pods::{Record, Resolution, Source};
 
     const UID: &str = "0f5e1c6a-7d8e-4f2b-9c3d-1a2b3c4d5e6f";
     const ID: &str = "8b1f0e7c6d5a4b3c2d1e0f9a8b7c6d5e4f3a2b1c0d9e8f7a6b5c4d3e2f1a0b9c";
@@ -437,6 +654,125 @@ mod tests {
         ] {
             assert_eq!(place(&path), Place::Pod { uid: UID.into() }, "{path}");
         }
+    }
+
+    #[test]
+    fn a_process_belongs_to_its_pod_or_to_its_unit() {
+        let of_slice = format!("kubepods-pod{}.slice", UID.replace('-', "_"));
+        let burstable = of_slice.replace("-pod", "-burstable-pod");
+        let container = format!("cri-containerd-{ID}.scope");
+        let nested = format!("docker-{ID}.scope/{UID}");
+        for (text, pod) in [
+            (format!("0::/kubepods.slice/{of_slice}/{container}\n"), UID),
+            (format!("0::/kubepods.slice/{of_slice}\n"), UID),
+            (format!("5:memory:/kubepods/pod{UID}/x\n0::/\n"), UID),
+            (format!("0::/../../{burstable}/{container}\n"), UID),
+            (format!("0::/../../{of_slice}/{container}\n"), UID),
+            (
+                format!("0::/../../../kubepods-burstable.slice/{burstable}/{container}\n"),
+                UID,
+            ),
+            (format!("0::/../../pod{UID}/{ID}\n"), UID),
+            (format!("0::/../../../burstable/pod{UID}/{ID}\n"), UID),
+            (format!("0::/pod{UID}/{ID}\n"), ID),
+            (
+                format!(
+                    "0::/../../../../user.slice/user-1000.slice/user@1000.service/kubepods/pod{UID}/{ID}\n"
+                ),
+                "user@1000.service",
+            ),
+            (
+                format!("0::/system.slice/docker-{ID}.scope/kubepods/pod{UID}/{ID}\n"),
+                &nested,
+            ),
+            ("0::/system.slice/ssh.service\n".to_owned(), "ssh.service"),
+            ("0::/\n".to_owned(), "/"),
+            (String::new(), "/"),
+        ] {
+            assert_eq!(&*charged(&text), pod, "{text}");
+        }
+    }
+
+    /// Whoever may make cgroups cannot make a pod's.
+    #[test]
+    fn a_tree_counts_where_it_begins_like_the_kubelets() {
+        let slice = UID.replace('-', "_");
+        let plain = format!("pod{UID}/{ID}");
+        for path in [
+            format!("/my-kubepods-copy/{plain}"),
+            format!("/kubepods-copy/{plain}"),
+            format!("/kubepods.slice.d/kubepods-pod{slice}.slice/{ID}"),
+            format!("/kubepods.slice/other-pod{slice}.slice/{ID}"),
+            format!(
+                "/kubepods.slice/kubepods-burstable.slice/kubepods-besteffort-pod{slice}.slice/{ID}"
+            ),
+            format!("/kubepods/system/{plain}"),
+            format!("/kubepods/burstable/besteffort/{plain}"),
+            format!("/other.slice/kubepods.slice/x/{plain}"),
+            format!("/a.slice/b-kubepods.slice/b-kubepods-pod{slice}.slice/{ID}"),
+            format!("/user.slice/user-1000.slice/user@1000.service/kubepods/{plain}"),
+            format!(
+                "/user.slice/user-1000.slice/kubepods.slice/kubepods-pod{slice}.slice/cri-containerd-{ID}.scope"
+            ),
+            format!("/other-kubepods-x-pod{slice}.slice:cri-containerd:{ID}"),
+        ] {
+            assert!(matches!(place(&path), Place::Unit(_)), "{path}");
+        }
+        let tree = |path: &str| find(path).expect("looks like it").0;
+        for (path, expected) in [
+            ("/kubepods.slice", Tree::Kubelet),
+            ("/kubelet/kubepods", Tree::Kubelet),
+            (
+                "/system.slice/k3s.service/kubepods/burstable",
+                Tree::Kubelet,
+            ),
+            ("/system.slice/jenkins.service/kubepods", Tree::Nested),
+            ("/docker/abc/kubepods", Tree::Nested),
+            ("/lxc.payload.x/kubepods", Tree::Nested),
+            (
+                "/user.slice/user-1000.slice/user@1000.service/k3s.slice/k3s-kubepods",
+                Tree::User,
+            ),
+        ] {
+            assert_eq!(tree(path), expected, "{path}");
+        }
+    }
+
+    /// Where the kubelet has a tree, what looks like one elsewhere is none; where it has none, that is its own.
+    #[test]
+    fn the_best_tree_of_a_node_is_the_kubelets() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let make = |path: String| {
+            let path = folder.path().join(path);
+            fs::create_dir_all(&path).expect("made");
+            fs::metadata(path).expect("there").ino()
+        };
+        let own = "user.slice/user-1000.slice/user@1000.service/k3s.slice/k3s-kubepods";
+        let of_user = make(format!("{own}/pod{UID}/{ID}"));
+        let pods = Arc::new(Pods::new(&Source::Kube, Duration::from_secs(300)));
+        let record = serde_json::json!({
+            "metadata": {"namespace": "ml", "name": "a", "uid": UID},
+            "status": {"containerStatuses": [{
+                "name": "main", "containerID": format!("containerd://{ID}"),
+                "image": "", "imageID": "", "ready": true, "restartCount": 0,
+            }]},
+        });
+        let record = serde_json::from_value(record).expect("a pod");
+        pods.pod_found(Record::of(&record).expect("named"), Instant::now());
+        let mut watcher = Watcher::new(folder.path().into(), Arc::clone(&pods)).expect("watches");
+        let owner = |id| match pods.view().resolve(id) {
+            Resolution::Owner(owner) => owner.labels.container.to_string(),
+            other => format!("{other:?}"),
+        };
+        assert_eq!(owner(of_user), "main", "the only one that there is");
+        let nested = make(format!(
+            "system.slice/docker-{ID}.scope/kubepods/pod{UID}/{ID}"
+        ));
+        watcher.walk().expect("walked");
+        assert_eq!((&*owner(nested), &*owner(of_user)), ("main", "Host"));
+        make("kubepods.slice".to_owned());
+        watcher.walk().expect("walked");
+        assert_eq!((&*owner(nested), &*owner(of_user)), ("Host", "Host"));
     }
 
     #[test]

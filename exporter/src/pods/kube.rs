@@ -384,7 +384,7 @@ impl Source {
                 version
             }
             WatchEvent::Deleted(Item { record, version }) => {
-                self.pods.pod_gone(&record.uid, now);
+                self.pods.pod_gone(&record.object, now);
                 version
             }
             WatchEvent::Bookmark(mark) => {

@@ -1125,6 +1125,7 @@ mod tests {
     fn pod(uid: &str, name: &str, addresses: &[&str]) -> Record {
         Record {
             uid: uid.into(),
+            object: uid.into(),
             namespace: "ml".into(),
             name: name.into(),
             created: 1,
