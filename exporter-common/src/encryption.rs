@@ -3,9 +3,16 @@
 
 use crate::histogram::Shape;
 
-/// Flows at once: two directions for each address and each cgroup that sends. 250 pods with two addresses have a thousand; a
-/// flow more counts as lost. Each takes 32 bytes on every CPU.
+/// Flows at once of pods, of the node and of cgroups: two directions for each address and each cgroup that sends. 250 pods with two
+/// addresses have a thousand; those beyond are counted as nobody's. Each takes 32 bytes on every CPU.
 pub const FLOWS: u32 = 1024;
+
+/// The same of addresses that are neither a pod's nor the node's: those of pods that are not known yet, and those that somebody made
+/// up. They have room of their own, so that whoever makes up many takes none from pods.
+pub const STRANGERS: u32 = 128;
+
+/// Addresses of pods and of the node.
+pub const KNOWN: u32 = 2048;
 
 /// Calls in progress: at most one for each CPU and task that is in the crypto of a packet.
 pub const CALLS: u32 = 4096;
@@ -70,6 +77,18 @@ pub struct Flow {
     pub protocol: u32,
     /// A [`Direction`].
     pub direction: u32,
+}
+
+impl Flow {
+    /// The flow of packets that are nobody's: it is in `FLOWS` from the start, so that there is always room for it.
+    pub const fn nobodys(protocol: u32, direction: u32) -> Self {
+        Self {
+            address: [0; 16],
+            cgroup: crate::NO_CGROUP,
+            protocol,
+            direction,
+        }
+    }
 }
 
 /// What a CPU did for a [`Flow`]; only ever added to.

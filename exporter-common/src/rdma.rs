@@ -8,7 +8,7 @@ pub const OWNERS: u32 = 1536;
 
 /// Queue pairs of user space that can exist at once. NCCL makes at most some thousand on a node; storage and MPI
 /// all-to-all some ten thousand.
-pub const QUEUE_PAIRS: u32 = 65536;
+pub const QUEUE_PAIRS: u32 = 32768;
 
 /// Queue pairs older than the exporter whose owner user space has found out.
 pub const OLD_QUEUE_PAIRS: u32 = 16384;

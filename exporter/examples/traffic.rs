@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! TCP traffic for the tests that need a kernel: `traffic serve ADDRESS`, `traffic send ADDRESS MIB`,
-//! `traffic chat ADDRESS MESSAGES`, `traffic knock ADDRESS SOCKETS SECONDS`.
+//! `traffic chat ADDRESS MESSAGES`, `traffic knock ADDRESS SOCKETS SECONDS`. And UDP: `traffic scatter ADDRESS FIRST_SOURCE SOURCES`.
 
 use std::{
     env,
     io::{self, Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     thread,
     time::{Duration, Instant},
 };
@@ -26,6 +26,10 @@ fn main() -> io::Result<()> {
         "send" => send(address, number(2)),
         "chat" => chat(address, number(2)),
         "knock" => knock(address, number(2), Duration::from_secs(number(3))),
+        "scatter" => {
+            let first: Ipv4Addr = args[2].parse().expect("an address");
+            scatter(address, first, number(3) as u32)
+        }
         other => panic!("unknown work {other}"),
     }
 }
@@ -85,6 +89,15 @@ fn knock(address: SocketAddr, sockets: u64, time: Duration) -> io::Result<()> {
     });
     for knock in knocks.collect::<io::Result<Vec<_>>>()? {
         assert!(knock.join().expect("no panic"), "somebody answered");
+    }
+    Ok(())
+}
+
+/// Sends a packet from each of many addresses, which have to be local.
+fn scatter(address: SocketAddr, first: Ipv4Addr, sources: u32) -> io::Result<()> {
+    for source in (first.to_bits()..).take(sources as usize) {
+        let socket = UdpSocket::bind((Ipv4Addr::from_bits(source), 0))?;
+        socket.send_to(&[0; 8], address)?;
     }
     Ok(())
 }

@@ -24,6 +24,8 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 
+use crate::lock::lock;
+
 /// The name of the root cgroup, which is the host itself.
 const ROOT: &str = "/";
 
@@ -269,6 +271,9 @@ impl Place {
 pub trait Drain: Send + Sync {
     /// Reads them, for the owners that the addresses have until now.
     fn drain(&self, pods: &View<'_>);
+
+    /// Takes in who holds which address from now on.
+    fn changed(&self, pods: &View<'_>);
 }
 
 /// Both sources, joined. Reading never waits for a source.
@@ -369,48 +374,45 @@ impl Pods {
     /// Has counts by address read before each change of who holds an address, for as long as the reader lives.
     pub fn drain_by(&self, drain: &Arc<dyn Drain>) {
         let drain = Arc::downgrade(drain);
-        self.drains
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(drain);
+        lock(&self.drains).push(drain);
     }
 
-    /// Reads what was counted by address so far, if `changes` says that addresses change hands. One thread follows the
-    /// pods' source, so nobody changes the state in between.
-    fn before(&self, changes: impl Fn(&State) -> bool) {
-        let view = self.view();
-        if !changes(&view.state) {
-            return;
+    /// Changes the state. If addresses change hands by that, what was counted by address is read before, and who holds which is told after.
+    /// One thread follows the pods' source, so nobody changes the state in between.
+    fn change(&self, readdresses: bool, change: impl FnOnce(&mut State)) {
+        let drains = match readdresses {
+            true => lock(&self.drains).clone(),
+            false => Vec::new(),
+        };
+        let drains: Vec<_> = drains.iter().filter_map(Weak::upgrade).collect();
+        for drain in &drains {
+            drain.drain(&self.view());
         }
-        let drains = self
-            .drains
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        for drain in drains.iter().filter_map(Weak::upgrade) {
-            drain.drain(&view);
+        change(&mut self.write());
+        for drain in drains {
+            drain.changed(&self.view());
         }
     }
 
     /// Adds a pod or what is new of it.
     pub fn pod_found(&self, record: Record, now: Instant) {
-        self.before(|state| state.readdresses(&record));
-        let mut state = self.write();
-        state.upsert(record);
-        state.answered(now);
+        let readdresses = self.view().state.readdresses(&record);
+        self.change(readdresses, |state| {
+            state.upsert(record);
+            state.answered(now);
+        });
     }
 
     /// Marks a pod as deleted, by the object that described it. Its name and containers are remembered while its cgroups are.
     pub fn pod_gone(&self, object: &str, now: Instant) {
-        self.before(|state| {
-            let known = state.object(object);
-            known.is_some_and(|known| !known.addresses().is_empty())
+        let has_addresses = |known: &Known| !known.addresses().is_empty();
+        let readdresses = self.view().state.object(object).is_some_and(has_addresses);
+        self.change(readdresses, |state| {
+            if let Some(known) = state.object_mut(object) {
+                known.gone.get_or_insert(now);
+            }
+            state.answered(now);
         });
-        let mut state = self.write();
-        if let Some(known) = state.object_mut(object) {
-            known.gone.get_or_insert(now);
-        }
-        state.answered(now);
     }
 
     /// Replaces the list of pods: those that are not in it are deleted.
@@ -418,21 +420,22 @@ impl Pods {
         let objects = records.iter().map(|record| Arc::clone(&record.object));
         let listed: HashSet<_> = objects.collect();
         let is_gone = |known: &Known| !listed.contains(&known.record.object);
-        self.before(|state| {
-            let mut known = state.pods.values().flatten();
-            known.any(|known| is_gone(known) && !known.addresses().is_empty())
-                || records.iter().any(|record| state.readdresses(record))
-        });
-        let mut state = self.write();
-        for known in state.pods.values_mut().flatten() {
-            if is_gone(known) {
-                known.gone.get_or_insert(now);
+        let view = self.view();
+        let mut known = view.state.pods.values().flatten();
+        let readdresses = known.any(|known| is_gone(known) && !known.addresses().is_empty())
+            || records.iter().any(|record| view.state.readdresses(record));
+        drop(view);
+        self.change(readdresses, |state| {
+            for known in state.pods.values_mut().flatten() {
+                if is_gone(known) {
+                    known.gone.get_or_insert(now);
+                }
             }
-        }
-        for record in records {
-            state.upsert(record);
-        }
-        state.answered(now);
+            for record in records {
+                state.upsert(record);
+            }
+            state.answered(now);
+        });
     }
 
     /// Notes that the pods' source answered and nothing changed.

@@ -19,8 +19,8 @@ use aya_ebpf::{
 };
 use exporter_common::encryption::{
     CALLS as MAX_CALLS, Call, Direction, FLOWS as MAX_FLOWS, Flow, INTERFACE_NAME,
-    INTERFACES as MAX_INTERFACES, INTERVAL, Interface, InterfaceKey, PEERS as MAX_PEERS, Peer,
-    PeerKey, Protocol, Work, slot,
+    INTERFACES as MAX_INTERFACES, INTERVAL, Interface, InterfaceKey, KNOWN as MAX_KNOWN,
+    PEERS as MAX_PEERS, Peer, PeerKey, Protocol, STRANGERS as MAX_STRANGERS, Work, slot,
 };
 use exporter_ebpf::{
     ABSENT, Loss, NO_CGROUP, Registers, add, constants, entry, lose, object, probed_socket_cgroup,
@@ -59,6 +59,14 @@ constants!(
 /// By owner, protocol and direction.
 #[map]
 static FLOWS: PerCpuHashMap<Flow, Work> = PerCpuHashMap::with_max_entries(MAX_FLOWS, 0);
+
+/// The same of addresses that are not in `KNOWN`.
+#[map]
+static STRANGERS: PerCpuHashMap<Flow, Work> = PerCpuHashMap::with_max_entries(MAX_STRANGERS, 0);
+
+/// The addresses of pods and of the node, which user space tells.
+#[map]
+static KNOWN: HashMap<[u8; 16], u32> = HashMap::with_max_entries(MAX_KNOWN, 0);
 
 /// Packets that this CPU has seen, to choose those that are timed.
 #[map]
@@ -285,13 +293,29 @@ fn flow(
     Ok((flow, bytes))
 }
 
+/// Where the packets of a flow are counted: where there is no room for it, among those that are nobody's.
 #[inline(always)]
 fn work(flow: &Flow) -> Result<*mut Work, Loss> {
     if let Some(work) = FLOWS.get_ptr_mut(flow) {
         return Ok(work);
     }
-    let _ = FLOWS.insert(flow, &NO_WORK, u64::from(BPF_NOEXIST));
-    FLOWS.get_ptr_mut(flow).ok_or(Loss::MapFull)
+    let is_known = flow.cgroup != NO_CGROUP || KNOWN.get_ptr(&flow.address).is_some();
+    let own = if is_known {
+        entry_of(&FLOWS, flow)
+    } else {
+        STRANGERS
+            .get_ptr_mut(flow)
+            .or_else(|| entry_of(&STRANGERS, flow))
+    };
+    let nobodys = Flow::nobodys(flow.protocol, flow.direction);
+    own.or_else(|| FLOWS.get_ptr_mut(&nobodys))
+        .ok_or(Loss::MapFull)
+}
+
+#[inline(always)]
+fn entry_of(map: &PerCpuHashMap<Flow, Work>, flow: &Flow) -> Option<*mut Work> {
+    let _ = map.insert(flow, &NO_WORK, u64::from(BPF_NOEXIST));
+    map.get_ptr_mut(flow)
 }
 
 /// Counts a packet. A softirq may interrupt this program on its CPU, so the additions are atomic.

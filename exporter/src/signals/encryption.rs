@@ -25,17 +25,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use aya::{
     include_bytes_aligned,
-    maps::{self, MapData, MapError},
+    maps::{self, MapData, MapError, PerCpuValues},
+    util::nr_cpus,
 };
 use base64::{Engine, prelude::BASE64_STANDARD};
 use exporter_common::{
     NO_CGROUP,
     encryption::{
-        ASSOCIATIONS, DIRECTIONS, Flow, HANDSHAKES, INTERVAL, Interface, InterfaceKey, PROTOCOLS,
-        Peer, PeerKey, Protocol, Work, slot,
+        ASSOCIATIONS, DIRECTIONS, Flow, HANDSHAKES, INTERVAL, Interface, InterfaceKey, KNOWN,
+        PEERS, PROTOCOLS, Peer, PeerKey, Protocol, Work, slot,
     },
 };
 
@@ -431,23 +432,81 @@ fn attach(kernel: &Kernel, options: Options) -> Attempt {
 /// The object at work.
 struct Live {
     attached: Attached,
-    flows: maps::PerCpuHashMap<MapData, Flow, Work>,
+    flows: Flows,
+    strangers: Flows,
+    known: maps::HashMap<MapData, [u8; 16], u32>,
     interfaces: maps::HashMap<MapData, InterfaceKey, Interface>,
     peers: maps::HashMap<MapData, PeerKey, Peer>,
+    /// The addresses that the kernel half has been told of.
+    told: HashSet<[u8; 16]>,
 }
+
+type Flows = maps::PerCpuHashMap<MapData, Flow, Work>;
 
 impl Live {
     fn build(mut attached: Attached) -> anyhow::Result<Self> {
+        let mut flows: Flows = attached.map("FLOWS")?;
+        let cpus = nr_cpus().map_err(|(path, error)| anyhow!("read {path}: {error}"))?;
+        for protocol in 0..PROTOCOLS.len() as u32 {
+            for direction in 0..DIRECTIONS.len() as u32 {
+                let none = PerCpuValues::try_from(vec![Work::default(); cpus])?;
+                let flow = Flow::nobodys(protocol, direction);
+                flows
+                    .insert(flow, none, 0)
+                    .context("reserve an entry of the map FLOWS")?;
+            }
+        }
         Ok(Self {
-            flows: attached.map("FLOWS")?,
+            flows,
+            strangers: attached.map("STRANGERS")?,
+            known: attached.map("KNOWN")?,
             interfaces: attached.map("INTERFACES")?,
             peers: attached.map("PEERS")?,
             attached,
+            told: HashSet::new(),
         })
     }
 
+    /// Tells the kernel half which addresses are a pod's or the node's. What it holds not as known it takes for strangers'.
+    fn tell(&mut self, holders: &Holders<'_>) -> anyhow::Result<()> {
+        let addresses = holders.addresses.keys().chain(holders.host);
+        let now: HashSet<_> = addresses.map(bytes).take(KNOWN as usize).collect();
+        for gone in self.told.difference(&now) {
+            removed(self.known.remove(gone))?;
+        }
+        for new in now.difference(&self.told) {
+            let told = self.known.insert(new, 0, 0);
+            told.context("enter an address into a map")?;
+        }
+        self.told = now;
+        Ok(())
+    }
+
+    /// Removes flows that are done with.
+    fn remove(&mut self, flows: Vec<Counted>) -> anyhow::Result<()> {
+        for (room, flow) in flows {
+            removed(match room {
+                Room::Known => self.flows.remove(&flow),
+                Room::Strangers => self.strangers.remove(&flow),
+            })?;
+        }
+        Ok(())
+    }
+
     /// What all CPUs did for each flow.
-    fn work(&self) -> anyhow::Result<Vec<(Flow, Work)>> {
+    fn work(&self) -> anyhow::Result<Vec<(Counted, Work)>> {
+        let mut all = Vec::new();
+        for (room, map) in [
+            (Room::Known, &self.flows),
+            (Room::Strangers, &self.strangers),
+        ] {
+            let flows = Self::sums(map)?.into_iter();
+            all.extend(flows.map(|(flow, work)| ((room, flow), work)));
+        }
+        Ok(all)
+    }
+
+    fn sums(map: &Flows) -> anyhow::Result<Vec<(Flow, Work)>> {
         let there = |entry: &Result<_, MapError>| !matches!(entry, Err(MapError::KeyNotFound));
         let sum = |(flow, cpus): (Flow, maps::PerCpuValues<Work>)| {
             let mut all = Work::default();
@@ -459,8 +518,8 @@ impl Live {
             }
             (flow, all)
         };
-        let flows: Result<Vec<_>, _> = self.flows.iter().filter(there).collect();
-        let flows = flows.context("read the map FLOWS")?;
+        let flows: Result<Vec<_>, _> = map.iter().filter(there).collect();
+        let flows = flows.context("read a map of flows")?;
         Ok(flows.into_iter().map(sum).collect())
     }
 }
@@ -473,23 +532,35 @@ enum Whose {
     Unknown,
 }
 
+/// In which map the kernel half counts a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Room {
+    /// That of pods, the node and cgroups.
+    Known,
+    /// That of other addresses. One that becomes known is counted in the other map from then on.
+    Strangers,
+}
+
+/// A flow in a map.
+pub type Counted = (Room, Flow);
+
 /// Counts of flows, turned into counts of owners as they grow.
 #[derive(Debug, Default)]
 pub struct Books {
-    /// What was booked of each flow.
-    seen: HashMap<Flow, Work>,
-    /// When a flow last grew.
-    grew: HashMap<Flow, Instant>,
+    /// What was booked of each flow, and when it last grew.
+    seen: HashMap<Counted, (Work, Instant)>,
     /// Flows whose owner may still be told, since when.
-    waiting: HashMap<Flow, Instant>,
-    /// Addresses that a pod has held: the next to hold one has no claim on what came before.
-    held: HashSet<IpAddr>,
+    waiting: HashMap<Counted, Instant>,
+    /// Addresses that a pod has held, and when it last did: the next to hold one has no claim on what came before.
+    held: HashMap<IpAddr, Instant>,
     /// Nanoseconds and bytes that were timed, by protocol and direction.
     timed: [[(u64, u64); DIRECTIONS.len()]; PROTOCOLS.len()],
-    /// Totals by owner, and where each owner's are.
+    /// Totals by owner; those of owners that are forgotten are free.
     totals: Vec<[u64; SLOTS]>,
+    whose: Vec<Option<Whose>>,
+    /// Where each owner's are.
     index: HashMap<Whose, usize>,
-    whose: Vec<Whose>,
+    free: Vec<usize>,
 }
 
 /// Who holds which address at one time.
@@ -518,12 +589,15 @@ impl<'a> Holders<'a> {
 impl Books {
     /// Books what the flows grew by to those who hold their addresses now. What may still find its owner is left for
     /// later.
-    pub fn book(&mut self, work: &[(Flow, Work)], holders: &Holders<'_>, now: Instant) {
-        self.held.extend(holders.addresses.keys());
+    pub fn book(&mut self, work: &[(Counted, Work)], holders: &Holders<'_>, now: Instant) {
+        let held = holders.addresses.keys();
+        self.held.extend(held.map(|address| (*address, now)));
         let mut known = Vec::new();
-        for (flow, work) in work {
+        for (counted, work) in work {
+            let (_, flow) = counted;
             let (protocol, direction) = (flow.protocol as usize, flow.direction as usize);
-            let seen = self.seen.get(flow).copied().unwrap_or_default();
+            let seen = self.seen.get(counted);
+            let seen = seen.map_or_else(Work::default, |(work, _)| *work);
             let by = Work {
                 packets: work.packets.saturating_sub(seen.packets),
                 bytes: work.bytes.saturating_sub(seen.bytes),
@@ -538,16 +612,15 @@ impl Books {
             let whose = match self.whose(flow, holders) {
                 Some(whose) => whose,
                 None => {
-                    let since = *self.waiting.entry(*flow).or_insert(now);
+                    let since = *self.waiting.entry(*counted).or_insert(now);
                     if now.saturating_duration_since(since) < PATIENCE {
                         continue;
                     }
                     Whose::Unknown
                 }
             };
-            self.waiting.remove(flow);
-            self.seen.insert(*flow, *work);
-            self.grew.insert(*flow, now);
+            self.waiting.remove(counted);
+            self.seen.insert(*counted, (*work, now));
             let (nanoseconds, bytes) = &mut self.timed[protocol][direction];
             *nanoseconds += by.timed_nanoseconds;
             *bytes += by.timed_bytes;
@@ -593,42 +666,83 @@ impl Books {
             Some(Some(owner)) => Some(Whose::Owner(owner.clone())),
             Some(None) => Some(Whose::Unknown),
             None if holders.host.contains(&address) => Some(Whose::Host),
-            None if self.held.contains(&address) => Some(Whose::Unknown),
+            None if self.held.contains_key(&address) => Some(Whose::Unknown),
             None => None,
         }
     }
 
     fn totals_of(&mut self, whose: Whose) -> &mut [u64; SLOTS] {
-        let next = self.whose.len();
-        let at = *self.index.entry(whose.clone()).or_insert(next);
-        if at == next {
-            self.whose.push(whose);
-            self.totals.push([0; SLOTS]);
-        }
+        let at = match self.index.get(&whose) {
+            Some(at) => *at,
+            None => {
+                let at = self.free.pop().unwrap_or(self.totals.len());
+                if at == self.totals.len() {
+                    self.totals.push([0; SLOTS]);
+                    self.whose.push(None);
+                }
+                self.whose[at] = Some(whose.clone());
+                self.index.insert(whose, at);
+                at
+            }
+        };
         &mut self.totals[at]
     }
 
+    /// Books what owners grew by to their accounts, and forgets owners that are gone and have not grown for `retention`.
+    pub fn settle(
+        &mut self,
+        ledger: &mut Ledger<usize, SLOTS>,
+        holders: &Holders<'_>,
+        retention: Duration,
+        now: Instant,
+    ) {
+        let readings = self.index.values().map(|at| (*at, self.totals[*at]));
+        let resolve = |at: usize| match &self.whose[at] {
+            Some(Whose::Owner(owner)) => Resolution::Owner(owner.clone()),
+            Some(Whose::Host) => Resolution::Host,
+            Some(Whose::Unknown) | None => Resolution::Unknown,
+        };
+        let mut owners = holders.pods.owners();
+        owners.extend(holders.addresses.values().flatten().cloned());
+        ledger.book(&owners, readings, resolve, now);
+        let dead = |at: usize| match &self.whose[at] {
+            Some(Whose::Owner(owner)) => !owners.contains(owner),
+            _ => false,
+        };
+        for at in ledger.retire(retention, dead, now) {
+            if let Some(whose) = self.whose[at].take() {
+                self.index.remove(&whose);
+                self.totals[at] = [0; SLOTS];
+                self.free.push(at);
+            }
+        }
+        let is_fresh = |at: Instant| now.saturating_duration_since(at) < retention;
+        self.held.retain(|_, at| is_fresh(*at));
+    }
+
     /// Flows that have not grown for a time and whose address nobody holds: their entries may be removed.
-    pub fn idle(&mut self, idle: Duration, holders: &Holders<'_>, now: Instant) -> Vec<Flow> {
-        let gone = |flow: &Flow| {
+    pub fn idle(&mut self, idle: Duration, holders: &Holders<'_>, now: Instant) -> Vec<Counted> {
+        let gone = |(room, flow): &Counted| {
+            if *room == Room::Strangers {
+                return true;
+            }
             if flow.cgroup != NO_CGROUP {
                 return !holders.pods.knows(flow.cgroup);
             }
             let address = address(flow);
-            !holders.addresses.contains_key(&address) && !holders.host.contains(&address)
+            let is_held =
+                holders.addresses.contains_key(&address) || holders.host.contains(&address);
+            !is_held && !address.is_unspecified()
         };
-        let old = |grew: &Instant| now.saturating_duration_since(*grew) >= idle;
-        let flows: Vec<_> = self
-            .grew
-            .iter()
-            .filter(|(flow, grew)| old(grew) && gone(flow))
-            .map(|(flow, _)| *flow)
-            .collect();
-        for flow in &flows {
-            self.grew.remove(flow);
-            self.seen.remove(flow);
+        let old = |grew: Instant| now.saturating_duration_since(grew) >= idle;
+        let idle = self.seen.iter().filter(|(counted, (_, grew))| {
+            old(*grew) && gone(counted) && !self.waiting.contains_key(counted)
+        });
+        let idle: Vec<_> = idle.map(|(counted, _)| *counted).collect();
+        for counted in &idle {
+            self.seen.remove(counted);
         }
-        flows
+        idle
     }
 }
 
@@ -637,17 +751,35 @@ fn address(flow: &Flow) -> IpAddr {
     Ipv6Addr::from(flow.address).to_canonical()
 }
 
-/// The addresses of this node, as its first process sees them.
+/// An address as a flow has it.
+fn bytes(address: &IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+        IpAddr::V6(v6) => *v6,
+    }
+    .octets()
+}
+
+/// A table of this node's network, as its first process sees it.
+fn of_host(table: &str) -> String {
+    let of_host = fs::read_to_string(Path::new("/proc/1/net").join(table));
+    of_host
+        .or_else(|_| fs::read_to_string(Path::new("/proc/self/net").join(table)))
+        .unwrap_or_default()
+}
+
+/// The addresses of this node.
 fn host_addresses() -> HashSet<IpAddr> {
-    let read = |file: &str| {
-        let of_host = fs::read_to_string(Path::new("/proc/1/net").join(file));
-        of_host
-            .or_else(|_| fs::read_to_string(Path::new("/proc/self/net").join(file)))
-            .unwrap_or_default()
-    };
-    let mut addresses: HashSet<_> = local_v4(&read("fib_trie")).map(IpAddr::V4).collect();
-    addresses.extend(local_v6(&read("if_inet6")).map(IpAddr::V6));
+    let mut addresses: HashSet<_> = local_v4(&of_host("fib_trie")).map(IpAddr::V4).collect();
+    addresses.extend(local_v6(&of_host("if_inet6")).map(IpAddr::V6));
     addresses
+}
+
+/// The names of the interfaces of `/proc/net/dev`: the first word of each line, before a colon.
+fn interfaces(table: &str) -> impl Iterator<Item = &str> {
+    table
+        .lines()
+        .filter_map(|line| Some(line.split_once(':')?.0.trim()))
 }
 
 /// The local addresses of `/proc/net/fib_trie`: `|-- 10.0.0.1`, and below it `/32 host LOCAL`.
@@ -680,14 +812,15 @@ struct Core {
     looks: u8,
     books: Books,
     host: HashSet<IpAddr>,
-    /// When the node's addresses were read.
+    interfaces: HashSet<String>,
+    /// When the node's addresses and interfaces were read.
     listed: Option<Instant>,
 }
 
 /// Enough for the some seconds that a chain of modules takes.
 const LOOKS: u8 = 5;
 
-/// How old the list of the node's addresses may be.
+/// How old the lists of the node's addresses and interfaces may be.
 const HOST_EVERY: Duration = Duration::from_secs(10);
 
 impl Follower for Core {
@@ -765,13 +898,15 @@ impl Core {
         }
     }
 
-    /// Reads the node's addresses anew, if the list is old.
+    /// Reads the node's addresses and interfaces anew, if the lists are old.
     fn list_host(&mut self, now: Instant) {
         let stale = self
             .listed
             .is_none_or(|at| now.saturating_duration_since(at) >= HOST_EVERY);
         if stale {
             self.host = host_addresses();
+            let names = of_host("dev");
+            self.interfaces = interfaces(&names).map(str::to_owned).collect();
             self.listed = Some(now);
         }
     }
@@ -798,6 +933,18 @@ impl Drain for Drained {
             ),
         }
     }
+
+    fn changed(&self, pods: &View<'_>) {
+        let mut core = lock(&self.0);
+        let core = &mut *core;
+        if let Some(live) = &mut core.live
+            && let Err(error) = live.tell(&Holders::new(pods, &core.host))
+        {
+            tracing::error!(
+                "signal encryption: a new address is a stranger's until the next scrape: {error:#}"
+            );
+        }
+    }
 }
 
 /// A peer by what its series are called.
@@ -809,6 +956,8 @@ struct Encryption {
     stopped: Arc<AtomicBool>,
     ledger: Ledger<usize, SLOTS>,
     interfaces: BTreeMap<(&'static str, String), [u64; slot::ALL]>,
+    /// When each of them last counted anything.
+    counted: HashMap<(&'static str, String), Instant>,
     peers: Peers,
     status: Status,
     lost: Vec<(&'static str, u64)>,
@@ -831,6 +980,7 @@ impl Encryption {
             looks: 0,
             books: Books::default(),
             host: HashSet::new(),
+            interfaces: HashSet::new(),
             listed: None,
         };
         core.follow(|| kernel.clone());
@@ -849,11 +999,74 @@ impl Encryption {
             stopped,
             ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
             interfaces: BTreeMap::new(),
+            counted: HashMap::new(),
             peers: Peers::default(),
             status,
             lost: no_losses(),
             runs: Vec::new(),
         })
+    }
+}
+
+impl Encryption {
+    /// Reads what was counted by interface, and forgets those that are gone: an interface that is there may be quiet for long.
+    fn read_interfaces(
+        &mut self,
+        live: &mut Live,
+        there: &HashSet<String>,
+        scope: &Scope<'_>,
+    ) -> anyhow::Result<()> {
+        let before = std::mem::take(&mut self.interfaces);
+        for (key, value) in entries(&live.interfaces)? {
+            let labels = (protocol(&key), interface(&key));
+            let has_grown = before.get(&labels) != Some(&value.slots);
+            let counted = self.counted.entry(labels.clone()).or_insert(scope.now);
+            if has_grown {
+                *counted = scope.now;
+            }
+            let idle = scope.now.saturating_duration_since(*counted) >= scope.retention;
+            let stays = labels.1.is_empty() || there.contains(&labels.1);
+            if idle && !stays {
+                removed(live.interfaces.remove(&key))?;
+            } else {
+                self.interfaces.insert(labels, value.slots);
+            }
+        }
+        self.counted
+            .retain(|labels, _| self.interfaces.contains_key(labels));
+        Ok(())
+    }
+
+    /// Reads sessions by peer, and forgets peers that have none any more.
+    fn read_peers(
+        &mut self,
+        live: &mut Live,
+        host: &HashSet<IpAddr>,
+        scope: &Scope<'_>,
+    ) -> anyhow::Result<()> {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        let now = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32);
+        let all = entries(&live.peers)?;
+        // The time of the last session is kept for as long as an interval is told, if there is room.
+        let longest = INTERVAL
+            .bound(INTERVAL.bounds - 1)
+            .map(Duration::from_nanos);
+        let is_roomy = all.len() < PEERS as usize / 2;
+        let kept = longest
+            .filter(|_| is_roomy)
+            .unwrap_or_default()
+            .max(scope.retention);
+        let mut peers = BTreeMap::new();
+        for (key, peer) in all {
+            let idle = now.saturating_sub(Duration::from_nanos(peer.last));
+            if idle >= kept {
+                removed(live.peers.remove(&key))?;
+            } else if idle < scope.retention {
+                *peers.entry(peer_labels(&key, host)).or_default() += peer.sessions;
+            }
+        }
+        self.peers.update(peers, scope.now);
+        Ok(())
     }
 }
 
@@ -936,7 +1149,8 @@ fn peer_labels(key: &PeerKey, host: &HashSet<IpAddr>) -> PeerLabels {
 
 impl Signal for Encryption {
     fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<Read> {
-        let Some(mut core) = try_lock(&self.core) else {
+        let core = Arc::clone(&self.core);
+        let Some(mut core) = try_lock(&core) else {
             return Ok(Read::Before);
         };
         let core = &mut *core;
@@ -945,33 +1159,18 @@ impl Signal for Encryption {
             core.list_host(scope.now);
         }
         let holders = Holders::new(scope.pods, &core.host);
-        if let Some(live) = &core.live {
+        if let Some(live) = &mut core.live {
+            live.tell(&holders)?;
             core.books.book(&live.work()?, &holders, scope.now);
         }
-        let readings = core.books.totals.iter().copied().enumerate();
-        let resolve = |at: usize| match &core.books.whose[at] {
-            Whose::Owner(owner) => Resolution::Owner(owner.clone()),
-            Whose::Host => Resolution::Host,
-            Whose::Unknown => Resolution::Unknown,
-        };
-        let mut owners = scope.pods.owners();
-        owners.extend(holders.addresses.values().flatten().cloned());
-        self.ledger.book(&owners, readings, resolve, scope.now);
+        core.books
+            .settle(&mut self.ledger, &holders, scope.retention, scope.now);
         let Some(live) = &mut core.live else {
             return Ok(Read::Now);
         };
-        for flow in core.books.idle(scope.retention, &holders, scope.now) {
-            removed(live.flows.remove(&flow))?;
-        }
-        for (key, value) in entries(&live.interfaces)? {
-            self.interfaces
-                .insert((protocol(&key), interface(&key)), value.slots);
-        }
-        let mut peers = BTreeMap::new();
-        for (key, peer) in entries(&live.peers)? {
-            *peers.entry(peer_labels(&key, &core.host)).or_default() += peer.sessions;
-        }
-        self.peers.update(peers, scope.now);
+        live.remove(core.books.idle(scope.retention, &holders, scope.now))?;
+        self.read_interfaces(live, &core.interfaces, scope)?;
+        self.read_peers(live, &core.host, scope)?;
         self.lost = live.attached.lost()?;
         self.runs = live.attached.runs();
         Ok(Read::Now)
@@ -1078,7 +1277,7 @@ mod tests {
     struct Node {
         pods: Arc<Pods>,
         books: Arc<Mutex<Books>>,
-        kernel: Arc<Mutex<HashMap<Flow, Work>>>,
+        kernel: Arc<Mutex<HashMap<Counted, Work>>>,
         host: HashSet<IpAddr>,
         began: Instant,
         drain: Option<Arc<dyn Drain>>,
@@ -1086,7 +1285,7 @@ mod tests {
 
     struct Drainer {
         books: Arc<Mutex<Books>>,
-        kernel: Arc<Mutex<HashMap<Flow, Work>>>,
+        kernel: Arc<Mutex<HashMap<Counted, Work>>>,
         host: HashSet<IpAddr>,
         began: Instant,
     }
@@ -1106,6 +1305,8 @@ mod tests {
                 .expect("no panic")
                 .book(&work, &holders, self.began);
         }
+
+        fn changed(&self, _: &View<'_>) {}
     }
 
     fn flow(address: &str, direction: u32) -> Flow {
@@ -1161,14 +1362,14 @@ mod tests {
 
         fn works(&self, flow: Flow, packets: u64) {
             let mut kernel = self.kernel.lock().expect("no panic");
-            let work = kernel.entry(flow).or_default();
+            let work = kernel.entry((Room::Known, flow)).or_default();
             work.packets += packets;
             work.bytes += packets * 100;
         }
 
         fn times(&self, flow: Flow, packets: u64, nanoseconds: u64) {
             let mut kernel = self.kernel.lock().expect("no panic");
-            let work = kernel.entry(flow).or_default();
+            let work = kernel.entry((Room::Known, flow)).or_default();
             work.timed_bytes += packets * 100;
             work.timed_nanoseconds += nanoseconds;
         }
@@ -1197,18 +1398,14 @@ mod tests {
 
         fn counts(&self, slot: usize) -> BTreeMap<String, u64> {
             let books = self.books.lock().expect("no panic");
-            let named = books
-                .whose
-                .iter()
-                .zip(&books.totals)
-                .map(|(whose, totals)| {
-                    let name = match whose {
-                        Whose::Owner(owner) => format!("{} {}", owner.labels.pod, owner.uid),
-                        Whose::Host => "host".to_owned(),
-                        Whose::Unknown => "unknown".to_owned(),
-                    };
-                    (name, totals[slot])
-                });
+            let named = books.index.iter().map(|(whose, at)| {
+                let name = match whose {
+                    Whose::Owner(owner) => format!("{} {}", owner.labels.pod, owner.uid),
+                    Whose::Host => "host".to_owned(),
+                    Whose::Unknown => "unknown".to_owned(),
+                };
+                (name, books.totals[*at][slot])
+            });
             named.filter(|(_, count)| *count > 0).collect()
         }
     }

@@ -624,6 +624,78 @@ fn what_one_node_encrypts_the_other_decrypts() {
     }
 }
 
+/// Who makes up addresses takes no room from pods: what cannot be told apart is nobody's.
+#[test]
+fn sources_that_somebody_makes_up_take_no_room_from_pods() {
+    let _alone = alone();
+    if !can_encrypt() {
+        return;
+    }
+    let nodes = Nodes::new();
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("pods.json");
+    let (new, old): (Vec<_>, Vec<_>) = nodes
+        .pods
+        .iter()
+        .cloned()
+        .partition(|pod| pod.name == "a-2");
+    write_pods(&file, &old);
+    let exporter = Exporter::start(&["--pods", &file.display().to_string()]);
+    exporter.until_state("encryption", "up");
+    nodes.wireguard(false);
+    nodes.routes("wg0");
+    let ping = "ping -q -i 0.2 -c 10 10.82.0.1 >/dev/null";
+    nodes.run(0, ping);
+    let encrypted = |scrape: &Scrape, pod: &str| of(scrape, PACKETS, pod, "wireguard", "encrypt");
+    let before = exporter.scrape_until("the session is there", |scrape| {
+        encrypted(scrape, "a-1") >= 10.0
+    });
+
+    const SOURCES: u32 = 1100;
+    run("ip -n chandra-p0 route add local 10.66.0.0/16 dev lo");
+    nodes.run(
+        0,
+        &format!("TRAFFIC scatter 10.82.0.1:9 10.66.0.1 {SOURCES}"),
+    );
+    // Most had no room, and are nobody's at once; of the others that is certain after half a minute.
+    let room = f64::from(exporter_common::encryption::STRANGERS);
+    let scattered = exporter.scrape_until("those without room are nobody's", |scrape| {
+        encrypted(scrape, "unknown") >= f64::from(SOURCES) - room
+    });
+    assert_eq!(encrypted(&scattered, "a-2"), 0.0, "{}", scattered.text);
+
+    let all: Vec<_> = old.iter().chain(&new).cloned().collect();
+    write_pods(&file, &all);
+    exporter.page_until("the new pod is known", |page| page.contains("a-2"));
+    nodes.run(1, ping.replace("0.1", "0.2").as_str());
+    let counted = exporter.scrape_until("the new pod counts", |scrape| {
+        encrypted(scrape, "a-2") > 0.0
+    });
+    assert_eq!(encrypted(&counted, "a-2"), 10.0, "{}", counted.text);
+    let last = exporter.scrape_until("all others are nobody's", |scrape| {
+        encrypted(scrape, "unknown") >= f64::from(SOURCES)
+    });
+    assert_eq!(
+        encrypted(&last, "unknown"),
+        f64::from(SOURCES),
+        "{}",
+        last.text
+    );
+    assert_eq!(
+        encrypted(&last, "a-1"),
+        encrypted(&before, "a-1"),
+        "{}",
+        last.text
+    );
+    let full = [("signal", "encryption"), ("reason", "map_full")];
+    assert_eq!(
+        last.sum("chandra_lost_events_total", &full),
+        0.0,
+        "{}",
+        last.text
+    );
+}
+
 #[test]
 fn sessions_are_counted_and_peers_survive_being_added_again() {
     let _alone = alone();
