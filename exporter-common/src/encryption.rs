@@ -12,7 +12,7 @@ pub const FLOWS: u32 = 1024;
 pub const STRANGERS: u32 = 128;
 
 /// Addresses of pods and of the node.
-pub const KNOWN: u32 = 2048;
+pub const KNOWN: u32 = 1024;
 
 /// Calls in progress: at most one for each CPU and task that is in the crypto of a packet.
 pub const CALLS: u32 = 4096;

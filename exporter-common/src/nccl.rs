@@ -15,20 +15,57 @@ pub const GROUPS: u32 = 2048;
 /// Communicators of all processes. One more counts as lost.
 pub const COMMUNICATORS: u32 = 4096;
 
-/// Collectives that some rank has joined and another has not, at once.
-pub const PAIRS: u32 = 1024;
+/// Collectives that some rank has joined and another has not, at once: a rank that comes late does so by hundreds.
+pub const PAIRS: u32 = 2048;
 
-/// Collectives that the plugin has told the start of, and not the end.
-pub const STARTED: u32 = 1024;
+/// Collectives that the plugin has told the start of, and not the end. One job on eight GPUs may have some thousand.
+pub const STARTED: u32 = 16384;
 
-/// Processes that use NCCL.
-pub const PROCESSES: u32 = 1024;
+/// Processes that have a communicator, on a node with several versions of NCCL.
+pub const PROCESSES: u32 = 2048;
 
 /// Their cgroups.
 pub const OWNERS: u32 = 96;
 
 /// Calls in progress: at most one and its inner ones for each thread.
-pub const IN_PROGRESS: u32 = 1024;
+pub const IN_PROGRESS: u32 = 2048;
+
+/// Cgroups of which it is known how much of the maps they have.
+pub const SHARES: u32 = 256;
+
+/// What a cgroup has a share of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Share {
+    /// Ranks: each has a seat, and most a communicator.
+    Seats = 0,
+    /// Groups, of the cgroup of whose rank was the first.
+    Groups = 1,
+    /// Collectives that wait for a rank, of the cgroup that has the group.
+    Pairs = 2,
+    /// Collectives whose start the plugin has told.
+    Started = 3,
+    /// Calls in progress.
+    Calls = 4,
+}
+
+/// How much of each a cgroup may have at once, so that no job takes the room of all others.
+pub const SHARE: [u64; 5] = [
+    COMMUNICATORS as u64 / 4,
+    GROUPS as u64 / 4,
+    PAIRS as u64 / 2,
+    STARTED as u64 / 2,
+    IN_PROGRESS as u64 / 2,
+];
+
+/// By [`Share`], how often a cgroup has taken one and the kernel half has given one back: the value of the map `SHARES`, whose key is a
+/// cgroup id (`u64`). And how often user space has: that of the map `RETURNED`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Shares {
+    /// Those.
+    pub counts: [u64; SHARE.len()],
+}
 
 /// Collectives that are being completed, at most one for each CPU.
 pub const CLAIMS: u32 = 256;
@@ -220,7 +257,8 @@ pub const ANCHORED: u64 = 4;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Group {
-    /// Ranks here that have begun to initialise and not ended.
+    /// Ranks here that have begun to initialise and not ended, and those of which user space has found that they are gone: how many
+    /// these are stands in the map `LEFT`, by the same key, since the kernel half adds to this while user space works.
     pub members: u64,
     /// Ranks everywhere; 0 if that is not known.
     pub ranks: u64,
@@ -228,6 +266,8 @@ pub struct Group {
     pub hash: u64,
     /// CLOCK_MONOTONIC in nanoseconds when a rank was last found whose beginning had not been seen; 0 if all were.
     pub adopted: u64,
+    /// The cgroup that it is a part of the share of.
+    pub cgroup: u64,
 }
 
 /// The key of the map `SEATS`.
@@ -312,6 +352,9 @@ pub struct Layout {
 /// The key of the map `LAYOUTS` for processes that have none of their own: there if all libraries are alike.
 pub const ANY_PROCESS: u32 = 0;
 
+/// [`Layout::hash`] of a process that has a communicator of which user space has not told the layout yet.
+pub const WANTED: u32 = u32::MAX - 1;
+
 /// What stands at the beginning of a communicator since 2.21 (`startMagic`).
 pub const MAGIC: u64 = 0x0280_0280_0280_0280;
 
@@ -341,6 +384,8 @@ pub struct Begun {
     pub rank: u64,
     /// Ranks of the communicator; of one that initialises all at once, how many.
     pub ranks: u64,
+    /// The cgroup of its process.
+    pub cgroup: u64,
 }
 
 /// What the plugin has told the start of: the key of the map `STARTED`.
@@ -369,14 +414,15 @@ const _: () = {
     assert!(size_of::<Owner>() == 8 * SLOTS, "no padding");
     assert!(size_of::<Communicator>() == 16, "no padding");
     assert!(size_of::<Handle>() == 40 + 8 * COLLECTIVES, "no padding");
-    assert!(size_of::<Group>() == 32, "no padding");
+    assert!(size_of::<Group>() == 40, "no padding");
+    assert!(size_of::<Shares>() == 8 * SHARE.len(), "no padding");
     assert!(size_of::<Seat>() == 16, "no padding");
     assert!(size_of::<Member>() == 72, "no padding");
     assert!(size_of::<Pair>() == 24, "no padding");
     assert!(size_of::<Arrivals>() == 24 + 8 * GROUP_SEATS, "no padding");
     assert!(size_of::<Layout>() == 16, "no padding");
     assert!(size_of::<Frame>() == 16, "no padding");
-    assert!(size_of::<Begun>() == 48, "no padding");
+    assert!(size_of::<Begun>() == 56, "no padding");
     assert!(size_of::<Started>() == 32, "no padding");
     assert!(size_of::<Since>() == 16, "no padding");
 };
@@ -394,6 +440,7 @@ mod user {
         Communicator,
         Handle,
         Group,
+        Shares,
         Seat,
         Member,
         Pair,

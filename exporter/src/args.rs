@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 
-use crate::pods::Source;
+use crate::{pods::Source, signals::nccl::salt::Salt};
 
 /// Sees what Hubble leaves dark for AI workloads, and serves it to Prometheus.
 #[derive(Debug, Parser)]
@@ -34,6 +34,14 @@ pub enum Command {
             env = "CHANDRA_PATH_CGROUPFS"
         )]
         cgroupfs: Option<PathBuf>,
+        /// The secret that names of NCCL's communicators are made with, if the exporter has one.
+        #[arg(
+            long = "nccl.salt-file",
+            value_name = "FILE",
+            env = "CHANDRA_NCCL_SALT_FILE",
+            value_parser = Salt::read
+        )]
+        nccl_salt: Option<Salt>,
     },
     /// Print the reference of all metrics, in Markdown.
     Metrics,
@@ -145,6 +153,15 @@ pub struct Serve {
         value_parser = share
     )]
     pub cuda_budget: f64,
+    /// A secret that all nodes of the cluster share: pages then name NCCL's communicators by a keyed hash, so that nobody who reads them can
+    /// pretend to be a rank of another job.
+    #[arg(
+        long = "nccl.salt-file",
+        value_name = "FILE",
+        env = "CHANDRA_NCCL_SALT_FILE",
+        value_parser = Salt::read
+    )]
+    pub nccl_salt: Option<Salt>,
     /// What to log: error, warn, info, debug or trace, also by module.
     #[arg(
         long = "log.level",

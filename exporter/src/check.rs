@@ -85,10 +85,10 @@ pub struct Maps {
 ///
 /// # Errors
 /// When an embedded object cannot be parsed.
-pub fn run(cgroupfs: Option<&Path>) -> anyhow::Result<Report> {
+pub fn run(cgroupfs: Option<&Path>, is_salted: bool) -> anyhow::Result<Report> {
     let kernel = Kernel::read();
     let hierarchy = Hierarchy::of_host(cgroupfs);
-    let host = facts(&kernel, &hierarchy);
+    let host = facts(&kernel, &hierarchy, is_salted);
     let options = Options {
         show_paths: true,
         ..Options::default()
@@ -137,7 +137,7 @@ fn signal(running: Running) -> Signal {
     }
 }
 
-fn facts(kernel: &Kernel, hierarchy: &Hierarchy) -> Vec<Fact> {
+fn facts(kernel: &Kernel, hierarchy: &Hierarchy, is_salted: bool) -> Vec<Fact> {
     let fact = |name, result: Result<String, String>| match result {
         Ok(detail) => Fact {
             name,
@@ -189,6 +189,7 @@ fn facts(kernel: &Kernel, hierarchy: &Hierarchy) -> Vec<Fact> {
         ),
         fact("GPU", Ok(gpu())),
         fact("NCCL", Ok(nccl())),
+        fact("NCCL salt", salt(is_salted)),
     ]
 }
 
@@ -283,6 +284,18 @@ fn gpu() -> String {
         "no GPU driver (nvidia-uvm, kfd or drm in /proc/devices)".to_owned()
     } else {
         drivers.join(", ")
+    }
+}
+
+/// Whether pages tell by what the kernel half joins ranks.
+fn salt(is_given: bool) -> Result<String, String> {
+    match is_given {
+        true => Ok("communicators are named by a keyed hash".to_owned()),
+        false => Err(
+            "none: pages name communicators by NCCL's own number, and whoever reads it can pretend to be a rank; give all nodes one secret by \
+             --nccl.salt-file"
+                .to_owned(),
+        ),
     }
 }
 

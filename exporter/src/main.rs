@@ -24,7 +24,7 @@ use chandra::{
     reference, scrape,
     scrape::{Exporter, Front},
     server::{self, Site},
-    signals::{Options, SIGNALS, State, encryption, gpu},
+    signals::{Options, SIGNALS, State, encryption, gpu, nccl},
     web::Web,
 };
 use clap::Parser;
@@ -46,7 +46,11 @@ fn main() -> ExitCode {
     };
     match args.command {
         Some(Command::Metrics) => print(&reference::markdown()),
-        Some(Command::Check { json, cgroupfs }) => check(json, cgroupfs.as_deref()),
+        Some(Command::Check {
+            json,
+            cgroupfs,
+            nccl_salt,
+        }) => check(json, cgroupfs.as_deref(), nccl_salt.is_some()),
         Some(Command::Look) => match libraries::look() {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => refuse(USAGE, &format!("{error:#}")),
@@ -104,10 +108,10 @@ fn refuse_flags(error: &clap::Error) -> ExitCode {
     refuse(USAGE, &format!("{line} (chandra --help lists the flags)"))
 }
 
-fn check(json: bool, cgroupfs: Option<&std::path::Path>) -> ExitCode {
+fn check(json: bool, cgroupfs: Option<&std::path::Path>, is_salted: bool) -> ExitCode {
     allow_locked_memory();
     give_up_privileges(&[], &[CUDA_CALLS, GPU_DEVICE]);
-    let report = match check::run(cgroupfs) {
+    let report = match check::run(cgroupfs, is_salted) {
         Ok(report) => report,
         Err(error) => return refuse(1, &format!("{error:#}")),
     };
@@ -298,6 +302,9 @@ fn prepare(args: &Serve, pods: Arc<Pods>, web: Arc<Web>, front: &Front) {
             gpu: gpu::Settings {
                 devices: args.gpu_devices.clone(),
                 calls: args.cuda_calls.then_some(args.cuda_budget),
+            },
+            nccl: nccl::Settings {
+                salt: args.nccl_salt.clone(),
             },
             gate: Arc::clone(&gate),
             show_paths: args.show_paths,

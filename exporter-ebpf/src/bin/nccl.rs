@@ -26,8 +26,8 @@ use exporter_common::{
         ANCHORED, ANY_PROCESS, Arrivals, Begun, CALL, CLAIMS, COLLECTIVES, COMMUNICATORS,
         Communicator, Frame, GRAPH_SLOT, GROUP_SEATS, GROUPS, Group, Handle, IN_PROGRESS, INIT,
         LATE, LEARNT, Layout, MAGIC, Member, NO_RANK, NUMBERED, OWNERS, Operation, Owner, PAIRS,
-        PROCESSES, Pair, Phase, SLOTS, STARTED, Seat, Since, Source, Started, TOGETHER, WAIT,
-        call_slots, duration_slots, init_slots, wait_slots,
+        PROCESSES, Pair, Phase, SHARE, SHARES, SLOTS, STARTED, Seat, Share, Shares, Since, Source,
+        Started, TOGETHER, WAIT, WANTED, call_slots, duration_slots, init_slots, wait_slots,
     },
     nccl_profiler::{FINE, OVERWRITTEN, Told},
 };
@@ -64,7 +64,19 @@ static CLAIMS_: HashMap<Pair, u64> = HashMap::with_max_entries(CLAIMS, 0);
 #[map(name = "STARTED")]
 static STARTED_: HashMap<Started, Since> = HashMap::with_max_entries(STARTED, 0);
 
-/// By process id. User space tells what it has found.
+/// By group, the ranks of which user space has found that they are gone.
+#[map]
+static LEFT: HashMap<u64, u64> = HashMap::with_max_entries(GROUPS, 0);
+
+/// By cgroup, what it has of the maps.
+#[map(name = "SHARES")]
+static SHARES_: HashMap<u64, Shares> = HashMap::with_max_entries(SHARES, 0);
+
+/// What of that user space has given back.
+#[map]
+static RETURNED: HashMap<u64, Shares> = HashMap::with_max_entries(SHARES, 0);
+
+/// By process id. User space tells what it has found, of processes that want it.
 #[map]
 static LAYOUTS: HashMap<u32, Layout> = HashMap::with_max_entries(PROCESSES, 0);
 
@@ -182,25 +194,130 @@ macro_rules! or_lose {
     };
 }
 
+// Shares.
+
+const NO_SHARES: Shares = Shares {
+    counts: [0; SHARE.len()],
+};
+
+/// Where a count of shares stands.
+#[inline(always)]
+fn share(map: &HashMap<u64, Shares>, cgroup: u64, kind: Share) -> Option<*mut u64> {
+    let shares = map.get_ptr_mut(&cgroup)?;
+    // SAFETY: within the array of a map value.
+    Some(unsafe { shares.cast::<u64>().add(kind as usize) })
+}
+
+/// Takes one of what a cgroup may have.
+#[inline(always)]
+fn take(cgroup: u64, kind: Share) -> Result<(), Loss> {
+    entry(&SHARES_, &cgroup, &NO_SHARES)?;
+    let taken = share(&SHARES_, cgroup, kind).ok_or(Loss::MapFull)?;
+    let most = SHARE[kind as usize] as i64;
+    // SAFETY: a map value. Of several that come at once one more may be let through than there are.
+    unsafe {
+        let has = taken.read_volatile();
+        if has as i64 >= most {
+            let returned = share(&RETURNED, cgroup, kind);
+            let returned = returned.map_or(0, |returned| returned.read_volatile());
+            if has.wrapping_sub(returned) as i64 >= most {
+                return Err(Loss::MapFull);
+            }
+        }
+        add(taken, 1);
+    }
+    Ok(())
+}
+
+/// Gives it back.
+#[inline(always)]
+fn give(cgroup: u64, kind: Share) {
+    if let Some(taken) = share(&SHARES_, cgroup, kind) {
+        // SAFETY: a map value.
+        unsafe { add(taken, u64::MAX) };
+    }
+}
+
+/// Enters what is not there yet, as a part of the share of a cgroup. False if it is there.
+#[inline(always)]
+fn enter_new<K, V>(
+    map: &HashMap<K, V>,
+    key: &K,
+    value: &V,
+    cgroup: u64,
+    kind: Share,
+) -> Result<bool, Loss> {
+    take(cgroup, kind)?;
+    let entered = map.insert(key, value, u64::from(BPF_NOEXIST));
+    if entered.is_err() {
+        give(cgroup, kind);
+    }
+    match entered {
+        Ok(()) => Ok(true),
+        Err(EXISTS) => Ok(false),
+        Err(_) => Err(Loss::MapFull),
+    }
+}
+
+/// `-EEXIST`.
+const EXISTS: i32 = -17;
+
 // What comes and goes.
 
 /// Finds the group, or makes it.
 #[inline(always)]
 fn group(key: u64, ranks: u64, hash: u64, adopted: u64) -> Result<*mut Group, Loss> {
+    if let Some(group) = GROUPS_.get_ptr_mut(&key) {
+        return Ok(group);
+    }
+    let cgroup = cgroup();
     let new = Group {
         members: 0,
         ranks,
         hash,
         adopted,
+        cgroup,
     };
-    entry(&GROUPS_, &key, &new)
+    enter_new(&GROUPS_, &key, &new, cgroup, Share::Groups)?;
+    GROUPS_.get_ptr_mut(&key).ok_or(Loss::MapFull)
+}
+
+/// Ranks of a group that are here.
+#[inline(always)]
+fn members(key: u64, group: *const Group) -> u64 {
+    let left = LEFT.get_ptr(&key);
+    // SAFETY: map values.
+    unsafe {
+        let left = left.map_or(0, |left| *left);
+        let members = (*group).members;
+        if members > left { members - left } else { 0 }
+    }
 }
 
 /// Takes a seat, the one of the rank if that is free. `members` of the group is the caller's.
 #[inline(always)]
 fn sit(group: u64, name: Communicator, rank: u64, state: u64) -> Result<(), Loss> {
+    // What had this name before ended without a word.
+    leave(&name);
+    let cgroup = cgroup();
+    take(cgroup, Share::Seats)?;
+    let seated = sit_somewhere(group, name, rank, state, cgroup);
+    if seated.is_err() {
+        give(cgroup, Share::Seats);
+    }
+    seated
+}
+
+#[inline(always)]
+fn sit_somewhere(
+    group: u64,
+    name: Communicator,
+    rank: u64,
+    state: u64,
+    cgroup: u64,
+) -> Result<(), Loss> {
     let member = Member {
-        cgroup: cgroup(),
+        cgroup,
         handle: name,
         rank,
         wait: 0,
@@ -224,7 +341,6 @@ fn sit(group: u64, name: Communicator, rank: u64, state: u64) -> Result<(), Loss
                     finished: 0,
                     made: [0; COLLECTIVES],
                 };
-                // What had this name before ended without a word.
                 return match COMMUNICATORS_.insert(&name, &handle, u64::from(BPF_ANY)) {
                     Ok(()) => Ok(()),
                     Err(_) => {
@@ -234,14 +350,14 @@ fn sit(group: u64, name: Communicator, rank: u64, state: u64) -> Result<(), Loss
                 };
             }
             // It is taken.
-            Err(-17) => {}
+            Err(EXISTS) => {}
             Err(_) => return Err(Loss::MapFull),
         }
     }
     Err(Loss::MapFull)
 }
 
-/// Ends a communicator: its seat is user space's to clear.
+/// Ends a communicator. The seat of one that has counted is user space's to clear.
 #[inline(always)]
 fn leave(name: &Communicator) {
     let Some(known) = COMMUNICATORS_.get_ptr(name) else {
@@ -253,9 +369,17 @@ fn leave(name: &Communicator) {
     if COMMUNICATORS_.remove(name).is_err() {
         return;
     }
-    if let Some(seat) = SEATS.get_ptr_mut(&Seat { group: key, index }) {
-        // SAFETY: a map value.
-        unsafe { (*seat).ended = 1 };
+    let seat = Seat { group: key, index };
+    if let Some(member) = SEATS.get_ptr_mut(&seat) {
+        // SAFETY: a map value; preallocated, so its memory stays.
+        let (cgroup, counted) = unsafe {
+            (*member).ended = 1;
+            let counted = (*member).collectives | (*member).duration;
+            ((*member).cgroup, counted)
+        };
+        if counted == 0 && SEATS.remove(&seat).is_ok() {
+            give(cgroup, Share::Seats);
+        }
     }
     if let Some(group) = GROUPS_.get_ptr_mut(&key) {
         // SAFETY: a map value.
@@ -267,10 +391,26 @@ fn leave(name: &Communicator) {
 /// looked at the process.
 #[inline(always)]
 fn layout() -> Option<Layout> {
-    let own = LAYOUTS.get_ptr(&(process() as u32));
-    let layout = own.or_else(|| LAYOUTS.get_ptr(&ANY_PROCESS))?;
+    let process = process() as u32;
+    let own = LAYOUTS.get_ptr(&process);
+    let Some(layout) = own.or_else(|| LAYOUTS.get_ptr(&ANY_PROCESS)) else {
+        let wanted = Layout {
+            hash: WANTED,
+            rank: 0,
+            ranks: 0,
+            sequence: 0,
+        };
+        if LAYOUTS
+            .insert(&process, &wanted, u64::from(BPF_NOEXIST))
+            .is_err()
+        {
+            lose(&LOST, Loss::MapFull);
+        }
+        return None;
+    };
     // SAFETY: a map value.
-    Some(unsafe { *layout })
+    let layout = unsafe { *layout };
+    (layout.hash != WANTED).then_some(layout)
 }
 
 /// Asks a communicator for its number and its rank, where it is known where they are. False if user space has not looked at
@@ -351,8 +491,9 @@ fn arrive(
     at: u64,
     source: Source,
 ) -> Result<(), Loss> {
+    let members = members(pair.group, group);
     // SAFETY: a map value.
-    let (members, ranks, adopted) = unsafe { ((*group).members, (*group).ranks, (*group).adopted) };
+    let (ranks, adopted, cgroup) = unsafe { ((*group).ranks, (*group).adopted, (*group).cgroup) };
     // With nobody beside it there is nothing to compare with.
     if members < 2 {
         return Ok(());
@@ -360,7 +501,10 @@ fn arrive(
     if adopted != 0 && members != ranks && now().wrapping_sub(adopted) < PATIENCE {
         return Ok(());
     }
-    let arrivals = entry(&PAIRS_, pair, &NO_ARRIVALS)?;
+    if PAIRS_.get_ptr(pair).is_none() {
+        enter_new(&PAIRS_, pair, &NO_ARRIVALS, cgroup, Share::Pairs)?;
+    }
+    let arrivals = PAIRS_.get_ptr_mut(pair).ok_or(Loss::MapFull)?;
     let seat = unknown(seat);
     if seat >= GROUP_SEATS as u64 {
         return Ok(());
@@ -389,13 +533,15 @@ fn arrive(
     // Several may see that all are there. One reckons.
     match CLAIMS_.insert(pair, &unknown(1), u64::from(BPF_NOEXIST)) {
         Ok(()) => {}
-        Err(-17) => return Ok(()),
+        Err(EXISTS) => return Ok(()),
         Err(_) => return Err(Loss::MapFull),
     }
     // Where there is none, another has reckoned and is done with it.
     if let Some(arrivals) = PAIRS_.get_ptr_mut(pair) {
         complete(pair, arrivals, source);
-        let _ = PAIRS_.remove(pair);
+        if PAIRS_.remove(pair).is_ok() {
+            give(cgroup, Share::Pairs);
+        }
     }
     let _ = CLAIMS_.remove(pair);
     Ok(())
@@ -533,25 +679,31 @@ fn begin(registers: Registers, phase: u64, begun: Begun) {
         thread: bpf_get_current_pid_tgid(),
         address: registers.frame() + phase,
     };
-    if IN_PROGRESS_
-        .insert(&frame, &begun, u64::from(BPF_NOEXIST))
-        .is_err()
-    {
-        // An earlier call had this frame, and its return was not seen; or there is no room.
-        if IN_PROGRESS_
-            .insert(&frame, &begun, u64::from(BPF_ANY))
-            .is_err()
-        {
-            lose(&LOST, Loss::MapFull);
-            return;
-        }
-        lose(&LOST, Loss::MissedReturn);
+    if !note(&frame, begun, Loss::MissedReturn) {
+        return;
     }
     // The clock is read last: what is done here is not the call's.
     if let Some(begun) = IN_PROGRESS_.get_ptr_mut(&frame) {
         // SAFETY: a map value that is this thread's.
         unsafe { (*begun).at = now() };
     }
+}
+
+/// Notes what has begun. What had the same name was not seen to end, which is a loss. False if there is no room.
+#[inline(always)]
+fn note(frame: &Frame, begun: Begun, unended: Loss) -> bool {
+    let cgroup = cgroup();
+    let begun = Begun { cgroup, ..begun };
+    let noted = enter_new(&IN_PROGRESS_, frame, &begun, cgroup, Share::Calls).and_then(|is_new| {
+        if is_new {
+            return Ok(());
+        }
+        lose(&LOST, unended);
+        let again = IN_PROGRESS_.insert(frame, &begun, u64::from(BPF_ANY));
+        again.map_err(|_| Loss::MapFull)
+    });
+    or_lose!(noted);
+    noted.is_ok()
 }
 
 #[inline(always)]
@@ -568,7 +720,9 @@ fn end_of(address: u64) -> Option<Begun> {
     let begun = IN_PROGRESS_.get_ptr(&frame)?;
     // SAFETY: a value of a preallocated map: its memory lives as long as the program runs.
     let begun = unsafe { *begun };
-    let _ = IN_PROGRESS_.remove(&frame);
+    if IN_PROGRESS_.remove(&frame).is_ok() {
+        give(begun.cgroup, Share::Calls);
+    }
     Some(begun)
 }
 
@@ -580,6 +734,7 @@ const fn call(what: u64) -> Begun {
         group: 0,
         rank: 0,
         ranks: 0,
+        cgroup: 0,
     }
 }
 
@@ -717,6 +872,7 @@ fn enter(registers: Registers, key: u64, told_at: u64, rank: u64, ranks: u64) ->
             group: key,
             rank,
             ranks,
+            cgroup: 0,
         },
     );
     Ok(())
@@ -906,6 +1062,7 @@ pub fn nccl_init_all(ctx: ProbeContext) -> u32 {
             group: 0,
             rank: 0,
             ranks: u64::from(registers.argument::<1>() as u32),
+            cgroup: 0,
         },
     );
     0
@@ -950,8 +1107,10 @@ pub fn nccl_init_all_return(ctx: RetProbeContext) -> u32 {
 /// Takes the very seat of a rank, in a group that nobody else knows yet.
 #[inline(always)]
 fn sit_at(group: u64, name: Communicator, rank: u64) -> Result<(), Loss> {
+    let cgroup = cgroup();
+    take(cgroup, Share::Seats)?;
     let member = Member {
-        cgroup: cgroup(),
+        cgroup,
         handle: name,
         rank,
         wait: 0,
@@ -969,10 +1128,14 @@ fn sit_at(group: u64, name: Communicator, rank: u64) -> Result<(), Loss> {
         finished: 0,
         made: [0; COLLECTIVES],
     };
-    SEATS
+    let seated = SEATS
         .insert(&seat, &member, u64::from(BPF_ANY))
-        .and_then(|()| COMMUNICATORS_.insert(&name, &handle, u64::from(BPF_ANY)))
-        .map_err(|_| Loss::MapFull)
+        .and_then(|()| COMMUNICATORS_.insert(&name, &handle, u64::from(BPF_ANY)));
+    if seated.is_err() {
+        let _ = SEATS.remove(&seat);
+        give(cgroup, Share::Seats);
+    }
+    seated.map_err(|_| Loss::MapFull)
 }
 
 /// ncclCommDestroy, ncclCommAbort.
@@ -1017,12 +1180,9 @@ fn begin_phase(phase: Phase) {
         at: now(),
         ..call(phase as u64)
     };
-    if IN_PROGRESS_
-        .insert(&present(), &begun, u64::from(BPF_ANY))
-        .is_err()
-    {
-        lose(&LOST, Loss::MapFull);
-    }
+    // A phase that has failed has no end: the next initialisation begins another.
+    let _ = end_of(PRESENT);
+    note(&present(), begun, Loss::MissedReturn);
 }
 
 /// commAlloc, the first.
@@ -1170,9 +1330,13 @@ fn started(told: &Told) -> Result<(), Loss> {
         at: now(),
         cgroup: cgroup(),
     };
-    STARTED_
-        .insert(&started_key(told), &since, u64::from(BPF_ANY))
-        .map_err(|_| Loss::MapFull)
+    let key = started_key(told);
+    if !enter_new(&STARTED_, &key, &since, since.cgroup, Share::Started)? {
+        STARTED_
+            .insert(&key, &since, u64::from(BPF_ANY))
+            .map_err(|_| Loss::MapFull)?;
+    }
+    Ok(())
 }
 
 #[uprobe]
@@ -1195,8 +1359,13 @@ fn finished(told: &Told) -> Result<(), Loss> {
     let key = started_key(told);
     let since = STARTED_.get_ptr(&key);
     // SAFETY: a value of a preallocated map: its memory lives as long as the program runs.
-    let since = since.map(|since| unsafe { (*since).at });
-    let _ = STARTED_.remove(&key);
+    let since = since.map(|since| unsafe { *since });
+    if STARTED_.remove(&key).is_ok()
+        && let Some(since) = since
+    {
+        give(since.cgroup, Share::Started);
+    }
+    let since = since.map(|since| since.at);
     let name = plugin_handle(told);
     let known = COMMUNICATORS_.get_ptr_mut(&name);
     if let (Some(known), Some(since)) = (known, since)
@@ -1241,7 +1410,7 @@ fn finished(told: &Told) -> Result<(), Loss> {
         if let Some(member) = SEATS.get_ptr_mut(&own) {
             add(addr_of_mut!((*member).duration), told.duration);
             // The only one of this node: other nodes have the rest, and its own duration tells.
-            if (*group).members < 2 {
+            if members(pair.group, group) < 2 {
                 add(addr_of_mut!((*member).collectives), 1);
             }
         }

@@ -74,6 +74,8 @@ pub struct Options {
     pub encryption: encryption::Settings,
     /// What `gpu` looks at.
     pub gpu: gpu::Settings,
+    /// How `nccl` names communicators.
+    pub nccl: nccl::Settings,
     /// Opened once the first page can be served: nobody looks into processes before.
     pub gate: Arc<Gate>,
     /// Whether paths of containers' files are told, or only their names.
@@ -379,11 +381,17 @@ pub fn entries<K: Pod, V: Pod>(map: &HashMap<MapData, K, V>) -> anyhow::Result<V
 /// # Errors
 /// When the kernel refuses.
 pub fn removed(outcome: Result<(), MapError>) -> anyhow::Result<()> {
+    was_there(outcome).map(|_| ())
+}
+
+/// The same, and whether it was there.
+fn was_there(outcome: Result<(), MapError>) -> anyhow::Result<bool> {
     match outcome {
-        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+        Ok(()) => Ok(true),
+        Err(MapError::KeyNotFound) => Ok(false),
         // So says aya 0.14 of a key that is not there.
         Err(MapError::SyscallError(error)) if error.io_error.kind() == ErrorKind::NotFound => {
-            Ok(())
+            Ok(false)
         }
         Err(error) => Err(error).context("remove an entry from a map"),
     }

@@ -11,10 +11,12 @@
 //! Whoever attaches probes, which takes long, and whoever reads maps, have nothing to wait for from each other.
 
 pub mod ranks;
+pub mod salt;
 mod sites;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    hash::Hash,
     os::fd::AsRawFd,
     path::Path,
     sync::{
@@ -27,22 +29,23 @@ use std::{
 
 use anyhow::Context;
 use aya::{
-    include_bytes_aligned,
+    Pod, include_bytes_aligned,
     maps::{self, MapData},
 };
 use exporter_common::nccl::{
     ANY_PROCESS, Arrivals, Begun, CALL, COLLECTIVES, Communicator, Frame, GRAPH_SLOT, GROUP_SEATS,
     Group, Handle, INIT, LATE, Layout, Member, NUMBERED, OPERATIONS, Owner, PHASES, Pair, SLOTS,
-    SOURCES, Seat, Since, Source, Started, WAIT, call_slots, duration_slots, init_slots,
-    wait_slots,
+    SOURCES, Seat, Share, Shares, Since, Source, Started, WAIT, call_slots, duration_slots,
+    init_slots, wait_slots,
 };
 
 use ranks::{Ranks, Reading};
+use salt::Salt;
 use sites::{Kind as Library, Sites};
 
 use super::{
     Attempt, BoundedLog, Entry, Options, Read, Scope, Signal, State, Status, announce, entries,
-    no_losses, removed,
+    no_losses, removed, was_there,
 };
 use crate::{
     capabilities::{BPF, LIBRARIES, PERFMON, UPROBES},
@@ -123,8 +126,8 @@ static RANK_WAIT: Desc = Desc {
     per_pod: true,
     labels: &["communicator", "rank", "source"],
     values: &[("source", &SOURCES)],
-    source: "as the histogram of waits; communicator is NCCL's commHash, the same on all nodes; the 32 communicators of a container \
-             with most wait, the rest is other",
+    source: "as the histogram of waits; communicator is NCCL's commHash, with --nccl.salt-file a keyed hash of it, the same on all nodes; the 32 \
+             communicators of a container with most wait, 64 ranks of each, at most 512 ranks of a container and 2048 of a node, the rest is other",
 };
 
 static RANK_COLLECTIVES: Desc = Desc {
@@ -201,10 +204,17 @@ fn programs() -> Vec<Program> {
     sites::programs().map(program).collect()
 }
 
+/// What the signal is told by flags.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// What names of communicators are made with.
+    pub salt: Option<Salt>,
+}
+
 /// How often it is asked what is mapped.
 const FOLLOW_EVERY: Duration = Duration::from_secs(1);
 
-/// How long a group without ranks is kept: one of them may be about to have its first.
+/// How long a group without ranks is kept, which may be about to have its first, and the shares of a cgroup that has nothing.
 const GROUP_STAYS: Duration = Duration::from_secs(60);
 
 /// The object's maps, for as long as one of them is read or swept.
@@ -213,17 +223,68 @@ struct Live {
     owners: maps::HashMap<MapData, u64, Owner>,
     communicators: maps::HashMap<MapData, Communicator, Handle>,
     groups: maps::HashMap<MapData, u64, Group>,
+    left: Additions<u64, u64>,
     seats: maps::HashMap<MapData, Seat, Member>,
     pairs: maps::HashMap<MapData, Pair, Arrivals>,
     started: maps::HashMap<MapData, Started, Since>,
     layouts: maps::HashMap<MapData, u32, Layout>,
     in_progress: maps::HashMap<MapData, Frame, Begun>,
-    /// Groups that had no rank, and since when.
+    shares: maps::HashMap<MapData, u64, Shares>,
+    returned: Additions<u64, Shares>,
+    /// Seats of ranks that are gone without a word.
+    gone: HashSet<Seat>,
+    /// Groups that had no rank, and cgroups that had nothing, and since when.
     empty: HashMap<u64, Instant>,
+    idle: HashMap<u64, Instant>,
     /// Collectives that can never be complete, as it seemed at the last look.
     suspects: HashSet<Pair>,
     /// Collectives that were never complete: some rank's call, or an end that the plugin tells, was not seen.
     unpaired: u64,
+}
+
+/// A map that only user space writes, beside one to which the kernel half adds: what is written to a value of that one would take the place of
+/// what is added meanwhile.
+struct Additions<K, V> {
+    map: maps::HashMap<MapData, K, V>,
+    written: HashMap<K, V>,
+}
+
+impl<K: Pod + Eq + Hash, V: Pod + Default> Additions<K, V> {
+    fn new(map: maps::HashMap<MapData, K, V>) -> Self {
+        Self {
+            map,
+            written: HashMap::new(),
+        }
+    }
+
+    fn get(&self, key: &K) -> V {
+        self.written.get(key).copied().unwrap_or_default()
+    }
+
+    fn change(&mut self, key: K, change: impl FnOnce(&mut V)) -> anyhow::Result<()> {
+        let mut value = self.get(&key);
+        change(&mut value);
+        let entered = self.map.insert(key, value, 0);
+        entered.context("enter what is gone into a map")?;
+        self.written.insert(key, value);
+        Ok(())
+    }
+
+    fn remove(&mut self, key: &K) -> anyhow::Result<()> {
+        match self.written.remove(key) {
+            Some(_) => removed(self.map.remove(key)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What processes have in the maps: read before it is asked which processes there are, so that one that has come meanwhile is not taken for
+/// gone.
+struct Held {
+    layouts: Vec<u32>,
+    started: Vec<(Started, Since)>,
+    in_progress: Vec<(Frame, Begun)>,
+    communicators: Vec<(Communicator, Handle)>,
 }
 
 impl Live {
@@ -233,86 +294,137 @@ impl Live {
             owners: attached.map("OWNERS")?,
             communicators: attached.map("COMMUNICATORS")?,
             groups: attached.map("GROUPS")?,
+            left: Additions::new(attached.map("LEFT")?),
             seats: attached.map("SEATS")?,
             pairs: attached.map("PAIRS")?,
             started: attached.map("STARTED")?,
             layouts: attached.map("LAYOUTS")?,
             in_progress: attached.map("IN_PROGRESS")?,
+            shares: attached.map("SHARES")?,
+            returned: Additions::new(attached.map("RETURNED")?),
+            gone: HashSet::new(),
             empty: HashMap::new(),
+            idle: HashMap::new(),
             suspects: HashSet::new(),
             unpaired: 0,
         })
     }
 
+    fn held(&self) -> anyhow::Result<Held> {
+        let layouts = entries(&self.layouts)?.into_iter();
+        Ok(Held {
+            layouts: layouts.map(|(process, _)| process).collect(),
+            started: entries(&self.started)?,
+            in_progress: entries(&self.in_progress)?,
+            communicators: entries(&self.communicators)?,
+        })
+    }
+
     /// Lets go of what belonged to processes that are gone, and of what can never end.
-    fn sweep(&mut self, there: &BTreeSet<u32>) -> anyhow::Result<()> {
+    fn sweep(&mut self, held: Held, there: &BTreeSet<u32>) -> anyhow::Result<()> {
         let gone = |process: u64| !there.contains(&(process as u32));
-        for (process, _) in entries(&self.layouts)? {
+        for process in held.layouts {
             if process != ANY_PROCESS && gone(process.into()) {
                 removed(self.layouts.remove(&process))?;
             }
         }
-        for (name, since) in entries(&self.started)? {
+        for (name, since) in held.started {
             // NCCL loses the times of a channel now and then: what started after it has finished.
             let handle = self.communicators.get(&name.handle, 0).ok();
             let passed = handle.is_some_and(|handle| since.at < handle.finished);
-            if passed || handle.is_none() || gone(name.handle.process) {
-                removed(self.started.remove(&name))?;
+            let over = passed || handle.is_none() || gone(name.handle.process);
+            if over && was_there(self.started.remove(&name))? {
                 self.unpaired += u64::from(passed);
+                self.give_back(since.cgroup, Share::Started)?;
             }
         }
-        for (frame, begun) in entries(&self.in_progress)? {
-            if gone(frame.thread >> 32) {
-                removed(self.in_progress.remove(&frame))?;
+        for (frame, begun) in held.in_progress {
+            if gone(frame.thread >> 32) && was_there(self.in_progress.remove(&frame))? {
+                self.give_back(begun.cgroup, Share::Calls)?;
                 if begun.group != 0 {
                     self.leave(begun.group)?;
                 }
             }
         }
-        for (name, handle) in entries(&self.communicators)? {
-            if gone(name.process) {
-                removed(self.communicators.remove(&name))?;
+        for (name, handle) in held.communicators {
+            if gone(name.process) && was_there(self.communicators.remove(&name))? {
                 self.leave(handle.group)?;
-                let seat = Seat {
+                self.gone.insert(Seat {
                     group: handle.group,
                     index: handle.seat,
-                };
-                if let Ok(mut member) = self.seats.get(&seat, 0) {
-                    member.ended = 1;
-                    self.seats.insert(seat, member, 0)?;
-                }
+                });
             }
         }
-        self.clear_pairs()?;
-        let groups = entries(&self.groups)?;
-        let now = Instant::now();
-        self.empty
-            .retain(|key, _| groups.iter().any(|(group, _)| group == key));
-        let seated: HashSet<u64> = entries(&self.seats)?
-            .into_iter()
-            .map(|(seat, _)| seat.group)
-            .collect();
-        for (key, group) in groups {
-            if group.members != 0 || seated.contains(&key) {
-                self.empty.remove(&key);
-            } else if now - *self.empty.entry(key).or_insert(now) > GROUP_STAYS {
-                removed(self.groups.remove(&key))?;
-            }
-        }
-        Ok(())
+        let groups: HashMap<u64, Group> = entries(&self.groups)?.into_iter().collect();
+        self.clear_pairs(&groups)?;
+        self.clear_groups(&groups)?;
+        self.clear_shares()
     }
 
     /// One rank of a group is gone without a word.
     fn leave(&mut self, key: u64) -> anyhow::Result<()> {
-        if let Ok(mut group) = self.groups.get(&key, 0) {
-            group.members = group.members.saturating_sub(1);
-            self.groups.insert(key, group, 0)?;
+        match self.groups.get(&key, 0) {
+            Ok(_) => self.left.change(key, |left| *left += 1),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Gives back what was removed of the share of a cgroup.
+    fn give_back(&mut self, cgroup: u64, kind: Share) -> anyhow::Result<()> {
+        self.returned
+            .change(cgroup, |shares| shares.counts[kind as usize] += 1)
+    }
+
+    /// Every rank, those that are gone without a word among those that have ended.
+    fn seated(&self) -> anyhow::Result<Vec<(Seat, Member)>> {
+        let mut seats = entries(&self.seats)?;
+        for (seat, member) in &mut seats {
+            member.ended |= u64::from(self.gone.contains(seat));
+        }
+        Ok(seats)
+    }
+
+    /// Clears the seat of a rank that has ended and been booked.
+    fn clear_seat(&mut self, seat: &Seat, cgroup: u64) -> anyhow::Result<()> {
+        self.gone.remove(seat);
+        match was_there(self.seats.remove(seat))? {
+            true => self.give_back(cgroup, Share::Seats),
+            false => Ok(()),
+        }
+    }
+
+    /// Removes groups that have had no rank for a while.
+    fn clear_groups(&mut self, groups: &HashMap<u64, Group>) -> anyhow::Result<()> {
+        let seats = entries(&self.seats)?.into_iter();
+        let seated: HashSet<u64> = seats.map(|(seat, _)| seat.group).collect();
+        let empty = groups
+            .iter()
+            .filter(|(key, group)| group.members <= self.left.get(key) && !seated.contains(key));
+        let empty: Vec<u64> = empty.map(|(key, _)| *key).collect();
+        for key in rested(&mut self.empty, empty) {
+            if was_there(self.groups.remove(&key))? {
+                let cgroup = groups.get(&key).map_or(0, |group| group.cgroup);
+                self.give_back(cgroup, Share::Groups)?;
+            }
+            self.left.remove(&key)?;
+        }
+        Ok(())
+    }
+
+    /// Forgets the shares of cgroups that have had nothing for a while.
+    fn clear_shares(&mut self) -> anyhow::Result<()> {
+        let shares = entries(&self.shares)?.into_iter();
+        let nothing = shares.filter(|(cgroup, taken)| *taken == self.returned.get(cgroup));
+        let nothing: Vec<u64> = nothing.map(|(cgroup, _)| cgroup).collect();
+        for cgroup in rested(&mut self.idle, nothing) {
+            removed(self.shares.remove(&cgroup))?;
+            self.returned.remove(&cgroup)?;
         }
         Ok(())
     }
 
     /// Removes collectives for which nobody waits, and those that can never be complete since a rank has gone on.
-    fn clear_pairs(&mut self) -> anyhow::Result<()> {
+    fn clear_pairs(&mut self, groups: &HashMap<u64, Group>) -> anyhow::Result<()> {
         // What they have made is read before who has arrived: a rank that has gone on meanwhile has arrived too.
         let made = self.made()?;
         let mut suspects = HashSet::new();
@@ -326,8 +438,12 @@ impl Live {
                 suspects.insert(pair);
                 continue;
             }
-            removed(self.pairs.remove(&pair))?;
-            self.unpaired += u64::from(fate == Fate::Missed);
+            if was_there(self.pairs.remove(&pair))? {
+                self.unpaired += u64::from(fate == Fate::Missed);
+                if let Some(group) = groups.get(&pair.group) {
+                    self.give_back(group.cgroup, Share::Pairs)?;
+                }
+            }
         }
         self.suspects = suspects;
         Ok(())
@@ -341,6 +457,23 @@ impl Live {
         }
         Ok(made)
     }
+}
+
+/// Of those that are at rest now, the ones that have been for [`GROUP_STAYS`]; and since when each is.
+fn rested(since: &mut HashMap<u64, Instant>, now_at_rest: Vec<u64>) -> Vec<u64> {
+    let now = Instant::now();
+    let before = std::mem::take(since);
+    let (mut long, mut others) = (Vec::new(), HashMap::new());
+    for key in now_at_rest {
+        let at = before.get(&key).copied().unwrap_or(now);
+        if now - at > GROUP_STAYS {
+            long.push(key);
+        } else {
+            others.insert(key, at);
+        }
+    }
+    *since = others;
+    long
 }
 
 /// What is to become of a collective that is not complete.
@@ -405,8 +538,6 @@ struct Core {
     files: BTreeMap<Identity, Probed>,
     /// What all libraries have in common, as the kernel half has been told.
     any: Option<Layout>,
-    /// What it has been told of each process.
-    told: HashMap<u32, Layout>,
     /// What of the object's loading works with less.
     lacks: Vec<String>,
     failed: Vec<Hook>,
@@ -436,7 +567,6 @@ impl Core {
             tried: false,
             files: BTreeMap::new(),
             any: None,
-            told: HashMap::new(),
             lacks: Vec::new(),
             failed: Vec::new(),
             trouble: None,
@@ -456,14 +586,10 @@ impl Core {
         }
         self.probe();
         let books = Arc::clone(&self.books);
-        let swept = match &mut *lock(&books) {
-            Some(live) => self.tell_layouts(live).and_then(|()| {
-                let there = processes().context("list the processes")?;
-                live.sweep(&there)
-            }),
-            None => Ok(()),
-        };
-        self.trouble = swept.err().map(|error| format!("{error:#}"));
+        let troubles = [self.tell_layouts(&books), sweep(&books)];
+        let troubles = troubles.into_iter().filter_map(Result::err);
+        let troubles: Vec<_> = troubles.map(|error| format!("{error:#}")).collect();
+        self.trouble = (!troubles.is_empty()).then(|| troubles.join("; "));
         self.log();
         self.status(self.show_paths)
     }
@@ -569,8 +695,12 @@ impl Core {
         }
     }
 
-    /// Tells the kernel half what communicators of each process look like.
-    fn tell_layouts(&mut self, live: &mut Live) -> anyhow::Result<()> {
+    /// Tells the kernel half what communicators look like: all of them, or where libraries differ those of each process that has one.
+    fn tell_layouts(&mut self, books: &Mutex<Option<Live>>) -> anyhow::Result<()> {
+        let mut books = lock(books);
+        let Some(live) = &mut *books else {
+            return Ok(());
+        };
         let files = self.files.values();
         let nccl = files.filter(|probed| probed.sites.kind == Library::Nccl);
         let mut layouts = nccl.map(|probed| probed.sites.layout());
@@ -583,18 +713,14 @@ impl Core {
             }
             self.any = any;
         }
-        let there = &self.snapshot.processes;
-        self.told.retain(|process, _| there.contains_key(process));
-        for (process, files) in there {
-            let mut files = files.iter().filter_map(|file| self.files.get(file));
+        for (process, told) in entries(&live.layouts)? {
+            let files = self.snapshot.processes.get(&process).into_iter().flatten();
+            let mut files = files.filter_map(|file| self.files.get(file));
             let nccl = files.find(|probed| probed.sites.kind == Library::Nccl);
-            let Some(layout) = nccl.map(|probed| probed.sites.layout()) else {
-                continue;
-            };
-            if self.told.get(process) != Some(&layout) {
-                let told = live.layouts.insert(process, layout, 0);
-                told.context("enter a process into a map")?;
-                self.told.insert(*process, layout);
+            let layout = nccl.map(|probed| probed.sites.layout());
+            if let Some(layout) = layout.filter(|layout| *layout != told) {
+                let entered = live.layouts.insert(process, layout, 0);
+                entered.context("enter a process into a map")?;
             }
         }
         Ok(())
@@ -711,6 +837,19 @@ impl Core {
     }
 }
 
+/// Lets go of what belonged to processes that are gone.
+fn sweep(books: &Mutex<Option<Live>>) -> anyhow::Result<()> {
+    let held = match &*lock(books) {
+        Some(live) => live.held()?,
+        None => return Ok(()),
+    };
+    let there = processes().context("list the processes")?;
+    match &mut *lock(books) {
+        Some(live) => live.sweep(held, &there),
+        None => Ok(()),
+    }
+}
+
 fn attach(kernel: &Kernel, options: Options) -> Attempt {
     Attempt::following(Nccl::new(kernel, &options))
 }
@@ -719,6 +858,7 @@ struct Nccl {
     books: Books,
     told: Arc<Mutex<Told>>,
     stopped: Arc<AtomicBool>,
+    salt: Option<Salt>,
     ledger: Ledger<u64, SLOTS>,
     ranks: Ranks,
     pending: BTreeMap<Labels, f64>,
@@ -766,6 +906,7 @@ impl Nccl {
             books,
             told,
             stopped,
+            salt: options.nccl.salt.clone(),
             ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
             ranks: Ranks::new(options.max_owners),
             pending: BTreeMap::new(),
@@ -798,7 +939,7 @@ impl Nccl {
             let oldest = pending.entry(cgroup).or_default();
             *oldest = oldest.max(age);
         };
-        let seats: HashMap<Seat, Member> = entries(&live.seats)?.into_iter().collect();
+        let seats: HashMap<Seat, Member> = live.seated()?.into_iter().collect();
         for member in seats.values().filter(|member| member.ended == 0) {
             note(member.cgroup, 0.0);
         }
@@ -839,18 +980,22 @@ impl Nccl {
         Ok(())
     }
 
+    /// What a communicator is called on pages.
+    fn name(&self, number: u64) -> u64 {
+        self.salt.as_ref().map_or(number, |salt| salt.name(number))
+    }
+
     /// Books what ranks have counted, and clears the seats of those that have ended.
     fn book_ranks(&mut self, live: &mut Live, scope: &Scope<'_>) -> anyhow::Result<()> {
         let groups: HashMap<u64, Group> = entries(&live.groups)?.into_iter().collect();
-        let seats = entries(&live.seats)?;
+        let seats = live.seated()?.into_iter();
         let readings: Vec<Reading> = seats
-            .into_iter()
             .map(|(seat, member)| {
                 let hash = groups.get(&seat.group).map_or(0, |group| group.hash);
                 Reading {
                     seat,
                     member,
-                    communicator: if hash == 0 { seat.group } else { hash },
+                    communicator: self.name(if hash == 0 { seat.group } else { hash }),
                     source: source(&member.handle),
                 }
             })
@@ -860,8 +1005,8 @@ impl Nccl {
         let ended = self
             .ranks
             .book(&owners, &readings, resolve, scope.retention, scope.now);
-        for seat in ended {
-            removed(live.seats.remove(&seat))?;
+        for (seat, cgroup) in ended {
+            live.clear_seat(&seat, cgroup)?;
         }
         Ok(())
     }

@@ -2,16 +2,19 @@
 //! Whose rank waited, and who came last? The accounts of ranks, by pod and communicator.
 //!
 //! As a [`crate::ledger::Ledger`] they never decrease, are held until their owner is known, and begin anew with a pod of the same name.
-//! Beyond [`NAMED`] communicators of an owner, those with least wait are `other`; one that becomes named, or ceases to be, begins
-//! anew, and `other` keeps what it has.
+//!
+//! A job chooses how many communicators and ranks it has, and what they are called. So an owner has accounts by name for [`NAMED`]
+//! communicators, [`RANKS`] ranks of each and [`OF_OWNER`] in all, and a node for [`OF_NODE`]; the rest is `other`. Of the communicators of an
+//! owner those with most wait have names; where the node has no room, it is made by the owner that has most. What becomes named, or ceases
+//! to be, begins anew, and `other` keeps what it has. Whatever has not been there for the retention time goes.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet, btree_map::Entry},
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use exporter_common::nccl::{Member, NO_RANK, SOURCES, Seat};
+use exporter_common::nccl::{GROUP_SEATS, Member, NO_RANK, SOURCES, Seat};
 
 use crate::{
     ledger::{OTHER, PATIENCE, UNKNOWN},
@@ -20,6 +23,15 @@ use crate::{
 
 /// Communicators of an owner that are shown by name.
 pub const NAMED: usize = 32;
+
+/// Ranks of a communicator that one who tells shows by name: as many as have seats.
+pub const RANKS: usize = GROUP_SEATS;
+
+/// Ranks of all communicators of an owner, of both who tell: 16 communicators with 8 ranks have 256. Each has up to four series.
+pub const OF_OWNER: usize = 512;
+
+/// The same of all owners.
+pub const OF_NODE: usize = 2048;
 
 /// Nanoseconds waited, collectives, last arrivals, nanoseconds on the GPU.
 pub type Counts = [u64; 4];
@@ -65,21 +77,46 @@ struct Chair {
     held: Option<(Counts, Instant)>,
 }
 
+/// Counts, and when who counts was last there.
+#[derive(Debug)]
+struct Total {
+    counts: Counts,
+    there: Instant,
+}
+
+impl Total {
+    fn new(now: Instant) -> Self {
+        Self {
+            counts: [0; 4],
+            there: now,
+        }
+    }
+
+    fn add(&mut self, by: &Counts, now: Instant) {
+        add(&mut self.counts, by);
+        self.there = now;
+    }
+}
+
 #[derive(Debug, Default)]
 struct Communicator {
     named: bool,
     /// What it waited altogether, named or not.
     waited: u64,
-    ranks: BTreeMap<Rank, Counts>,
-    /// When some rank of it was last there.
-    there: Option<Instant>,
+    /// Where it is named.
+    ranks: BTreeMap<Rank, Total>,
+    /// Whether some rank of it is there now.
+    there: bool,
 }
 
 #[derive(Debug, Default)]
 struct Account {
     uid: Option<Arc<str>>,
     communicators: BTreeMap<u64, Communicator>,
-    other: BTreeMap<usize, Counts>,
+    other: BTreeMap<usize, Total>,
+    /// How many communicators have names, and how many accounts of ranks these have.
+    names: usize,
+    named: usize,
 }
 
 /// The accounts.
@@ -100,7 +137,7 @@ impl Ranks {
         }
     }
 
-    /// Books what each rank grew by. Returns the seats that have ended and been booked.
+    /// Books what each rank grew by. Returns the seats that have ended and been booked, and their cgroups.
     pub fn book(
         &mut self,
         owners: &HashSet<Owner>,
@@ -108,7 +145,7 @@ impl Ranks {
         resolve: impl Fn(u64) -> Resolution,
         retention: Duration,
         now: Instant,
-    ) -> Vec<Seat> {
+    ) -> Vec<(Seat, u64)> {
         let known: HashSet<_> = owners.iter().map(|owner| &owner.labels).collect();
         self.accounts.retain(|labels, _| {
             let apart = labels.namespace.is_empty() && labels.container.is_empty();
@@ -146,19 +183,45 @@ impl Ranks {
             let held = chair.held.take().map_or([0; 4], |(held, _)| held);
             self.credit(labels, uid, reading, &held, now);
             if reading.member.ended != 0 {
-                ended.push(reading.seat);
+                ended.push((reading.seat, reading.member.cgroup));
             }
         }
+        let is_fresh = |total: &Total| now.saturating_duration_since(total.there) < retention;
+        for account in self.accounts.values_mut() {
+            account.expire(is_fresh);
+        }
+        self.make_room();
+        let mut room = OF_NODE.saturating_sub(self.named());
         for (labels, account) in &mut self.accounts {
-            account.communicators.retain(|_, communicator| {
-                let there = communicator.there.unwrap_or(now);
-                now.saturating_duration_since(there) < retention
-            });
-            if *labels != Labels::only_pod(OTHER) {
+            // Of owners that are not told apart no communicator is.
+            if *labels != Labels::only_pod(OTHER) && room > SOURCES.len() * RANKS {
                 account.name();
+                room -= SOURCES.len() * RANKS;
             }
         }
         ended
+    }
+
+    /// How many accounts of ranks have names.
+    fn named(&self) -> usize {
+        self.accounts.values().map(|account| account.named).sum()
+    }
+
+    /// Takes names away until no more have one than a node may have.
+    fn make_room(&mut self) {
+        let mut named = self.named();
+        while named > OF_NODE {
+            let most = self
+                .accounts
+                .values_mut()
+                .max_by_key(|account| account.named);
+            let Some(most) = most else {
+                return;
+            };
+            let before = most.named;
+            most.take_name();
+            named -= before - most.named;
+        }
     }
 
     fn credit(
@@ -183,28 +246,18 @@ impl Ranks {
                 ..Account::default()
             };
         }
-        // Of owners that are not told apart no communicator is.
-        let named = account.communicators.values();
-        let room = !apart && named.filter(|communicator| communicator.named).count() < NAMED;
-        let communicator = account
-            .communicators
-            .entry(reading.communicator)
-            .or_insert_with(|| Communicator {
-                named: room,
-                ..Communicator::default()
-            });
-        communicator.there = Some(now);
-        communicator.waited += by[0];
         let rank = reading.member.rank;
         let rank = Rank {
             number: (rank != NO_RANK).then_some(rank),
             source: reading.source,
         };
-        let to = match communicator.named {
-            true => communicator.ranks.entry(rank).or_default(),
-            false => account.other.entry(reading.source).or_default(),
-        };
-        add(to, by);
+        match account.own(reading.communicator, rank, by[0], apart, now) {
+            Some(own) => own.add(by, now),
+            None => {
+                let other = account.other.entry(reading.source);
+                other.or_insert_with(|| Total::new(now)).add(by, now);
+            }
+        }
     }
 
     /// Every rank, with its communicator and source; of communicators that are not named `other`, without a rank.
@@ -212,20 +265,88 @@ impl Ranks {
         for (labels, account) in &self.accounts {
             for (number, communicator) in &account.communicators {
                 let name = format!("{number:016x}");
-                for (rank, counts) in &communicator.ranks {
+                for (rank, total) in &communicator.ranks {
                     let number = rank.number.map(|number| number.to_string());
                     let number = number.unwrap_or_default();
-                    tell(labels, &name, &number, SOURCES[rank.source], counts);
+                    tell(labels, &name, &number, SOURCES[rank.source], &total.counts);
                 }
             }
-            for (source, counts) in &account.other {
-                tell(labels, OTHER, "", SOURCES[*source], counts);
+            for (source, total) in &account.other {
+                tell(labels, OTHER, "", SOURCES[*source], &total.counts);
             }
         }
     }
 }
 
 impl Account {
+    /// Counts what has names anew.
+    fn recount(&mut self) {
+        let named = self.communicators.values();
+        let named = named.filter(|communicator| communicator.named);
+        (self.names, self.named) = named.fold((0, 0), |(names, ranks), communicator| {
+            (names + 1, ranks + communicator.ranks.len())
+        });
+    }
+
+    /// The account of a rank that has waited for so long, if it has one of its own.
+    fn own(
+        &mut self,
+        number: u64,
+        rank: Rank,
+        waited: u64,
+        apart: bool,
+        now: Instant,
+    ) -> Option<&mut Total> {
+        let communicator = self.communicators.entry(number);
+        let communicator = communicator.or_insert_with(|| {
+            let named = !apart && self.names < NAMED;
+            self.names += usize::from(named);
+            Communicator {
+                named,
+                ..Communicator::default()
+            }
+        });
+        communicator.there = true;
+        communicator.waited += waited;
+        if !communicator.named {
+            return None;
+        }
+        let of_source = communicator.ranks.keys();
+        let of_source = of_source
+            .filter(|other| other.source == rank.source)
+            .count();
+        match communicator.ranks.entry(rank) {
+            Entry::Occupied(own) => Some(own.into_mut()),
+            Entry::Vacant(_) if self.named >= OF_OWNER || of_source >= RANKS => None,
+            Entry::Vacant(own) => {
+                self.named += 1;
+                Some(own.insert(Total::new(now)))
+            }
+        }
+    }
+
+    /// Forgets what is not there any more.
+    fn expire(&mut self, is_fresh: impl Fn(&Total) -> bool) {
+        self.communicators.retain(|_, communicator| {
+            communicator.ranks.retain(|_, total| is_fresh(total));
+            // One without accounts shows nothing.
+            std::mem::take(&mut communicator.there) || !communicator.ranks.is_empty()
+        });
+        self.other.retain(|_, total| is_fresh(total));
+        self.recount();
+    }
+
+    /// Takes the name of the one with least wait.
+    fn take_name(&mut self) {
+        let named = self.communicators.values_mut();
+        let named = named.filter(|communicator| !communicator.ranks.is_empty());
+        if let Some(least) = named.min_by_key(|communicator| communicator.waited) {
+            least.named = false;
+            least.ranks.clear();
+        }
+        self.recount();
+    }
+
     /// Gives a name to the one with most wait that has none, if another that has one waited half as much.
     fn name(&mut self) {
         let of = |named: bool| {
@@ -233,7 +354,7 @@ impl Account {
             all.filter(move |(_, communicator)| communicator.named == named)
                 .map(|(number, communicator)| (communicator.waited, *number))
         };
-        let free = of(true).count() < NAMED;
+        let free = self.names < NAMED;
         let (Some((most, new)), least) = (of(false).max(), of(true).min()) else {
             return;
         };
@@ -251,6 +372,7 @@ impl Account {
         if let Some(communicator) = self.communicators.get_mut(&new) {
             communicator.named = true;
         }
+        self.recount();
     }
 }
 
@@ -288,7 +410,7 @@ mod tests {
         }
     }
 
-    fn book(ranks: &mut Ranks, readings: &[Reading], now: Instant) -> Vec<Seat> {
+    fn book(ranks: &mut Ranks, readings: &[Reading], now: Instant) -> Vec<(Seat, u64)> {
         let host = |_| Resolution::Host;
         let retention = Duration::from_secs(300);
         ranks.book(&HashSet::new(), readings, host, retention, now)
@@ -357,10 +479,98 @@ mod tests {
         let now = Instant::now();
         let mut last = reading(1, 0, [3, 1, 1, 0]);
         last.member.ended = 1;
-        assert_eq!(book(&mut ranks, &[last.clone()], now), [last.seat]);
+        assert_eq!(book(&mut ranks, &[last.clone()], now), [(last.seat, 7)]);
         book(&mut ranks, &[], now);
         assert_eq!(shown(&ranks).len(), 1);
         book(&mut ranks, &[], now + Duration::from_secs(301));
         assert_eq!(shown(&ranks), []);
+    }
+
+    /// Readings of one owner, by its cgroup: of each communicator these ranks.
+    fn of(
+        cgroup: u64,
+        communicators: u64,
+        ranks: impl Iterator<Item = u64> + Clone,
+    ) -> Vec<Reading> {
+        let all = (0..communicators).flat_map(|n| ranks.clone().map(move |rank| (n, rank)));
+        all.map(|(communicator, rank)| {
+            let mut reading = reading(cgroup << 32 | communicator, rank, [1, 1, 0, 0]);
+            reading.member.cgroup = cgroup;
+            // Each is another seat, whatever its number.
+            reading.seat.index = rank;
+            reading
+        })
+        .collect()
+    }
+
+    fn owner(cgroup: u64) -> Owner {
+        Owner {
+            labels: Labels {
+                namespace: "ml".into(),
+                pod: format!("pod-{cgroup}").into(),
+                container: "main".into(),
+            },
+            uid: format!("{cgroup}").into(),
+        }
+    }
+
+    fn book_owners(ranks: &mut Ranks, owners: u64, readings: &[Reading], now: Instant) {
+        let all: HashSet<_> = (0..owners).map(owner).collect();
+        let resolve = |cgroup| Resolution::Owner(owner(cgroup));
+        ranks.book(&all, readings, resolve, Duration::from_secs(300), now);
+    }
+
+    /// Accounts with a name, by pod; and all that was counted in collectives.
+    fn named(ranks: &Ranks) -> (BTreeMap<String, usize>, u64) {
+        let mut by_pod: BTreeMap<String, usize> = BTreeMap::new();
+        let mut collectives = 0;
+        ranks.each(|labels, communicator, _, _, counts| {
+            collectives += counts[1];
+            *by_pod.entry(labels.pod.to_string()).or_default() +=
+                usize::from(communicator != OTHER);
+        });
+        (by_pod, collectives)
+    }
+
+    #[test]
+    fn ranks_that_are_numbered_at_random_are_bounded_and_go_by_themselves() {
+        let mut ranks = Ranks::new(10);
+        let begin = Instant::now();
+        for second in 0..100 {
+            let now = begin + Duration::from_secs(second);
+            let numbers = (0..100).map(move |i| 1 << 20 | second << 10 | i);
+            book_owners(&mut ranks, 1, &of(0, 1, numbers), now);
+            let (by_pod, collectives) = named(&ranks);
+            assert_eq!(by_pod["pod-0"], RANKS);
+            assert_eq!(collectives, 100 * (second + 1), "nothing is lost");
+        }
+        book_owners(&mut ranks, 1, &[], begin + Duration::from_secs(399));
+        assert_eq!(shown(&ranks), []);
+    }
+
+    #[test]
+    fn one_job_takes_no_name_from_another() {
+        let mut ranks = Ranks::new(100);
+        let now = Instant::now();
+        // A job with eight ranks in sixteen communicators, and then many with as many as they can.
+        let victim = of(0, 16, 0..8);
+        book_owners(&mut ranks, 1, &victim, now);
+        let mut all = victim.clone();
+        for attacker in 1..10 {
+            all.extend(of(attacker, 4096, 0..1));
+            all.extend(of(attacker, 20, 0..64));
+            for _ in 0..3 {
+                book_owners(&mut ranks, 10, &all, now);
+                let (by_pod, _) = named(&ranks);
+                assert_eq!(by_pod["pod-0"], 128, "{by_pod:?}");
+                assert!(
+                    by_pod.values().all(|named| *named <= OF_OWNER),
+                    "{by_pod:?}"
+                );
+                assert!(by_pod.values().sum::<usize>() <= OF_NODE, "{by_pod:?}");
+            }
+        }
+        book_owners(&mut ranks, 10, &victim, now + Duration::from_secs(301));
+        assert_eq!(named(&ranks).0, BTreeMap::from([("pod-0".to_owned(), 128)]));
     }
 }
