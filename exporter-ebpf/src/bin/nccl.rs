@@ -505,17 +505,21 @@ fn arrive(
         enter_new(&PAIRS_, pair, &NO_ARRIVALS, cgroup, Share::Pairs)?;
     }
     let arrivals = PAIRS_.get_ptr_mut(pair).ok_or(Loss::MapFull)?;
+        // SAFETY: a map value.
+    unsafe {
+        if (*arrivals).expected == 0 {
+            // Two that come at once write the same.
+            (*arrivals).expected = members;
+            (*arrivals).since = now();
+        }
+    }
+    // Bounded just before its use: 5.10 forgets what it knew of a number that was on the stack.
     let seat = unknown(seat);
     if seat >= GROUP_SEATS as u64 {
         return Ok(());
     }
     // SAFETY: a map value, and below the end of its array; the seat is this rank's alone.
     let (count, expected) = unsafe {
-        if (*arrivals).expected == 0 {
-            // Two that come at once write the same.
-            (*arrivals).expected = members;
-            (*arrivals).since = now();
-        }
         let slot = addr_of_mut!((*arrivals).at)
             .cast::<u64>()
             .add(seat as usize);
