@@ -244,6 +244,16 @@ pub struct Handle {
     pub made: [u64; COLLECTIVES],
 }
 
+impl Handle {
+    /// Where it sits.
+    pub const fn seat(&self) -> Seat {
+        Seat {
+            group: self.group,
+            index: self.seat,
+        }
+    }
+}
+
 /// Of a communicator whose beginning was not seen: how many collectives it has made is asked of it at each.
 pub const LATE: u64 = 1;
 

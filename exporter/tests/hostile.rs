@@ -4,17 +4,19 @@
 
 use std::{
     fs::{self, File},
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader, Lines, Write},
     net::TcpStream,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, Command, Stdio},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     sync::{Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
 };
 
-use common::{Exporter, build, may_trace, run, skip, succeeds};
+use common::{
+    Exporter, Pod, Scrape, build, cgroup_root, may_trace, run, skip, succeeds, write_pods,
+};
 use inotify::{Inotify, WatchMask};
 
 mod common;
@@ -54,9 +56,10 @@ fn programs() -> Option<Programs> {
     let folder = build().join("hostile");
     run(&format!(
         "mkdir -p {folder}
-         for program in attack silent; do
-             cc -O2 -Wall -Wextra -Werror -o {folder}/$program {package}/tests/hostile/$program.c
+                  for program in attack silent forge; do
+             cc -O2 -Wall -Wextra -Werror -o {folder}/$program {package}/tests/hostile/$program.c -ldl
          done
+         cc -O2 -Wall -Wextra -Werror -fPIC -shared -DLIBRARY -o {folder}/libnccl-forge.so {package}/tests/hostile/forge.c
          {package}/../tests/nccl-sim/build {folder}/nccl",
         folder = folder.display()
     ));
@@ -68,35 +71,50 @@ fn programs() -> Option<Programs> {
 struct Attack {
     child: Child,
     input: Option<ChildStdin>,
+    output: Lines<BufReader<ChildStdout>>,
     said: Vec<String>,
 }
 
 impl Attack {
     /// Starts a program and waits for a line.
     fn start(program: &Path, arguments: &[&str], until: &str) -> Self {
-        let mut child = Command::new(program)
-            .args(arguments)
+        let mut command = Command::new(program);
+        command.args(arguments);
+        Self::start_by(command, until)
+    }
+
+    fn start_by(mut command: Command, until: &str) -> Self {
+        let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .expect("it starts");
         let input = child.stdin.take();
-        let said = BufReader::new(child.stdout.take().expect("piped"));
-        let mut lines = Vec::new();
-        for line in said.lines().map_while(Result::ok) {
-            let done = line.starts_with(until);
-            lines.push(line);
-            if done {
-                break;
-            }
-        }
-        let reached = lines.last().is_some_and(|line| line.starts_with(until));
-        assert!(reached, "{arguments:?} said {lines:?}");
-        Self {
+        let output = BufReader::new(child.stdout.take().expect("piped")).lines();
+        let mut attack = Self {
             child,
             input,
-            said: lines,
+            output,
+            said: Vec::new(),
+        };
+        attack.hear(until);
+        attack
+    }
+
+    /// Waits until it says a line.
+    fn hear(&mut self, until: &str) {
+        for line in self.output.by_ref().map_while(Result::ok) {
+            let done = line.starts_with(until);
+            self.said.push(line);
+            if done {
+                return;
+            }
         }
+        panic!("it said {:?}, and not {until}", self.said);
+    }
+
+    fn tell(&mut self, line: &str) {
+        writeln!(self.input.as_ref().expect("piped"), "{line}").expect("it listens");
     }
 }
 
@@ -645,4 +663,209 @@ fn it_can_be_ended_from_its_first_moment() {
     );
     run(&format!("kill -TERM {}", child.id()));
     child.wait().expect("it ends");
+}
+
+const COLLECTIVES: &str = "chandra_nccl_rank_collectives_total";
+const WAIT: &str = "chandra_nccl_rank_wait_seconds_total";
+const LAST: &str = "chandra_nccl_rank_last_arrivals_total";
+
+/// The accounts of ranks that a container and a node have at most: docs/security.md.
+const OF_OWNER: usize = 512;
+const OF_NODE: usize = 2048;
+
+/// A node with pods that tell what they do by themselves.
+struct Forged {
+    folder: tempfile::TempDir,
+    pods: Vec<Pod>,
+    programs: Programs,
+}
+
+impl Forged {
+    fn new(names: &[&str]) -> Option<Self> {
+        let programs = programs()?;
+        let folder = tempfile::tempdir().expect("a folder");
+        let seeds = 0xf0..;
+        let pods = names.iter().zip(seeds);
+        let pods: Vec<_> = pods
+            .map(|(name, seed)| Pod::new("ml", name, seed))
+            .collect();
+        for pod in &pods {
+            run(&format!(
+                "mkdir -p {}/{}",
+                cgroup_root().display(),
+                pod.cgroup(0)
+            ));
+        }
+        write_pods(&folder.path().join("pods.json"), &pods);
+        Some(Self {
+            folder,
+            pods,
+            programs,
+        })
+    }
+
+    fn exporter(&self, flags: &[&str]) -> Exporter {
+        let pods = self.folder.path().join("pods.json");
+        let pods = pods.to_str().expect("UTF-8");
+        let flags = [&["--pods", pods, "--retention", "5s"], flags].concat();
+        let exporter = Exporter::start(&flags);
+        exporter.until_attached("nccl", "nccl_profiler_closed");
+        exporter
+    }
+
+    /// Starts the program in a pod.
+    fn start(&self, pod: &str, arguments: &str) -> Attack {
+        let pod = self
+            .pods
+            .iter()
+            .find(|each| each.name == pod)
+            .expect("there");
+        let forge = self.programs.folder.join("forge");
+        let (root, cgroup) = (cgroup_root(), pod.cgroup(0));
+        let mut command = Command::new("sh");
+        command.arg("-ec").arg(format!(
+            "echo $$ >{}/{cgroup}/cgroup.procs; exec {} {arguments}",
+            root.display(),
+            forge.display()
+        ));
+        Attack::start_by(command, "ready")
+    }
+}
+
+impl Drop for Forged {
+    fn drop(&mut self) {
+        for pod in &self.pods {
+            let path = cgroup_root().join(pod.cgroup(0));
+            let pod = path.parent().expect("the pod's");
+            succeeds(&format!("rmdir {} {}", path.display(), pod.display()));
+        }
+    }
+}
+
+/// Accounts of ranks on a page, of a pod or all.
+fn ranks(scrape: &Scrape, pod: Option<&str>) -> usize {
+    let lines = scrape
+        .text
+        .lines()
+        .filter(|line| line.starts_with(COLLECTIVES));
+    let of_pod = pod.map(|pod| format!("pod=\"{pod}\""));
+    let of_pod = |line: &&str| of_pod.as_ref().is_none_or(|pod| line.contains(pod));
+    let named = |line: &&str| !line.contains("communicator=\"other\"");
+    lines.filter(of_pod).filter(named).count()
+}
+
+/// What a job of eight ranks has counted is what it did.
+fn counts(scrape: &Scrape, collectives: u32) {
+    for rank in 0..8 {
+        let rank = rank.to_string();
+        let of = |metric: &str| scrape.sum(metric, &[("pod", "victim"), ("rank", &rank)]);
+        let is_last = rank == "7";
+        let all = f64::from(collectives);
+        let (waited, last) = if is_last {
+            (0.0, all)
+        } else {
+            (all / 1000.0, 0.0)
+        };
+        assert_eq!((of(COLLECTIVES), of(LAST)), (all, last), "rank {rank}");
+        assert!(
+            (of(WAIT) - waited).abs() < 1e-6,
+            "rank {rank} waited {}",
+            of(WAIT)
+        );
+    }
+}
+
+/// Whatever one job tells, the series have a bound, and another job's are what it did.
+#[test]
+fn one_job_takes_nothing_from_another() {
+    let _alone = alone();
+    const ATTACKS: [(&str, &str); 4] = [
+        ("storm", "storm 6"),
+        ("many", "communicators 10000"),
+        ("random", "ranks 6"),
+        ("pending", "pending"),
+    ];
+    let names = ATTACKS.map(|(name, _)| name);
+    let Some(node) = Forged::new(&[&["victim"][..], &names].concat()) else {
+        return;
+    };
+    let mut job = node.start("victim", "job 5afe 8");
+    let mut exporter = node.exporter(&[]);
+    let mut done = 0;
+    let mut work = |job: &mut Attack| {
+        job.tell("run 50");
+        job.hear("done");
+        done += 50;
+        done
+    };
+    work(&mut job);
+    for (name, arguments) in ATTACKS {
+        let mut attack = node.start(name, arguments);
+        attack.tell("go");
+        let begin = Instant::now();
+        let mut most = (0, 0);
+        let mut scrape = exporter.scrape();
+        while begin.elapsed() < Duration::from_secs(8) {
+            let all = work(&mut job);
+            scrape = exporter.scrape();
+            counts(&scrape, all);
+            let now = (ranks(&scrape, Some(name)), ranks(&scrape, None));
+            assert!(now.0 <= OF_OWNER && now.1 <= OF_NODE, "{now:?}");
+            most = (most.0.max(now.0), most.1.max(now.1));
+            thread::sleep(Duration::from_millis(100));
+        }
+        attack.hear("done");
+        let lost = scrape.sum("chandra_lost_events_total", &[("signal", "nccl")]);
+        println!("{name}: at most {most:?} accounts of ranks, {lost} events lost");
+        assert!(most.0 > 0, "it counts");
+        drop(attack);
+    }
+    for (name, _) in ATTACKS {
+        exporter.scrape_until(&format!("{name} is gone"), |scrape| {
+            ranks(scrape, Some(name)) == 0 && scrape.sum(COLLECTIVES, &[("pod", name)]) == 0.0
+        });
+    }
+    let all = work(&mut job);
+    counts(&exporter.scrape(), all);
+    ends(&mut exporter, 5);
+}
+
+/// What a page tells of a communicator is of no use to join it.
+#[test]
+fn nobody_joins_a_communicator_by_what_a_page_says() {
+    let _alone = alone();
+    let Some(node) = Forged::new(&["victim", "forger"]) else {
+        return;
+    };
+    let salt = node.folder.path().join("salt");
+    fs::write(&salt, "a secret of the whole cluster").expect("written");
+    let mut job = node.start("victim", "job 5afe 8");
+    let mut exporter = node.exporter(&["--nccl.salt-file", salt.to_str().expect("UTF-8")]);
+    job.tell("run 50");
+    job.hear("done");
+    let scrape = exporter.scrape_until("it counts", |scrape| ranks(scrape, Some("victim")) == 8);
+    counts(&scrape, 50);
+    assert!(!scrape.text.contains("5afe"), "{}", scrape.text);
+    let line = scrape
+        .text
+        .lines()
+        .find(|line| line.starts_with(COLLECTIVES));
+    let name = line.and_then(|line| line.split("communicator=\"").nth(1));
+    let name = name
+        .and_then(|rest| rest.split('"').next())
+        .expect("a name");
+    let mut forger = node.start("forger", &format!("join {name} 3"));
+    forger.tell("go");
+    job.tell("run 50");
+    job.hear("done");
+    forger.hear("done");
+    job.tell("run 50");
+    job.hear("done");
+    let scrape = exporter.scrape_until("the forger counts", |scrape| {
+        scrape.sum(COLLECTIVES, &[("pod", "forger")]) > 0.0
+    });
+    counts(&scrape, 150);
+    let same = [("pod", "forger"), ("communicator", name)];
+    assert_eq!(scrape.sum(COLLECTIVES, &same), 0.0, "{}", scrape.text);
+    ends(&mut exporter, 5);
 }

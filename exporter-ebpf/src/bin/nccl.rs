@@ -505,7 +505,7 @@ fn arrive(
         enter_new(&PAIRS_, pair, &NO_ARRIVALS, cgroup, Share::Pairs)?;
     }
     let arrivals = PAIRS_.get_ptr_mut(pair).ok_or(Loss::MapFull)?;
-        // SAFETY: a map value.
+    // SAFETY: a map value.
     unsafe {
         if (*arrivals).expected == 0 {
             // Two that come at once write the same.
@@ -866,6 +866,8 @@ fn enter(registers: Registers, key: u64, told_at: u64, rank: u64, ranks: u64) ->
     let group = group(key, ranks, 0, 0)?;
     // SAFETY: a map value.
     unsafe { add(addr_of_mut!((*group).members), 1) };
+    // It will be wanted at the first collective.
+    let _ = layout();
     begin(
         registers,
         0,

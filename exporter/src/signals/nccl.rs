@@ -34,8 +34,8 @@ use aya::{
 };
 use exporter_common::nccl::{
     ANY_PROCESS, Arrivals, Begun, CALL, COLLECTIVES, Communicator, Frame, GRAPH_SLOT, GROUP_SEATS,
-    Group, Handle, INIT, LATE, Layout, Member, NUMBERED, OPERATIONS, Owner, PHASES, Pair, SLOTS,
-    SOURCES, Seat, Share, Shares, Since, Source, Started, WAIT, call_slots, duration_slots,
+    Group, Handle, INIT, LATE, LEARNT, Layout, Member, NUMBERED, OPERATIONS, Owner, PHASES, Pair,
+    SLOTS, SOURCES, Seat, Share, Shares, Since, Source, Started, WAIT, call_slots, duration_slots,
     init_slots, wait_slots,
 };
 
@@ -51,7 +51,7 @@ use crate::{
     capabilities::{BPF, LIBRARIES, PERFMON, UPROBES},
     families::{Desc, Families, Kind},
     kernel::Kernel,
-    ledger::{Attribution, Ledger, Opening, UNKNOWN},
+    ledger::{Attribution, Ledger, Opening, PATIENCE, UNKNOWN},
     libraries::{
         Identity, Skipped,
         maps::Interest,
@@ -349,10 +349,7 @@ impl Live {
         for (name, handle) in held.communicators {
             if gone(name.process) && was_there(self.communicators.remove(&name))? {
                 self.leave(handle.group)?;
-                self.gone.insert(Seat {
-                    group: handle.group,
-                    index: handle.seat,
-                });
+                self.gone.insert(handle.seat());
             }
         }
         let groups: HashMap<u64, Group> = entries(&self.groups)?.into_iter().collect();
@@ -859,6 +856,8 @@ struct Nccl {
     told: Arc<Mutex<Told>>,
     stopped: Arc<AtomicBool>,
     salt: Option<Salt>,
+    /// Ranks whose communicator has not been asked for its number, and since when.
+    nameless: HashMap<Seat, Instant>,
     ledger: Ledger<u64, SLOTS>,
     ranks: Ranks,
     pending: BTreeMap<Labels, f64>,
@@ -907,6 +906,7 @@ impl Nccl {
             told,
             stopped,
             salt: options.nccl.salt.clone(),
+            nameless: HashMap::new(),
             ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
             ranks: Ranks::new(options.max_owners),
             pending: BTreeMap::new(),
@@ -988,18 +988,27 @@ impl Nccl {
     /// Books what ranks have counted, and clears the seats of those that have ended.
     fn book_ranks(&mut self, live: &mut Live, scope: &Scope<'_>) -> anyhow::Result<()> {
         let groups: HashMap<u64, Group> = entries(&live.groups)?.into_iter().collect();
-        let seats = live.seated()?.into_iter();
-        let readings: Vec<Reading> = seats
-            .map(|(seat, member)| {
-                let hash = groups.get(&seat.group).map_or(0, |group| group.hash);
-                Reading {
-                    seat,
-                    member,
-                    communicator: self.name(if hash == 0 { seat.group } else { hash }),
-                    source: source(&member.handle),
+        let handles = entries(&live.communicators)?.into_iter();
+        let unasked = handles.filter(|(_, handle)| handle.state & LEARNT == 0);
+        let unasked: HashSet<Seat> = unasked.map(|(_, handle)| handle.seat()).collect();
+        self.nameless.retain(|seat, _| unasked.contains(seat));
+        let mut readings = Vec::new();
+        for (seat, member) in live.seated()? {
+            let hash = groups.get(&seat.group).map_or(0, |group| group.hash);
+            if hash == 0 && unasked.contains(&seat) && member.ended == 0 {
+                // What it has counted waits for its name.
+                let since = *self.nameless.entry(seat).or_insert(scope.now);
+                if scope.now.saturating_duration_since(since) < PATIENCE {
+                    continue;
                 }
-            })
-            .collect();
+            }
+            readings.push(Reading {
+                seat,
+                member,
+                communicator: self.name(if hash == 0 { seat.group } else { hash }),
+                source: source(&member.handle),
+            });
+        }
         let resolve = |cgroup| scope.resolve(cgroup);
         let owners = scope.pods.owners();
         let ended = self

@@ -456,6 +456,98 @@ fn what_hangs_is_pending_until_nobody_waits_any_more() {
     assert_eq!(lost(&scrape), 0.0, "{}", scrape.text);
 }
 
+/// Processes that have the library mapped and do nothing with it, as data loaders have. Killed when dropped.
+struct Idlers(Vec<Child>);
+
+impl Idlers {
+    fn start(folder: &Path, count: usize) -> Self {
+        let start = |_| {
+            let mut sleep = Command::new("sleep");
+            sleep
+                .arg("1000")
+                .env("LD_PRELOAD", folder.join("libnccl.so.2"));
+            sleep.spawn().expect("sleep")
+        };
+        Self((0..count).map(start).collect())
+    }
+}
+
+impl Drop for Idlers {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// More processes than any map has room for have NCCL mapped, of two versions, so that each is told of by itself: what the dead leave
+/// behind is cleared as ever.
+#[test]
+fn many_processes_with_nccl_do_not_keep_what_the_dead_leave_behind() {
+    let _alone = alone();
+    let (Some(folder), Some(other)) = (known(), unknown()) else {
+        return;
+    };
+    let (exporter, _idle) = exporter(&folder, &["--pods", "none"]);
+    let _idlers = [Idlers::start(&folder, 1100), Idlers::start(&other, 1100)];
+    let mut job = Job::start(
+        &folder,
+        "--ranks 4 --communicators 3 --drop 2 --drop-at 20 --drop-how exit --hold 600",
+    );
+    job.hear("left");
+    exporter.scrape_until("it hangs", |scrape| scrape.sum(PENDING, &[]) > 4.0);
+    drop(job);
+    let begin = Instant::now();
+    exporter.scrape_until("nobody waits", |scrape| scrape.sum(PENDING, &[]) == 0.0);
+    let took = begin.elapsed();
+    println!("cleared in {took:?}");
+    assert!(!compares_durations() || took < Duration::from_secs(10));
+    // And whoever comes then is followed, from the beginning and from the middle.
+    let mut job = Job::start(
+        &folder,
+        "--ranks 4 --communicators 3 --collectives 600 --interval-us 5000 --init-delay-rank 1 --init-delay-us 2000000 --hold 2",
+    );
+    let truth = job.truth();
+    let scrape = exporter.scrape();
+    assert_eq!(lost(&scrape), 0.0, "{}", scrape.text);
+    agrees(&scrape, &truth);
+}
+
+/// Whoever comes while it is being looked who is there is not taken for gone: the exporter stands still at any moment.
+#[test]
+fn ranks_that_come_during_a_look_keep_their_communicators() {
+    let _alone = alone();
+    let Some(folder) = known() else { return };
+    let (exporter, _idle) = exporter(&folder, &["--pods", "none"]);
+    let pid = exporter.child.id();
+    let over = std::sync::atomic::AtomicBool::new(false);
+    let mut truths = Vec::new();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                run(&format!(
+                    "kill -STOP {pid}; sleep 0.7; kill -CONT {pid}; sleep 0.02"
+                ));
+            }
+        });
+        for _ in 0..12 {
+            let mut job = Job::start(
+                &folder,
+                "--ranks 4 --communicators 1 --collectives 100 --interval-us 5000",
+            );
+            truths.extend(job.truth());
+        }
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    let scrape = exporter.scrape();
+    assert_eq!(lost(&scrape), 0.0, "{}", scrape.text);
+
+    let did: f64 = truths.iter().map(|rank| number(&rank["collectives"])).sum();
+    let counted = scrape.sum(COLLECTIVES, &[("source", "host")]);
+    assert_eq!(counted, did, "{}", scrape.text);
+}
+
 /// The profiler plugin, and a program that calls it as NCCL does.
 fn plugin() -> Option<PathBuf> {
     let folder = build().join("nccl-profiler");
