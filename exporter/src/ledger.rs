@@ -12,7 +12,7 @@
 //! - Owners beyond the limit are booked to `pod="other"`, and stay there for as long as they are known.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     hash::Hash,
     sync::Arc,
     time::{Duration, Instant},
@@ -268,6 +268,73 @@ impl<K: Copy + Eq + Hash, const N: usize> Ledger<K, N> {
     fn credit_unknown(&mut self, by: &[u64; N]) {
         self.attribution.unknown += (self.units)(by);
         add(&mut self.unknown, by);
+    }
+}
+
+/// Which owners a page shows by name in what is not counted by a [`Ledger`]: as many as it may, the rest is `other`.
+#[derive(Debug)]
+pub struct Shown {
+    labels: BTreeSet<Labels>,
+    limit: usize,
+}
+
+impl Shown {
+    /// Shows none yet, and `limit` at most.
+    pub fn new(limit: usize) -> Self {
+        Self {
+            labels: BTreeSet::new(),
+            limit,
+        }
+    }
+
+    /// The labels under which an owner is shown.
+    pub fn of(&mut self, resolution: Resolution) -> Labels {
+        let labels = match resolution {
+            Resolution::Owner(owner) | Resolution::Pending(Some(owner)) => owner.labels,
+            Resolution::Host => return Labels::default(),
+            Resolution::Pending(None) | Resolution::Unknown => return Labels::only_pod(UNKNOWN),
+        };
+        if !self.labels.contains(&labels) {
+            if self.labels.len() >= self.limit {
+                return Labels::only_pod(OTHER);
+            }
+            self.labels.insert(labels.clone());
+        }
+        labels
+    }
+}
+
+/// Names that whoever runs on the node can choose, of devices and the like: as many as there is room for have series of their own, as long
+/// as they are met now and then.
+#[derive(Debug)]
+pub struct Names<N> {
+    met: BTreeMap<N, Instant>,
+    limit: usize,
+}
+
+impl<N: Ord + Clone> Names<N> {
+    /// Has none yet, and room for `limit`.
+    pub fn new(limit: usize) -> Self {
+        Self {
+            met: BTreeMap::new(),
+            limit,
+        }
+    }
+
+    /// Meets a name. False if there is no room for it, so that it is `other`.
+    pub fn meet(&mut self, name: &N, now: Instant) -> bool {
+        let has_room = self.met.contains_key(name) || self.met.len() < self.limit;
+        if has_room {
+            self.met.insert(name.clone(), now);
+        }
+        has_room
+    }
+
+    /// Forgets those that have not been met for `retention`, and returns them.
+    pub fn expire(&mut self, retention: Duration, now: Instant) -> Vec<N> {
+        let old = |at: &mut Instant| now.saturating_duration_since(*at) >= retention;
+        let gone = self.met.extract_if(.., |_, at| old(at));
+        gone.map(|(name, _)| name).collect()
     }
 }
 

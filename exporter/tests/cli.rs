@@ -167,6 +167,35 @@ fn a_wrong_flag_is_refused_in_one_line() {
     refused(&["--max-owners", "many"], &["'many'", "--max-owners <N>"]);
     refused(&["--log.level", "a=b=c"], &["--log.level <LEVEL>"]);
     refused(&["--pods", "none", "check"], &["check", "--pods"]);
+    refused(
+        &["--nccl.salt-file", "/nowhere"],
+        &["--nccl.salt-file <FILE>", "No such file"],
+    );
+    refused(
+        &["--nccl.salt-file", "/dev/null"],
+        &["--nccl.salt-file <FILE>", "16 to 4096 bytes"],
+    );
+}
+
+#[test]
+fn check_says_what_pages_tell_of_communicators() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let salt = folder.path().join("salt");
+    fs::write(&salt, "a secret of the whole cluster").expect("written");
+    let says = |salt: Option<&std::path::Path>| {
+        let mut command = chandra();
+        command.arg("check");
+        if let Some(salt) = salt {
+            command.arg("--nccl.salt-file").arg(salt);
+        }
+        let (_, out, _) = finish(command);
+        let line = out.lines().find(|line| line.contains("NCCL salt"));
+        line.expect("a line").to_owned()
+    };
+    let without = says(None);
+    assert!(without.starts_with("no ") && without.contains("--nccl.salt-file"), "{without}");
+    let with = says(Some(&salt));
+    assert!(with.starts_with("ok ") && with.contains("keyed hash"), "{with}");
 }
 
 #[test]
@@ -653,7 +682,8 @@ fn check_is_json_with_the_documented_fields() {
             "Kubernetes",
             "RDMA",
             "GPU",
-            "NCCL"
+            "NCCL",
+            "NCCL salt"
         ]
     );
     let signals = report["signals"].as_array().expect("a list");

@@ -10,8 +10,8 @@ use std::{
 };
 
 use chandra::{
-    ledger::{Attribution, Ledger, PATIENCE},
-    pods::{Labels, Place, Pods, Record, Resolution, Source, cgroups},
+    ledger::{Attribution, Ledger, Names, PATIENCE, Shown},
+    pods::{Labels, Owner, Place, Pods, Record, Resolution, Source, cgroups},
     signals::Scope,
 };
 use k8s_openapi::api::core::v1::Pod;
@@ -646,6 +646,36 @@ fn a_static_pods_cgroup_is_found_by_the_hash_of_its_manifest() {
     node.scrape();
     let etcd = labels("kube-system", "etcd-node-7", "etcd");
     assert_eq!(node.accounts().get(&etcd), Some(&3));
+}
+
+#[test]
+fn owners_beyond_the_limit_are_other_in_what_has_no_ledger() {
+    let mut shown = Shown::new(2);
+    let owner = |pod: &str| {
+        let labels = labels("ml", pod, "main");
+        let uid = "u".into();
+        Resolution::Owner(Owner { labels, uid })
+    };
+    for pod in ["a", "b", "a"] {
+        assert_eq!(shown.of(owner(pod)), labels("ml", pod, "main"));
+    }
+    assert_eq!(shown.of(owner("c")), Labels::only_pod("other"));
+    assert_eq!(shown.of(Resolution::Host), Labels::default());
+    let unknown = Labels::only_pod("unknown");
+    assert_eq!(shown.of(Resolution::Pending(None)), unknown);
+    assert_eq!(shown.of(Resolution::Unknown), unknown);
+}
+
+#[test]
+fn names_beyond_the_limit_have_room_once_others_are_gone() {
+    let begin = Instant::now();
+    let mut names = Names::new(2);
+    let after = |n| begin + seconds(n);
+    assert!(names.meet(&"mlx5_0", begin) && names.meet(&"made-up", begin));
+    assert!(!names.meet(&"mlx5_1", after(100)));
+    assert!(names.meet(&"mlx5_0", after(200)));
+    assert_eq!(names.expire(RETENTION, after(300)), ["made-up"]);
+    assert!(names.meet(&"mlx5_1", after(300)) && names.meet(&"mlx5_0", after(300)));
 }
 
 /// An object of the API that mirrors a static pod, or says so.

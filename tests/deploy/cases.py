@@ -79,6 +79,11 @@ CHOICES = {name: {"on": on(name), "off": off(name)} for name in SIGNALS if name 
         "calls": {"signals": {"gpu": {"cudaCalls": {"enabled": True, "budget": 0.00001}}}},
         "devices": {"signals": {"gpu": {"devices": ["/dev/accel0", "/dev/accel1"]}}},
     },
+    "salt": {
+        "made": {},
+        "theirs": {"signals": {"nccl": {"salt": {"existingSecret": "salt"}}}},
+        "none": {"signals": {"nccl": {"salt": {"create": False}}}},
+    },
     "packets": {"default": {}, "others": {"signals": {"encryption": {"timedEvery": 1000000, "vxlanPort": 4789, "genevePort": 65535}}}},
     "pods": {"kube": {}, "none": {"pods": "none"}},
     "account": {
@@ -192,6 +197,10 @@ def signals_of(case):
     return {name for name in SIGNALS if case[name] != "off"}
 
 
+def is_salted(case):
+    return case["nccl"] != "off" and case["salt"] != "none"
+
+
 def problems(case, objects):
     """What is not as the case wants it."""
     name, values = fullname(case), values_of(case)
@@ -212,6 +221,8 @@ def problems(case, objects):
         wanted |= {("ClusterRole", name), ("ClusterRoleBinding", name)}
     if case["web"] in ("headers", "users", "tls", "mtls"):
         wanted.add(("Secret", f"{name}-web"))
+    if is_salted(case) and case["salt"] == "made":
+        wanted.add(("Secret", f"{name}-nccl-salt"))
     if case["monitor"] != "off":
         wanted.add(("PodMonitor", name))
     if case["network"] in ("policy", "open"):
@@ -253,6 +264,10 @@ def problems(case, objects):
             yield f"{kind} {of}: the form of a label"
 
     yield from daemonset(objects["DaemonSet", name], case, values, extras, selector, account)
+    if ("Secret", f"{name}-nccl-salt") in objects:
+        salt = base64.b64decode(objects["Secret", f"{name}-nccl-salt"]["data"]["salt"])
+        if len(salt) != 32:
+            yield f"Secret: a salt of {len(salt)} bytes"
     yield from access(objects, name, case, account)
 
     if case["web"] in ("headers", "users", "tls", "mtls"):
@@ -374,6 +389,8 @@ def daemonset(o, case, values, extras, selector, account):
         wanted["/etc/chandra/web"] = "web" if case["web"].startswith("secret") else o["metadata"]["name"] + "-web"
     if case["web"] in ("tls", "secret-tls"):
         wanted["/etc/chandra/tls"] = "tls"
+    if is_salted(case):
+        wanted["/etc/chandra/nccl"] = "salt" if case["salt"] == "theirs" else o["metadata"]["name"] + "-nccl-salt"
     yield from same("secrets", secrets, wanted)
 
     # Flags and variables.
@@ -414,6 +431,10 @@ def daemonset(o, case, values, extras, selector, account):
     reference = {"valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}
     yield from same("node", node, {"name": FLAGS["--node-name"].variable} | reference if kube else None)
     own = {FLAGS["--path.cgroupfs"].variable} | ({"RUST_BACKTRACE"} if extras else set())
+    if is_salted(case):
+        variable = FLAGS["--nccl.salt-file"].variable
+        own |= {variable}
+        yield from same("place of the salt", environment.get(variable, {}).get("value"), "/etc/chandra/nccl/salt")
     yield from same("variables", set(environment), own)
 
     # Port and probes.

@@ -97,7 +97,17 @@ users: false
 {{- end }}
 {{- end }}
 
-{{/* The flags, as a JSON list. The place of cgroups is a variable, so that `chandra check` finds it too. */}}
+{{/* The Secret that names of communicators are made with; empty where there is none. */}}
+{{- define "chandra.saltSecret" -}}
+{{- $nccl := .Values.signals.nccl }}
+{{- if and $nccl.enabled $nccl.salt.existingSecret }}
+{{- $nccl.salt.existingSecret }}
+{{- else if and $nccl.enabled $nccl.salt.create }}
+{{- printf "%s-nccl-salt" (include "chandra.fullname" .) }}
+{{- end }}
+{{- end }}
+
+{{/* The flags, as a JSON list. The places of cgroups and of the salt are variables, so that `chandra check` finds them too. */}}
 {{- define "chandra.args" -}}
 {{- $s := .Values.signals }}
 {{- $args := list (printf "--web.listen-address=:%d" (int64 .Values.port)) (printf "--pods=%s" .Values.pods) }}
@@ -198,7 +208,7 @@ httpGet:
 {{- end }}
 {{- end }}
 {{- range $v.extraEnv }}
-{{- if has .name (list "NODE_NAME" "CHANDRA_PATH_CGROUPFS") }}
+{{- if has .name (list "NODE_NAME" "CHANDRA_PATH_CGROUPFS" "CHANDRA_NCCL_SALT_FILE") }}
 {{- fail (printf "extraEnv: %s is set by the chart" .name) }}
 {{- end }}
 {{- end }}

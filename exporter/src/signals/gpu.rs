@@ -45,10 +45,10 @@ use crate::{
     capabilities::{BPF, CUDA_LIBRARIES, CUDA_UPROBES, DEVICES, KPROBES, PERFMON},
     families::{Desc, Families, Kind},
     kernel::Kernel,
-    ledger::{Attribution, Ledger, Opening, UNKNOWN},
+    ledger::{Attribution, Ledger, Opening, Shown},
     libraries::Skipped,
     lock::{lock, try_lock},
-    pods::{Labels, Resolution},
+    pods::Labels,
     probe::{self, Attached, Constants, Hook, Method, Need, Program, Reason, Runs},
 };
 
@@ -478,6 +478,7 @@ struct Gpu {
     stopped: Arc<AtomicBool>,
     status: Status,
     ledger: Ledger<u64, SLOTS>,
+    max_owners: usize,
     processes: BTreeMap<Labels, Processes>,
     lost: Vec<(&'static str, u64)>,
     runs: Vec<(String, Runs)>,
@@ -522,6 +523,7 @@ impl Gpu {
             stopped,
             status,
             ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
+            max_owners: options.max_owners,
             processes: BTreeMap::new(),
             lost: no_losses(),
             runs: Vec::new(),
@@ -561,12 +563,12 @@ impl Signal for Gpu {
         };
         scope.book(&mut self.ledger, &mut live.delays, |delays| delays.slots)?;
         self.processes.clear();
-        for (_, process) in entries(&live.processes)? {
-            let labels = match scope.resolve(process.cgroup) {
-                Resolution::Owner(owner) | Resolution::Pending(Some(owner)) => owner.labels,
-                Resolution::Host => Labels::default(),
-                Resolution::Pending(None) | Resolution::Unknown => Labels::only_pod(UNKNOWN),
-            };
+        let mut owners = Shown::new(self.max_owners);
+        let mut processes = entries(&live.processes)?;
+        // So that beyond the limit the same ones are shown each time.
+        processes.sort_by_key(|(_, process)| process.cgroup);
+        for (_, process) in processes {
+            let labels = owners.of(scope.resolve(process.cgroup));
             let of_owner = self.processes.entry(labels).or_default();
             for (driver, count) in of_owner.iter_mut().enumerate() {
                 *count += u64::from(process.drivers >> driver & 1);

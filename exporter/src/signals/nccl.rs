@@ -51,14 +51,14 @@ use crate::{
     capabilities::{BPF, LIBRARIES, PERFMON, UPROBES},
     families::{Desc, Families, Kind},
     kernel::Kernel,
-    ledger::{Attribution, Ledger, Opening, PATIENCE, UNKNOWN},
+    ledger::{Attribution, Ledger, Opening, PATIENCE, Shown},
     libraries::{
         Identity, Skipped,
         maps::Interest,
         watch::{Found, Snapshot, Watch, Watched, processes, shown},
     },
     lock::{lock, try_lock},
-    pods::{Labels, Resolution},
+    pods::Labels,
     probe::{self, Attached, Counters, FileLink, Hook, Method, Need, Program, Reason, Runs},
 };
 
@@ -858,6 +858,7 @@ struct Nccl {
     salt: Option<Salt>,
     /// Ranks whose communicator has not been asked for its number, and since when.
     nameless: HashMap<Seat, Instant>,
+    max_owners: usize,
     ledger: Ledger<u64, SLOTS>,
     ranks: Ranks,
     pending: BTreeMap<Labels, f64>,
@@ -907,6 +908,7 @@ impl Nccl {
             stopped,
             salt: options.nccl.salt.clone(),
             nameless: HashMap::new(),
+            max_owners: options.max_owners,
             ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
             ranks: Ranks::new(options.max_owners),
             pending: BTreeMap::new(),
@@ -934,7 +936,8 @@ impl Nccl {
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
         let now = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
         let age = |since: u64| now.saturating_sub(since) as f64 / 1e9;
-        let mut pending: HashMap<u64, f64> = HashMap::new();
+        // In an order, so that beyond the limit the same ones are shown each time.
+        let mut pending: BTreeMap<u64, f64> = BTreeMap::new();
         let mut note = |cgroup: u64, age: f64| {
             let oldest = pending.entry(cgroup).or_default();
             *oldest = oldest.max(age);
@@ -968,12 +971,9 @@ impl Nccl {
             }
         }
         self.pending.clear();
+        let mut owners = Shown::new(self.max_owners);
         for (cgroup, age) in pending {
-            let labels = match scope.resolve(cgroup) {
-                Resolution::Owner(owner) | Resolution::Pending(Some(owner)) => owner.labels,
-                Resolution::Host => Labels::default(),
-                Resolution::Pending(None) | Resolution::Unknown => Labels::only_pod(UNKNOWN),
-            };
+            let labels = owners.of(scope.resolve(cgroup));
             let oldest = self.pending.entry(labels).or_default();
             *oldest = oldest.max(age);
         }

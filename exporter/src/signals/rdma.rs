@@ -54,7 +54,7 @@ use crate::{
         btf::Btf,
         symbols::{self, Symbols},
     },
-    ledger::{Attribution, Ledger, OTHER, Opening, UNKNOWN},
+    ledger::{Attribution, Ledger, Names, OTHER, Opening, Shown},
     lock::try_lock,
     pods::{Labels, Resolution},
     probe::{self, Attached, Constants, Hook, Method, Need, Program, Reason, Runs},
@@ -718,6 +718,9 @@ impl Core {
     }
 }
 
+/// Devices that are shown by name. A node has some ten; whoever may administer its network can make and rename others.
+const SHOWN_DEVICES: usize = 64;
+
 /// A row of the gauge: labels, device, type and state.
 type Row = (Labels, String, &'static str, &'static str);
 
@@ -729,6 +732,8 @@ struct Rdma {
     max_owners: usize,
     /// Created and destroyed, by device.
     devices: BTreeMap<String, [u64; 2]>,
+    /// Which of them have names of their own.
+    names: Names<String>,
     /// The kernel's totals at the last scrape, by the device's address.
     seen: HashMap<u64, [u64; 2]>,
     /// The names under which they were booked.
@@ -783,6 +788,7 @@ impl Rdma {
             ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
             max_owners: options.max_owners,
             devices: BTreeMap::new(),
+            names: Names::new(SHOWN_DEVICES),
             seen: HashMap::new(),
             booked: HashMap::new(),
             rows: BTreeMap::new(),
@@ -812,7 +818,7 @@ impl Rdma {
     }
 
     /// Books what devices grew by to their names. A device whose name is not known yet is booked later.
-    fn book_devices(&mut self, devices: Vec<DeviceTotals>) {
+    fn book_devices(&mut self, devices: Vec<DeviceTotals>, now: Instant) {
         for device in devices {
             let DeviceTotals {
                 address,
@@ -824,11 +830,17 @@ impl Rdma {
             };
             let seen = self.seen.entry(address).or_default();
             self.booked.insert(address, name.clone());
-            let account = self.devices.entry(name).or_default();
-            for i in 0..totals.len() {
-                account[i] += totals[i].saturating_sub(seen[i]);
-            }
+            let by: [u64; 2] = std::array::from_fn(|i| totals[i].saturating_sub(seen[i]));
             *seen = totals;
+            // One that has gone counts no more.
+            if by == [0; 2] {
+                continue;
+            }
+            let name = shown(&mut self.names, name, now);
+            let account = self.devices.entry(name).or_default();
+            for (account, by) in account.iter_mut().zip(by) {
+                *account += by;
+            }
         }
     }
 
@@ -846,23 +858,19 @@ impl Rdma {
 
     fn count_pairs(&mut self, reports: Vec<Report>, scope: &Scope<'_>) {
         self.rows.clear();
-        self.ages.clear();
-        let mut shown = BTreeSet::new();
+
+        let mut owners = Shown::new(self.max_owners);
+        let mut ages: BTreeMap<String, f64> = BTreeMap::new();
         for Report {
             device,
             age,
             counts,
         } in reports
         {
+            let device = shown(&mut self.names, device, scope.now);
             self.devices.entry(device.clone()).or_default();
             for ((owner, kind, state), pairs) in counts.iter().flat_map(|counts| counts.iter()) {
-                let mut labels = labels_of(*owner, scope);
-                if !shown.contains(&labels) {
-                    if shown.len() >= self.max_owners {
-                        labels = Labels::only_pod(OTHER);
-                    }
-                    shown.insert(labels.clone());
-                }
+                let labels = owners.of(resolution(*owner, scope));
                 let kind = TYPES
                     .iter()
                     .find(|(code, _)| code == kind)
@@ -873,22 +881,30 @@ impl Rdma {
                     .entry((labels, device.clone(), kind, state))
                     .or_default() += pairs;
             }
-            self.ages.push((device, age.as_secs_f64()));
+            let oldest = ages.entry(device).or_default();
+            *oldest = oldest.max(age.as_secs_f64());
+        }
+        self.ages = ages.into_iter().collect();
+        for gone in self.names.expire(scope.retention, scope.now) {
+            self.devices.remove(&gone);
         }
     }
 }
 
-/// The labels under which a queue pair is counted.
-fn labels_of(owner: PairOwner, scope: &Scope<'_>) -> Labels {
-    let unknown = || Labels::only_pod(UNKNOWN);
+/// The name under which a device is shown.
+fn shown(names: &mut Names<String>, device: String, now: Instant) -> String {
+    match names.meet(&device, now) {
+        true => device,
+        false => OTHER.to_owned(),
+    }
+}
+
+/// Whose a queue pair is.
+fn resolution(owner: PairOwner, scope: &Scope<'_>) -> Resolution {
     match owner {
-        PairOwner::Kernel => Labels::default(),
-        PairOwner::Unknown => unknown(),
-        PairOwner::Cgroup(cgroup) => match scope.resolve(cgroup) {
-            Resolution::Owner(owner) | Resolution::Pending(Some(owner)) => owner.labels,
-            Resolution::Host => Labels::default(),
-            Resolution::Pending(None) | Resolution::Unknown => unknown(),
-        },
+        PairOwner::Kernel => Resolution::Host,
+        PairOwner::Unknown => Resolution::Unknown,
+        PairOwner::Cgroup(cgroup) => scope.resolve(cgroup),
     }
 }
 
@@ -921,7 +937,7 @@ impl Signal for Rdma {
             return Ok(Read::Before);
         };
         for farewell in std::mem::take(&mut core.farewells) {
-            self.book_devices(farewell.devices);
+            self.book_devices(farewell.devices, scope.now);
             self.seen.clear();
             self.booked.clear();
             scope.book_totals(&mut self.ledger, farewell.usage);
@@ -938,7 +954,7 @@ impl Signal for Rdma {
             }
             Some(live) => {
                 let devices = core.owners.devices()?;
-                self.book_devices(devices);
+                self.book_devices(devices, scope.now);
                 self.forget_devices(&core.owners, &listed);
                 scope.book(&mut self.ledger, &mut live.usage, |usage| usage.slots)?;
                 if due {

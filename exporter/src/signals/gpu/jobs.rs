@@ -8,7 +8,7 @@
 //! driver and with it the scheduler anyway, and for a minute after.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap, HashSet},
     sync::Mutex,
     time::{Duration, Instant},
 };
@@ -23,7 +23,7 @@ use super::Part;
 use crate::{
     families::{Desc, Families, Kind},
     kernel::{Kernel, tracefs::Tracefs},
-    ledger::{Attribution, Ledger, Opening},
+    ledger::{Attribution, Ledger, OTHER, Opening},
     lock::{lock, try_lock},
     pods::Labels,
     probe::{self, Attached, Constants, Hook, Method, NO_TRACEFS, Need, Program, Reason, Runs},
@@ -191,8 +191,14 @@ impl Live {
     }
 }
 
+/// A device and a ring as their series have them.
+type Names = (String, String);
+
 /// Accounts by device and ring.
-type Accounts = BTreeMap<(String, String), Ledger<u64, SLOTS>>;
+type Accounts = BTreeMap<Names, Ledger<Ring, SLOTS>>;
+
+/// Rings that are shown by name: some drivers make one for each queue that a process opens. The rest is `other`.
+const SHOWN_RINGS: usize = 64;
 
 /// The jobs of the kernel's GPU scheduler.
 #[derive(Default)]
@@ -207,6 +213,10 @@ struct Books {
     notes: Vec<String>,
     max_owners: usize,
     accounts: Accounts,
+    /// The account that each ring of the map is booked to, as long as it is there.
+    booked: HashMap<Ring, Names>,
+    /// Of accounts that are gone.
+    attribution: Attribution,
     /// When a process was last seen with a device open.
     used: Option<Instant>,
     /// Whether the last attempt to attach failed: it is made once for each time that devices come into use.
@@ -291,43 +301,61 @@ impl Books {
         let Some(live) = &mut self.live else {
             return Ok(());
         };
-        let mut by_ring: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        let mut by_names: BTreeMap<Names, Vec<_>> = BTreeMap::new();
         for (ring, totals) in entries(&live.rings)? {
-            let names = (ring.device, ring.name);
-            let of_ring = by_ring.entry(names).or_default();
-            of_ring.push((ring.cgroup, totals.slots));
+            let names = match self.booked.get(&ring) {
+                Some(names) => names.clone(),
+                None => {
+                    let own = (text(&ring.device), text(&ring.name));
+                    let has_room = self.accounts.contains_key(&own)
+                        || self.accounts.len() + by_names.len() < SHOWN_RINGS;
+                    let names = if has_room { own } else { other() };
+                    self.booked.insert(ring, names.clone());
+                    names
+                }
+            };
+            by_names
+                .entry(names)
+                .or_default()
+                .push((ring, totals.slots));
         }
-        for names in by_ring.keys() {
-            let labels = (text(&names.0), text(&names.1));
-            self.accounts.entry(labels).or_insert_with(|| {
+        for names in by_names.keys() {
+            self.accounts.entry(names.clone()).or_insert_with(|| {
                 let units = |slots: &[u64; SLOTS]| slots[..JOB.sum()].iter().sum();
                 Ledger::new(self.max_owners, units).opening(Opening::Events)
             });
         }
-        for (labels, ledger) in &mut self.accounts {
-            let names = by_ring
-                .keys()
-                .find(|(device, ring)| (text(device), text(ring)) == *labels)
-                .copied();
-            let readings = names.and_then(|names| by_ring.remove(&names));
-            scope.book_totals(ledger, readings.unwrap_or_default());
-            let dead = |cgroup| !scope.pods.knows(cgroup);
-            for cgroup in ledger.retire(scope.retention, dead, scope.now) {
-                if let Some((device, name)) = names {
-                    let ring = Ring {
-                        cgroup,
-                        device,
-                        name,
-                    };
-                    removed(live.rings.remove(&ring))?;
-                }
+        let owners = scope.pods.owners();
+        for (names, ledger) in &mut self.accounts {
+            let readings = by_names.remove(names).unwrap_or_default();
+            let resolve = |ring: Ring| scope.resolve(ring.cgroup);
+            ledger.book(&owners, readings, resolve, scope.now);
+            // A process may have a ring for a moment. Those without a name make room for others.
+            let is_other = *names == other();
+            let dead = |ring: Ring| is_other || !scope.pods.knows(ring.cgroup);
+            for ring in ledger.retire(scope.retention, dead, scope.now) {
+                self.booked.remove(&ring);
+                removed(live.rings.remove(&ring))?;
             }
         }
+        let used: HashSet<_> = self.booked.values().collect();
+        let gone = self
+            .accounts
+            .extract_if(.., |names, _| !used.contains(names));
+        for (_, ledger) in gone {
+            self.attribution = self.attribution.plus(ledger.attribution());
+        }
+
         *self.lost.entry("untimed").or_default() += live.sweep()?;
         self.losses = live.attached.lost()?;
         self.runs = live.attached.runs();
         Ok(())
     }
+}
+
+/// The names of rings that have none of their own.
+fn other() -> Names {
+    (OTHER.to_owned(), OTHER.to_owned())
 }
 
 /// A name without the zeros behind it.
@@ -391,7 +419,7 @@ impl Part for Jobs {
     fn attribution(&self) -> Attribution {
         let books = lock(&self.0);
         let ledgers = books.accounts.values().map(Ledger::attribution);
-        ledgers.fold(Attribution::default(), Attribution::plus)
+        ledgers.fold(books.attribution, Attribution::plus)
     }
 
     fn lost(&self) -> Vec<(&'static str, u64)> {
