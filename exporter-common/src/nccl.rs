@@ -58,8 +58,9 @@ pub const SHARE: [u64; 5] = [
     IN_PROGRESS as u64 / 2,
 ];
 
-/// By [`Share`], how often a cgroup has taken one and the kernel half has given one back: the value of the map `SHARES`, whose key is a
-/// cgroup id (`u64`). And how often user space has: that of the map `RETURNED`.
+/// By [`Share`], how many a cgroup has taken, less what the kernel half has given back: the value of the map `SHARES`, whose key is a
+/// cgroup id (`u64`), or [`crate::NO_CGROUP`] for all for which there is no room. By how much that is too many user space tells in the map
+/// `RETURNED`, by the same key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Shares {
@@ -267,8 +268,8 @@ pub const ANCHORED: u64 = 4;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Group {
-    /// Ranks here that have begun to initialise and not ended, and those of which user space has found that they are gone: how many
-    /// these are stands in the map `LEFT`, by the same key, since the kernel half adds to this while user space works.
+    /// Ranks here that have begun to initialise and not ended, and those that are gone without a word. By how much it is too many user
+    /// space tells in the map `LEFT`, by the same key, since the kernel half adds to this meanwhile.
     pub members: u64,
     /// Ranks everywhere; 0 if that is not known.
     pub ranks: u64,

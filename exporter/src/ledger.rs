@@ -340,6 +340,6 @@ impl<N: Ord + Clone> Names<N> {
 
 fn add<const N: usize>(totals: &mut [u64; N], by: &[u64; N]) {
     for (total, by) in totals.iter_mut().zip(by) {
-        *total += by;
+        *total = total.saturating_add(*by);
     }
 }

@@ -77,6 +77,11 @@ pub struct Labels {
 }
 
 impl Labels {
+    /// What names the pod.
+    pub fn of_pod(&self) -> (Arc<str>, Arc<str>) {
+        (Arc::clone(&self.namespace), Arc::clone(&self.pod))
+    }
+
     /// Labels that belong to no pod but say why.
     pub fn only_pod(pod: &str) -> Self {
         Self {
@@ -194,6 +199,9 @@ fn mirrored(meta: &ObjectMeta) -> Option<&str> {
     let is_hash = hash.len() == HASH && hash.bytes().all(|b| b.is_ascii_hexdigit());
     (of_node && is_hash).then_some(hash)
 }
+
+/// Objects that are remembered to claim one uid. Two are a dispute.
+const CLAIMS: usize = 8;
 
 /// Hexadecimal digits of a manifest's hash.
 const HASH: usize = 32;
@@ -405,8 +413,10 @@ impl Pods {
 
     /// Marks a pod as deleted, by the object that described it. Its name and containers are remembered while its cgroups are.
     pub fn pod_gone(&self, object: &str, now: Instant) {
-        let has_addresses = |known: &Known| !known.addresses().is_empty();
-        let readdresses = self.view().state.object(object).is_some_and(has_addresses);
+        let view = self.view();
+        let known = view.state.object(object);
+        let readdresses = known.is_some_and(|known| view.state.frees(known));
+        drop(view);
         self.change(readdresses, |state| {
             if let Some(known) = state.object_mut(object) {
                 known.gone.get_or_insert(now);
@@ -422,7 +432,7 @@ impl Pods {
         let is_gone = |known: &Known| !listed.contains(&known.record.object);
         let view = self.view();
         let mut known = view.state.pods.values().flatten();
-        let readdresses = known.any(|known| is_gone(known) && !known.addresses().is_empty())
+        let readdresses = known.any(|known| is_gone(known) && view.state.frees(known))
             || records.iter().any(|record| view.state.readdresses(record));
         drop(view);
         self.change(readdresses, |state| {
@@ -466,9 +476,16 @@ impl Pods {
             .values()
             .filter_map(|cgroup| cgroup.place.uid())
             .collect();
-        pods.retain(|uid, known| {
-            known.retain(|known| kept(known.gone) || used.contains(uid));
-            !known.is_empty()
+        pods.retain(|uid, claims| {
+            // A pod is remembered as long as its cgroups are, if it is known which it is.
+            let own = claims.iter().position(|known| known.record.object == *uid);
+            let last = own.or((claims.len() == 1).then_some(0));
+            let stays = last.filter(|_| used.contains(uid)).map(|at| {
+                let record = &claims[at].record;
+                Arc::clone(&record.object)
+            });
+            claims.retain(|known| kept(known.gone) || stays.as_ref() == Some(&known.record.object));
+            !claims.is_empty()
         });
         let objects = pods.values().flatten().map(|known| &known.record.object);
         let objects: HashSet<_> = objects.collect();
@@ -497,6 +514,16 @@ impl State {
     fn readdresses(&self, record: &Record) -> bool {
         let known = self.object(&record.object);
         known.map_or(&[][..], Known::addresses) != record.addresses
+            || known.is_none() && self.pods.contains_key(&record.uid)
+    }
+
+    /// Says if the end of an object changes who holds an address.
+    fn frees(&self, known: &Known) -> bool {
+        let claims = self.pods.get(&known.record.uid).into_iter().flatten();
+        known.gone.is_none()
+            && claims
+                .into_iter()
+                .any(|claim| !claim.addresses().is_empty())
     }
 
     fn object(&self, object: &str) -> Option<&Known> {
@@ -580,7 +607,10 @@ impl State {
             .insert(Arc::clone(&record.object), Arc::clone(&record.uid));
         let known = self.pods.entry(Arc::clone(&record.uid)).or_default();
         known.retain(|known| known.record.full_name() != name);
-        known.push(Known { record, gone: None });
+        // Whoever makes many claims makes one dispute.
+        if known.len() < CLAIMS {
+            known.push(Known { record, gone: None });
+        }
     }
 
     fn resolve(&self, place: &Place, named: bool) -> Resolution {

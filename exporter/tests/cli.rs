@@ -193,9 +193,15 @@ fn check_says_what_pages_tell_of_communicators() {
         line.expect("a line").to_owned()
     };
     let without = says(None);
-    assert!(without.starts_with("no ") && without.contains("--nccl.salt-file"), "{without}");
+    assert!(
+        without.starts_with("no ") && without.contains("--nccl.salt-file"),
+        "{without}"
+    );
     let with = says(Some(&salt));
-    assert!(with.starts_with("ok ") && with.contains("keyed hash"), "{with}");
+    assert!(
+        with.starts_with("ok ") && with.contains("keyed hash"),
+        "{with}"
+    );
 }
 
 #[test]

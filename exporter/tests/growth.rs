@@ -114,6 +114,7 @@ fn a_day_of_thirty_new_pods_a_minute_costs_next_to_nothing() {
         books.settle(&mut ledger, &holders, RETENTION, now);
         for gone in books.idle(RETENTION, &holders, now) {
             kernel.remove(&gone);
+            books.forget(&gone);
         }
         if pod == BEGUN {
             before = resident();

@@ -57,7 +57,7 @@ fn programs() -> Option<Programs> {
     run(&format!(
         "mkdir -p {folder}
                   for program in attack silent forge; do
-             cc -O2 -Wall -Wextra -Werror -o {folder}/$program {package}/tests/hostile/$program.c -ldl
+             cc -O2 -Wall -Wextra -Werror -o {folder}/$program {package}/tests/hostile/$program.c -ldl -pthread
          done
          cc -O2 -Wall -Wextra -Werror -fPIC -shared -DLIBRARY -o {folder}/libnccl-forge.so {package}/tests/hostile/forge.c
          {package}/../tests/nccl-sim/build {folder}/nccl",
@@ -779,11 +779,12 @@ fn counts(scrape: &Scrape, collectives: u32) {
 #[test]
 fn one_job_takes_nothing_from_another() {
     let _alone = alone();
-    const ATTACKS: [(&str, &str); 4] = [
+    const ATTACKS: [(&str, &str); 5] = [
         ("storm", "storm 6"),
         ("many", "communicators 10000"),
         ("random", "ranks 6"),
         ("pending", "pending"),
+        ("again", "reopen 6"),
     ];
     let names = ATTACKS.map(|(name, _)| name);
     let Some(node) = Forged::new(&[&["victim"][..], &names].concat()) else {
@@ -820,6 +821,17 @@ fn one_job_takes_nothing_from_another() {
         assert!(most.0 > 0, "it counts");
         drop(attack);
     }
+    // Nothing of its share is left with the dead.
+    exporter.scrape_until("what was opened again and again is gone", |scrape| {
+        scrape.sum(COLLECTIVES, &[("pod", "again")]) == 0.0
+    });
+    let mut another = node.start("again", "job 7e57 8");
+    another.tell("run 50");
+    another.hear("done");
+    exporter.scrape_until("another job of that pod counts", |scrape| {
+        scrape.sum(COLLECTIVES, &[("pod", "again")]) == 400.0
+    });
+    drop(another);
     for (name, _) in ATTACKS {
         exporter.scrape_until(&format!("{name} is gone"), |scrape| {
             ranks(scrape, Some(name)) == 0 && scrape.sum(COLLECTIVES, &[("pod", name)]) == 0.0

@@ -341,7 +341,14 @@ fn time(flow: &Flow, bytes: u64, began: u64, end: u64) -> Result<(), Loss> {
     if nanoseconds > LONGEST {
         return Err(Loss::Untimed);
     }
-    let work = work(flow)?;
+    // Where its packet was counted, or as nobody's.
+    let own = FLOWS
+        .get_ptr_mut(flow)
+        .or_else(|| STRANGERS.get_ptr_mut(flow));
+    let nobodys = Flow::nobodys(flow.protocol, flow.direction);
+    let work = own
+        .or_else(|| FLOWS.get_ptr_mut(&nobodys))
+        .ok_or(Loss::MapFull)?;
     // SAFETY: a map value.
     unsafe {
         add(&raw mut (*work).timed_bytes, bytes);

@@ -32,7 +32,8 @@ use exporter_common::{
     nccl_profiler::{FINE, OVERWRITTEN, Told},
 };
 use exporter_ebpf::{
-    ABSENT, Loss, Registers, add, entry, is_arm64, keep_own_stack, lose, object, read_user, unknown,
+    ABSENT, Loss, NO_CGROUP, Registers, add, entry, is_arm64, keep_own_stack, lose, object,
+    read_user, unknown,
 };
 
 object!();
@@ -200,18 +201,19 @@ const NO_SHARES: Shares = Shares {
     counts: [0; SHARE.len()],
 };
 
-/// Where a count of shares stands.
+/// Where a count of shares stands: of a cgroup for which there was no room, among those of all such.
 #[inline(always)]
 fn share(map: &HashMap<u64, Shares>, cgroup: u64, kind: Share) -> Option<*mut u64> {
-    let shares = map.get_ptr_mut(&cgroup)?;
+    let own = map.get_ptr_mut(&cgroup);
+    let shares = own.or_else(|| map.get_ptr_mut(&NO_CGROUP))?;
     // SAFETY: within the array of a map value.
     Some(unsafe { shares.cast::<u64>().add(kind as usize) })
 }
 
-/// Takes one of what a cgroup may have.
+/// Takes one of what a cgroup may have. User space counts what it has once a second, so that nothing is out for good.
 #[inline(always)]
 fn take(cgroup: u64, kind: Share) -> Result<(), Loss> {
-    entry(&SHARES_, &cgroup, &NO_SHARES)?;
+    let _ = entry(&SHARES_, &cgroup, &NO_SHARES);
     let taken = share(&SHARES_, cgroup, kind).ok_or(Loss::MapFull)?;
     let most = SHARE[kind as usize] as i64;
     // SAFETY: a map value. Of several that come at once one more may be let through than there are.
@@ -287,11 +289,11 @@ fn group(key: u64, ranks: u64, hash: u64, adopted: u64) -> Result<*mut Group, Lo
 fn members(key: u64, group: *const Group) -> u64 {
     let left = LEFT.get_ptr(&key);
     // SAFETY: map values.
-    unsafe {
+    let members = unsafe {
         let left = left.map_or(0, |left| *left);
-        let members = (*group).members;
-        if members > left { members - left } else { 0 }
-    }
+        (*group).members.wrapping_sub(left)
+    };
+    if (members as i64) < 0 { 0 } else { members }
 }
 
 /// Takes a seat, the one of the rank if that is free. `members` of the group is the caller's.
@@ -341,7 +343,8 @@ fn sit_somewhere(
                     finished: 0,
                     made: [0; COLLECTIVES],
                 };
-                return match COMMUNICATORS_.insert(&name, &handle, u64::from(BPF_ANY)) {
+                // Of two that come at once with one name one sits.
+                return match COMMUNICATORS_.insert(&name, &handle, u64::from(BPF_NOEXIST)) {
                     Ok(()) => Ok(()),
                     Err(_) => {
                         let _ = SEATS.remove(&seat);
@@ -678,19 +681,20 @@ fn collective(operation: u64, address: u64, at: u64) -> Result<(), Loss> {
 // Calls, from entry to return.
 
 #[inline(always)]
-fn begin(registers: Registers, phase: u64, begun: Begun) {
+fn begin(registers: Registers, phase: u64, begun: Begun) -> bool {
     let frame = Frame {
         thread: bpf_get_current_pid_tgid(),
         address: registers.frame() + phase,
     };
     if !note(&frame, begun, Loss::MissedReturn) {
-        return;
+        return false;
     }
     // The clock is read last: what is done here is not the call's.
     if let Some(begun) = IN_PROGRESS_.get_ptr_mut(&frame) {
         // SAFETY: a map value that is this thread's.
         unsafe { (*begun).at = now() };
     }
+    true
 }
 
 /// Notes what has begun. What had the same name was not seen to end, which is a loss. False if there is no room.
@@ -868,7 +872,7 @@ fn enter(registers: Registers, key: u64, told_at: u64, rank: u64, ranks: u64) ->
     unsafe { add(addr_of_mut!((*group).members), 1) };
     // It will be wanted at the first collective.
     let _ = layout();
-    begin(
+    let begun = begin(
         registers,
         0,
         Begun {
@@ -881,6 +885,11 @@ fn enter(registers: Registers, key: u64, told_at: u64, rank: u64, ranks: u64) ->
             cgroup: 0,
         },
     );
+    if !begun {
+        // Nobody will hear of its end.
+        // SAFETY: a map value.
+        unsafe { add(addr_of_mut!((*group).members), u64::MAX) };
+    }
     Ok(())
 }
 
@@ -1113,6 +1122,7 @@ pub fn nccl_init_all_return(ctx: RetProbeContext) -> u32 {
 /// Takes the very seat of a rank, in a group that nobody else knows yet.
 #[inline(always)]
 fn sit_at(group: u64, name: Communicator, rank: u64) -> Result<(), Loss> {
+    leave(&name);
     let cgroup = cgroup();
     take(cgroup, Share::Seats)?;
     let member = Member {
@@ -1135,10 +1145,15 @@ fn sit_at(group: u64, name: Communicator, rank: u64) -> Result<(), Loss> {
         made: [0; COLLECTIVES],
     };
     let seated = SEATS
-        .insert(&seat, &member, u64::from(BPF_ANY))
-        .and_then(|()| COMMUNICATORS_.insert(&name, &handle, u64::from(BPF_ANY)));
+        .insert(&seat, &member, u64::from(BPF_NOEXIST))
+        .and_then(|()| {
+            let known = COMMUNICATORS_.insert(&name, &handle, u64::from(BPF_NOEXIST));
+            if known.is_err() {
+                let _ = SEATS.remove(&seat);
+            }
+            known
+        });
     if seated.is_err() {
-        let _ = SEATS.remove(&seat);
         give(cgroup, Share::Seats);
     }
     seated.map_err(|_| Loss::MapFull)
@@ -1360,6 +1375,9 @@ fn ends_together(operation: u32) -> bool {
         || operation == Operation::AllReduce as u32
 }
 
+/// The plugin tells nothing that took longer, in nanoseconds: an hour. Sums of it stay within their numbers.
+const LONGEST: u64 = 3_600_000_000_000;
+
 #[inline(always)]
 fn finished(told: &Told) -> Result<(), Loss> {
     let key = started_key(told);
@@ -1384,7 +1402,7 @@ fn finished(told: &Told) -> Result<(), Loss> {
             }
         }
     }
-    if told.outcome != FINE {
+    if told.outcome != FINE || told.duration > LONGEST {
         return Err(Loss::Untimed);
     }
     let operation = unknown(u64::from(told.operation));

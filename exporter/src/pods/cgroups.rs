@@ -82,14 +82,18 @@ fn beside(path: &str) -> Option<String> {
         return Some(format!("/{KUBEPODS}{path}"));
     }
     let level = match pod_slice(first) {
-        Some(("", _)) => first.rsplit_once("-pod")?.0,
-        _ => KUBEPODS,
+        Some(_) => first.rsplit_once("-pod")?.0,
+        _ => first.strip_suffix(".slice")?.rsplit_once('-')?.0,
     };
-    let level = match level {
-        KUBEPODS => String::new(),
-        level => format!("/{level}.slice"),
-    };
-    Some(format!("/{KUBEPODS}.slice{level}{path}"))
+    // systemd's slices: a-b-c is in a-b, which is in a.
+    let ends = level
+        .match_indices('-')
+        .map(|(at, _)| at)
+        .chain([level.len()]);
+    let above: String = ends
+        .map(|end| format!("/{}.slice", &level[..end]))
+        .collect();
+    Some(format!("{above}{path}"))
 }
 
 /// Whose a tree is that looks like the kubelet's. Whoever may make cgroups can make one that does: the processes in it then count for
@@ -105,7 +109,7 @@ enum Tree {
 }
 
 /// Services in whose cgroup a kubelet or a container runtime makes those of pods.
-const SERVICES: [&str; 12] = [
+const SERVICES: [&str; 14] = [
     "containerd.service",
     "cri-docker.service",
     "cri-o.service",
@@ -118,16 +122,21 @@ const SERVICES: [&str; 12] = [
     "kubelet.service",
     "rke2-agent.service",
     "rke2-server.service",
+    "snap.microk8s.daemon-containerd.service",
+    "snap.microk8s.daemon-kubelite.service",
 ];
 
 /// What is at the root of the hierarchy, or of a directory of it, and no `--cgroup-root`.
-const OTHERS: [&str; 8] = [
+const OTHERS: [&str; 11] = [
+    "default",
     "docker",
     "init.scope",
+    "k8s.io",
     "libpod_parent",
     "lxc",
     "machine",
     "machine.slice",
+    "moby",
     "system.slice",
     "user.slice",
 ];
@@ -137,7 +146,10 @@ impl Tree {
     fn below(parts: &[&str]) -> Self {
         match parts {
             ["user.slice", ..] => Self::User,
-            ["system.slice", service] if SERVICES.contains(service) => Self::Kubelet,
+            // Some distributions give runtimes a slice of their own.
+            [slice, service] if SERVICES.contains(service) && *slice != "machine.slice" => {
+                Self::Kubelet
+            }
             _ if parts.iter().all(|part| is_root(part)) => Self::Kubelet,
             _ => Self::Nested,
         }
@@ -147,8 +159,7 @@ impl Tree {
 /// Says if a directory may be a part of `--cgroup-root`.
 fn is_root(part: &str) -> bool {
     let leaf = [".service", ".scope"].iter().any(|end| part.ends_with(end));
-    let id = part.len() == CONTAINER_ID && part.bytes().all(|b| b.is_ascii_hexdigit());
-    !leaf && !id && !part.contains("lxc.") && !OTHERS.contains(&part)
+    !leaf && container_id(part).is_none() && !part.contains("lxc.") && !OTHERS.contains(&part)
 }
 
 /// Finds the tree that looks like the kubelet's in a path, and the pod or the container of one.
@@ -484,13 +495,9 @@ impl Watcher {
 
     fn walk(&mut self) -> io::Result<()> {
         let mut met = HashSet::new();
-        loop {
-            let tree = self.tree;
-            self.visit(String::new(), 0, &mut met)?;
-            if self.tree == tree {
-                break;
-            }
-        }
+        // Before anything is taken for a pod.
+        self.tree = best_tree(&self.root, "", 0)?;
+        self.visit(String::new(), 0, &mut met)?;
         let gone: Vec<_> = self
             .seen
             .extract_if(|_, seen| !met.contains(&seen.id))
@@ -514,7 +521,7 @@ impl Watcher {
                 self.unwatch(gone.watch);
             }
         }
-        if let Some((tree, _)) = find(&path)
+        if let Some((tree, Some(_))) = find(&path)
             && tree < self.tree
         {
             // What was taken for pods in a worse one is looked at again.
@@ -522,18 +529,11 @@ impl Watcher {
             self.bell.rung.store(true, Ordering::Relaxed);
         }
         self.pods.cgroup_found(id, place_among(&path, self.tree));
-        if depth == DEPTH {
-            return Ok(());
-        }
-        for entry in fs::read_dir(&full)? {
-            let entry = entry?;
-            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                let child = format!("{path}/{}", entry.file_name().to_string_lossy());
-                match self.visit(child, depth + 1, met) {
-                    // Removed between the listing and the look.
-                    Err(error) if matches!(error.kind(), io::ErrorKind::NotFound) => {}
-                    other => other?,
-                }
+        for child in children(&full, depth)? {
+            match self.visit(format!("{path}/{child}"), depth + 1, met) {
+                // Removed between the listing and the look.
+                Err(error) if matches!(error.kind(), io::ErrorKind::NotFound) => {}
+                other => other?,
             }
         }
         Ok(())
@@ -569,6 +569,38 @@ impl Watcher {
             }
         }
     }
+}
+
+/// The best kind of tree in which there are pods.
+fn best_tree(root: &Path, path: &str, depth: usize) -> io::Result<Tree> {
+    let mut best = match find(path) {
+        Some((tree, Some(_))) => return Ok(tree),
+        _ => Tree::User,
+    };
+    for child in children(&full(root, path), depth)? {
+        match best_tree(root, &format!("{path}/{child}"), depth + 1) {
+            Ok(tree) => best = best.min(tree),
+            // Removed between the listing and the look.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(best)
+}
+
+/// The cgroups in one, as deep as is looked.
+fn children(full: &Path, depth: usize) -> io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    if depth == DEPTH {
+        return Ok(names);
+    }
+    for entry in fs::read_dir(full)? {
+        let entry = entry?;
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            names.push(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    Ok(names)
 }
 
 fn full(root: &Path, path: &str) -> PathBuf {
@@ -674,6 +706,7 @@ mod tests {
             ),
             (format!("0::/../../pod{UID}/{ID}\n"), UID),
             (format!("0::/../../../burstable/pod{UID}/{ID}\n"), UID),
+            (format!("0::/../../kubelet-{burstable}/{container}\n"), UID),
             (format!("0::/pod{UID}/{ID}\n"), ID),
             (
                 format!(
@@ -770,7 +803,11 @@ mod tests {
         ));
         watcher.walk().expect("walked");
         assert_eq!((&*owner(nested), &*owner(of_user)), ("main", "Host"));
-        make("kubepods.slice".to_owned());
+        // What a former kubelet has left behind is none.
+        make("kubepods.slice/kubepods-burstable.slice".to_owned());
+        watcher.walk().expect("walked");
+        assert_eq!((&*owner(nested), &*owner(of_user)), ("main", "Host"));
+        make("kubepods.slice/kubepods-pod00000000_1111_4222_8333_444444444444.slice".to_owned());
         watcher.walk().expect("walked");
         assert_eq!((&*owner(nested), &*owner(of_user)), ("Host", "Host"));
     }

@@ -13,7 +13,7 @@
 //! The modules are never held: they can be unloaded at any time, and when they come back the hooks do.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::Path,
@@ -467,30 +467,35 @@ impl Live {
         })
     }
 
-    /// Tells the kernel half which addresses are a pod's or the node's. What it holds not as known it takes for strangers'.
+    /// Tells the kernel half which addresses are a pod's or the node's. Those for which there is no room it takes for strangers'.
     fn tell(&mut self, holders: &Holders<'_>) -> anyhow::Result<()> {
-        let addresses = holders.addresses.keys().chain(holders.host);
-        let now: HashSet<_> = addresses.map(bytes).take(KNOWN as usize).collect();
-        for gone in self.told.difference(&now) {
-            removed(self.known.remove(gone))?;
+        // Those of pods first. A node that balances services by IPVS has all of their addresses.
+        let of_pods: BTreeSet<_> = holders.addresses.keys().map(bytes).collect();
+        let of_host: BTreeSet<_> = holders.host.iter().map(bytes).collect();
+        let told = |address: &&[u8; 16]| self.told.contains(*address);
+        let (old, new): (Vec<_>, Vec<_>) = of_host.difference(&of_pods).partition(told);
+        let all = of_pods.iter().chain(old).chain(new);
+        let now: HashSet<_> = all.copied().take(KNOWN as usize).collect();
+        for gone in self.told.difference(&now).copied().collect::<Vec<_>>() {
+            removed(self.known.remove(&gone))?;
+            self.told.remove(&gone);
         }
-        for new in now.difference(&self.told) {
-            let told = self.known.insert(new, 0, 0);
-            told.context("enter an address into a map")?;
+        for new in now {
+            if !self.told.contains(&new) {
+                let entered = self.known.insert(new, 0, 0);
+                entered.context("enter an address into a map")?;
+                self.told.insert(new);
+            }
         }
-        self.told = now;
         Ok(())
     }
 
-    /// Removes flows that are done with.
-    fn remove(&mut self, flows: Vec<Counted>) -> anyhow::Result<()> {
-        for (room, flow) in flows {
-            removed(match room {
-                Room::Known => self.flows.remove(&flow),
-                Room::Strangers => self.strangers.remove(&flow),
-            })?;
-        }
-        Ok(())
+    /// Removes a flow that is done with.
+    fn remove(&mut self, (room, flow): Counted) -> anyhow::Result<()> {
+        removed(match room {
+            Room::Known => self.flows.remove(&flow),
+            Room::Strangers => self.strangers.remove(&flow),
+        })
     }
 
     /// What all CPUs did for each flow.
@@ -721,7 +726,7 @@ impl Books {
     }
 
     /// Flows that have not grown for a time and whose address nobody holds: their entries may be removed.
-    pub fn idle(&mut self, idle: Duration, holders: &Holders<'_>, now: Instant) -> Vec<Counted> {
+    pub fn idle(&self, idle: Duration, holders: &Holders<'_>, now: Instant) -> Vec<Counted> {
         let gone = |(room, flow): &Counted| {
             if *room == Room::Strangers {
                 return true;
@@ -738,11 +743,12 @@ impl Books {
         let idle = self.seen.iter().filter(|(counted, (_, grew))| {
             old(*grew) && gone(counted) && !self.waiting.contains_key(counted)
         });
-        let idle: Vec<_> = idle.map(|(counted, _)| *counted).collect();
-        for counted in &idle {
-            self.seen.remove(counted);
-        }
-        idle
+        idle.map(|(counted, _)| *counted).collect()
+    }
+
+    /// Forgets a flow whose entry has been removed.
+    pub fn forget(&mut self, counted: &Counted) {
+        self.seen.remove(counted);
     }
 }
 
@@ -1056,14 +1062,16 @@ impl Encryption {
             .filter(|_| is_roomy)
             .unwrap_or_default()
             .max(scope.retention);
-        let mut peers = BTreeMap::new();
+        let mut peers: BTreeMap<PeerLabels, PeerTotal> = BTreeMap::new();
         for (key, peer) in all {
             let idle = now.saturating_sub(Duration::from_nanos(peer.last));
             if idle >= kept {
                 removed(live.peers.remove(&key))?;
-            } else if idle < scope.retention {
-                *peers.entry(peer_labels(&key, host)).or_default() += peer.sessions;
+                continue;
             }
+            let total = peers.entry(peer_labels(&key, host)).or_default();
+            total.sessions += peer.sessions;
+            total.is_fresh |= idle < scope.retention;
         }
         self.peers.update(peers, scope.now);
         Ok(())
@@ -1090,6 +1098,13 @@ fn interface(key: &InterfaceKey) -> String {
     String::from_utf8_lossy(&key.name[..end]).into_owned()
 }
 
+/// What a peer has: its sessions, and whether there was one within the retention time.
+#[derive(Clone, Copy, Debug, Default)]
+struct PeerTotal {
+    sessions: u64,
+    is_fresh: bool,
+}
+
 /// The peers that are shown: those with most sessions of late.
 #[derive(Debug, Default)]
 struct Peers {
@@ -1103,19 +1118,20 @@ struct Peers {
 const HALF_LIFE: Duration = Duration::from_secs(300);
 
 impl Peers {
-    fn update(&mut self, sessions: BTreeMap<PeerLabels, u64>, now: Instant) {
+    fn update(&mut self, peers: BTreeMap<PeerLabels, PeerTotal>, now: Instant) {
         let passed = self
             .scored
             .map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
         let weight = 0.5_f64.powf(passed.as_secs_f64() / HALF_LIFE.as_secs_f64());
         self.scored = Some(now);
-        self.known.retain(|peer, _| sessions.contains_key(peer));
-        for (peer, sessions) in sessions {
-            let (before, score) = self.known.entry(peer).or_default();
-            *score = *score * weight + sessions.saturating_sub(*before) as f64;
-            *before = sessions;
+        self.known.retain(|peer, _| peers.contains_key(peer));
+        for (peer, total) in &peers {
+            let (before, score) = self.known.entry(peer.clone()).or_default();
+            *score = *score * weight + total.sessions.saturating_sub(*before) as f64;
+            *before = total.sessions;
         }
-        let mut order: Vec<_> = self.known.iter().collect();
+        let fresh = |(peer, _): &(&PeerLabels, _)| peers.get(*peer).is_some_and(|of| of.is_fresh);
+        let mut order: Vec<_> = self.known.iter().filter(fresh).collect();
         order.sort_by(|(_, (_, one)), (_, (_, other))| other.total_cmp(one));
         let shown = order.into_iter().take(SHOWN_PEERS);
         self.shown = shown
@@ -1160,7 +1176,6 @@ impl Signal for Encryption {
         }
         let holders = Holders::new(scope.pods, &core.host);
         if let Some(live) = &mut core.live {
-            live.tell(&holders)?;
             core.books.book(&live.work()?, &holders, scope.now);
         }
         core.books
@@ -1168,7 +1183,11 @@ impl Signal for Encryption {
         let Some(live) = &mut core.live else {
             return Ok(Read::Now);
         };
-        live.remove(core.books.idle(scope.retention, &holders, scope.now))?;
+        live.tell(&holders)?;
+        for counted in core.books.idle(scope.retention, &holders, scope.now) {
+            live.remove(counted)?;
+            core.books.forget(&counted);
+        }
         self.read_interfaces(live, &core.interfaces, scope)?;
         self.read_peers(live, &core.host, scope)?;
         self.lost = live.attached.lost()?;
@@ -1524,10 +1543,12 @@ mod tests {
         let key = |i: usize| ("wireguard", "wg0".to_owned(), format!("{i:03}"));
         // A hundred old peers with many sessions, and one that begins to rebuild.
         let at = |storm: u64| -> BTreeMap<_, _> {
-            (0..100)
-                .map(|i| (key(i), 5000))
-                .chain([(key(500), storm)])
-                .collect()
+            let all = (0..100).map(|i| (key(i), 5000)).chain([(key(500), storm)]);
+            let fresh = |sessions| PeerTotal {
+                sessions,
+                is_fresh: true,
+            };
+            all.map(|(key, sessions)| (key, fresh(sessions))).collect()
         };
         peers.update(at(0), now);
         for minute in 1..=30 {

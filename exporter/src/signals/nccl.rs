@@ -32,11 +32,14 @@ use aya::{
     Pod, include_bytes_aligned,
     maps::{self, MapData},
 };
-use exporter_common::nccl::{
-    ANY_PROCESS, Arrivals, Begun, CALL, COLLECTIVES, Communicator, Frame, GRAPH_SLOT, GROUP_SEATS,
-    Group, Handle, INIT, LATE, LEARNT, Layout, Member, NUMBERED, OPERATIONS, Owner, PHASES, Pair,
-    SLOTS, SOURCES, Seat, Share, Shares, Since, Source, Started, WAIT, call_slots, duration_slots,
-    init_slots, wait_slots,
+use exporter_common::{
+    NO_CGROUP,
+    nccl::{
+        ANY_PROCESS, Arrivals, Begun, CALL, COLLECTIVES, Communicator, Frame, GRAPH_SLOT,
+        GROUP_SEATS, Group, Handle, INIT, LATE, LEARNT, Layout, Member, NUMBERED, OPERATIONS,
+        Owner, PHASES, PROCESSES, Pair, SLOTS, SOURCES, Seat, Share, Shares, Since, Source,
+        Started, WAIT, call_slots, duration_slots, init_slots, wait_slots,
+    },
 };
 
 use ranks::{Ranks, Reading};
@@ -223,16 +226,19 @@ struct Live {
     owners: maps::HashMap<MapData, u64, Owner>,
     communicators: maps::HashMap<MapData, Communicator, Handle>,
     groups: maps::HashMap<MapData, u64, Group>,
-    left: Additions<u64, u64>,
+    left: Corrections<u64, u64>,
     seats: maps::HashMap<MapData, Seat, Member>,
     pairs: maps::HashMap<MapData, Pair, Arrivals>,
     started: maps::HashMap<MapData, Started, Since>,
     layouts: maps::HashMap<MapData, u32, Layout>,
     in_progress: maps::HashMap<MapData, Frame, Begun>,
     shares: maps::HashMap<MapData, u64, Shares>,
-    returned: Additions<u64, Shares>,
-    /// Seats of ranks that are gone without a word.
+    returned: Corrections<u64, Shares>,
+    /// Seats whose rank is gone without a word, and those of which it seemed so at the last look.
     gone: HashSet<Seat>,
+    orphans: HashSet<Seat>,
+    /// How many ranks groups counted at the last look, and how many had a communicator, where that differed.
+    odd: HashMap<u64, (u64, u64)>,
     /// Groups that had no rank, and cgroups that had nothing, and since when.
     empty: HashMap<u64, Instant>,
     idle: HashMap<u64, Instant>,
@@ -244,12 +250,12 @@ struct Live {
 
 /// A map that only user space writes, beside one to which the kernel half adds: what is written to a value of that one would take the place of
 /// what is added meanwhile.
-struct Additions<K, V> {
+struct Corrections<K, V> {
     map: maps::HashMap<MapData, K, V>,
     written: HashMap<K, V>,
 }
 
-impl<K: Pod + Eq + Hash, V: Pod + Default> Additions<K, V> {
+impl<K: Pod + Eq + Hash, V: Pod + Default + PartialEq> Corrections<K, V> {
     fn new(map: maps::HashMap<MapData, K, V>) -> Self {
         Self {
             map,
@@ -261,12 +267,12 @@ impl<K: Pod + Eq + Hash, V: Pod + Default> Additions<K, V> {
         self.written.get(key).copied().unwrap_or_default()
     }
 
-    fn change(&mut self, key: K, change: impl FnOnce(&mut V)) -> anyhow::Result<()> {
-        let mut value = self.get(&key);
-        change(&mut value);
-        let entered = self.map.insert(key, value, 0);
-        entered.context("enter what is gone into a map")?;
-        self.written.insert(key, value);
+    fn set(&mut self, key: K, value: V) -> anyhow::Result<()> {
+        if self.get(&key) != value {
+            let entered = self.map.insert(key, value, 0);
+            entered.context("enter a correction into a map")?;
+            self.written.insert(key, value);
+        }
         Ok(())
     }
 
@@ -289,20 +295,25 @@ struct Held {
 
 impl Live {
     fn new(attached: &mut Attached) -> anyhow::Result<Self> {
+        let mut shares: maps::HashMap<MapData, u64, Shares> = attached.map("SHARES")?;
+        let rest = shares.insert(NO_CGROUP, Shares::default(), 0);
+        rest.context("reserve an entry of the map SHARES")?;
         Ok(Self {
             counters: attached.counters(),
             owners: attached.map("OWNERS")?,
             communicators: attached.map("COMMUNICATORS")?,
             groups: attached.map("GROUPS")?,
-            left: Additions::new(attached.map("LEFT")?),
+            left: Corrections::new(attached.map("LEFT")?),
             seats: attached.map("SEATS")?,
             pairs: attached.map("PAIRS")?,
             started: attached.map("STARTED")?,
             layouts: attached.map("LAYOUTS")?,
             in_progress: attached.map("IN_PROGRESS")?,
-            shares: attached.map("SHARES")?,
-            returned: Additions::new(attached.map("RETURNED")?),
+            shares,
+            returned: Corrections::new(attached.map("RETURNED")?),
             gone: HashSet::new(),
+            orphans: HashSet::new(),
+            odd: HashMap::new(),
             empty: HashMap::new(),
             idle: HashMap::new(),
             suspects: HashSet::new(),
@@ -320,56 +331,97 @@ impl Live {
         })
     }
 
-    /// Lets go of what belonged to processes that are gone, and of what can never end.
-    fn sweep(&mut self, held: Held, there: &BTreeSet<u32>) -> anyhow::Result<()> {
+    /// Lets go of what belonged to processes that are gone, and of what can never end; then counts what is left, which mends whatever is out.
+    fn sweep(&mut self, mut held: Held, there: &BTreeSet<u32>) -> anyhow::Result<()> {
         let gone = |process: u64| !there.contains(&(process as u32));
-        for process in held.layouts {
-            if process != ANY_PROCESS && gone(process.into()) {
+        let seated: HashSet<u32> = held
+            .communicators
+            .iter()
+            .map(|(name, _)| name.process as u32)
+            .collect();
+        let is_full = held.layouts.len() > PROCESSES as usize / 4 * 3;
+        for process in std::mem::take(&mut held.layouts) {
+            // Without a communicator it may have to ask again.
+            let is_idle = is_full && !seated.contains(&process);
+            if process != ANY_PROCESS && (is_idle || gone(process.into())) {
                 removed(self.layouts.remove(&process))?;
             }
         }
-        for (name, since) in held.started {
+        let mut trouble = Ok(());
+        held.communicators.retain(|(name, _)| {
+            let stays = !gone(name.process);
+            if !stays {
+                note(&mut trouble, removed(self.communicators.remove(name)));
+            }
+            stays
+        });
+        held.in_progress.retain(|(frame, _)| {
+            let stays = !gone(frame.thread >> 32);
+            if !stays {
+                note(&mut trouble, removed(self.in_progress.remove(frame)));
+            }
+            stays
+        });
+        held.started.retain(|(name, since)| {
             // NCCL loses the times of a channel now and then: what started after it has finished.
             let handle = self.communicators.get(&name.handle, 0).ok();
             let passed = handle.is_some_and(|handle| since.at < handle.finished);
-            let over = passed || handle.is_none() || gone(name.handle.process);
-            if over && was_there(self.started.remove(&name))? {
-                self.unpaired += u64::from(passed);
-                self.give_back(since.cgroup, Share::Started)?;
+            let stays = !passed && handle.is_some() && !gone(name.handle.process);
+            if !stays {
+                let outcome = was_there(self.started.remove(name));
+                self.unpaired += u64::from(passed && matches!(outcome, Ok(true)));
+                note(&mut trouble, outcome.map(|_| ()));
             }
-        }
-        for (frame, begun) in held.in_progress {
-            if gone(frame.thread >> 32) && was_there(self.in_progress.remove(&frame))? {
-                self.give_back(begun.cgroup, Share::Calls)?;
-                if begun.group != 0 {
-                    self.leave(begun.group)?;
-                }
-            }
-        }
-        for (name, handle) in held.communicators {
-            if gone(name.process) && was_there(self.communicators.remove(&name))? {
-                self.leave(handle.group)?;
-                self.gone.insert(handle.seat());
-            }
-        }
+            stays
+        });
+        trouble?;
         let groups: HashMap<u64, Group> = entries(&self.groups)?.into_iter().collect();
-        self.clear_pairs(&groups)?;
-        self.clear_groups(&groups)?;
-        self.clear_shares()
+        let seats = entries(&self.seats)?;
+        self.find_orphans(&seats, &held.communicators);
+        self.count_members(&groups, &held)?;
+        self.clear_pairs()?;
+        self.count_shares(&groups, &seats, &held)?;
+        let seated: HashSet<u64> = seats.into_iter().map(|(seat, _)| seat.group).collect();
+        self.clear_groups(&groups, &seated)
     }
 
-    /// One rank of a group is gone without a word.
-    fn leave(&mut self, key: u64) -> anyhow::Result<()> {
-        match self.groups.get(&key, 0) {
-            Ok(_) => self.left.change(key, |left| *left += 1),
-            Err(_) => Ok(()),
+    /// Finds the seats of ranks whose communicator is gone. A rank that comes this moment seems to be one, but not at two looks.
+    fn find_orphans(&mut self, seats: &[(Seat, Member)], known: &[(Communicator, Handle)]) {
+        let known: HashMap<_, _> = known
+            .iter()
+            .map(|(name, handle)| (name, handle.seat()))
+            .collect();
+        let sits = |(seat, member): &&(Seat, Member)| {
+            member.ended != 0 || known.get(&member.handle) == Some(seat)
+        };
+        let orphans = seats.iter().filter(|seated| !sits(seated));
+        let orphans: HashSet<Seat> = orphans.map(|(seat, _)| *seat).collect();
+        self.gone = self.orphans.intersection(&orphans).copied().collect();
+        self.orphans = orphans;
+    }
+
+    /// Corrects how many ranks groups have. Where one comes or goes this moment it seems wrong, but not the same way at two looks.
+    fn count_members(&mut self, groups: &HashMap<u64, Group>, held: &Held) -> anyhow::Result<()> {
+        let known = held.communicators.iter().map(|(_, handle)| handle.group);
+        let begun = held.in_progress.iter().map(|(_, begun)| begun.group);
+        let mut counted: HashMap<u64, u64> = HashMap::new();
+        for group in known.chain(begun) {
+            *counted.entry(group).or_default() += 1;
         }
-    }
-
-    /// Gives back what was removed of the share of a cgroup.
-    fn give_back(&mut self, cgroup: u64, kind: Share) -> anyhow::Result<()> {
-        self.returned
-            .change(cgroup, |shares| shares.counts[kind as usize] += 1)
+        let before = std::mem::take(&mut self.odd);
+        for (key, group) in groups {
+            let here = counted.get(key).copied().unwrap_or(0);
+            let left = group.members.wrapping_sub(here);
+            if left == self.left.get(key) {
+                continue;
+            }
+            let seen = (group.members, here);
+            match before.get(key) == Some(&seen) {
+                true => self.left.set(*key, left)?,
+                false => drop(self.odd.insert(*key, seen)),
+            }
+        }
+        Ok(())
     }
 
     /// Every rank, those that are gone without a word among those that have ended.
@@ -382,37 +434,72 @@ impl Live {
     }
 
     /// Clears the seat of a rank that has ended and been booked.
-    fn clear_seat(&mut self, seat: &Seat, cgroup: u64) -> anyhow::Result<()> {
+    fn clear_seat(&mut self, seat: &Seat) -> anyhow::Result<()> {
         self.gone.remove(seat);
-        match was_there(self.seats.remove(seat))? {
-            true => self.give_back(cgroup, Share::Seats),
-            false => Ok(()),
-        }
+        removed(self.seats.remove(seat))
     }
 
     /// Removes groups that have had no rank for a while.
-    fn clear_groups(&mut self, groups: &HashMap<u64, Group>) -> anyhow::Result<()> {
-        let seats = entries(&self.seats)?.into_iter();
-        let seated: HashSet<u64> = seats.map(|(seat, _)| seat.group).collect();
+    fn clear_groups(
+        &mut self,
+        groups: &HashMap<u64, Group>,
+        seated: &HashSet<u64>,
+    ) -> anyhow::Result<()> {
         let empty = groups
             .iter()
-            .filter(|(key, group)| group.members <= self.left.get(key) && !seated.contains(key));
+            .filter(|(key, group)| group.members == self.left.get(key) && !seated.contains(key));
         let empty: Vec<u64> = empty.map(|(key, _)| *key).collect();
         for key in rested(&mut self.empty, empty) {
-            if was_there(self.groups.remove(&key))? {
-                let cgroup = groups.get(&key).map_or(0, |group| group.cgroup);
-                self.give_back(cgroup, Share::Groups)?;
-            }
+            removed(self.groups.remove(&key))?;
             self.left.remove(&key)?;
         }
         Ok(())
     }
 
-    /// Forgets the shares of cgroups that have had nothing for a while.
-    fn clear_shares(&mut self) -> anyhow::Result<()> {
-        let shares = entries(&self.shares)?.into_iter();
-        let nothing = shares.filter(|(cgroup, taken)| *taken == self.returned.get(cgroup));
-        let nothing: Vec<u64> = nothing.map(|(cgroup, _)| cgroup).collect();
+    /// Counts what each cgroup has of the maps, and forgets those that have had nothing for a while.
+    fn count_shares(
+        &mut self,
+        groups: &HashMap<u64, Group>,
+        seats: &[(Seat, Member)],
+        held: &Held,
+    ) -> anyhow::Result<()> {
+        let taken: HashMap<u64, Shares> = entries(&self.shares)?.into_iter().collect();
+        let mut has: HashMap<u64, Shares> = HashMap::new();
+        let mut add = |cgroup: u64, kind: Share| {
+            let cgroup = if taken.contains_key(&cgroup) {
+                cgroup
+            } else {
+                NO_CGROUP
+            };
+            has.entry(cgroup).or_default().counts[kind as usize] += 1;
+        };
+        for (_, member) in seats {
+            add(member.cgroup, Share::Seats);
+        }
+        for group in groups.values() {
+            add(group.cgroup, Share::Groups);
+        }
+        for (pair, _) in entries(&self.pairs)? {
+            let cgroup = groups
+                .get(&pair.group)
+                .map_or(NO_CGROUP, |group| group.cgroup);
+            add(cgroup, Share::Pairs);
+        }
+        for (_, since) in &held.started {
+            add(since.cgroup, Share::Started);
+        }
+        for (_, begun) in &held.in_progress {
+            add(begun.cgroup, Share::Calls);
+        }
+        let mut nothing = Vec::new();
+        for (cgroup, taken) in &taken {
+            let has = has.get(cgroup).copied().unwrap_or_default();
+            let returned = std::array::from_fn(|i| taken.counts[i].wrapping_sub(has.counts[i]));
+            self.returned.set(*cgroup, Shares { counts: returned })?;
+            if has == Shares::default() && *cgroup != NO_CGROUP {
+                nothing.push(*cgroup);
+            }
+        }
         for cgroup in rested(&mut self.idle, nothing) {
             removed(self.shares.remove(&cgroup))?;
             self.returned.remove(&cgroup)?;
@@ -421,7 +508,7 @@ impl Live {
     }
 
     /// Removes collectives for which nobody waits, and those that can never be complete since a rank has gone on.
-    fn clear_pairs(&mut self, groups: &HashMap<u64, Group>) -> anyhow::Result<()> {
+    fn clear_pairs(&mut self) -> anyhow::Result<()> {
         // What they have made is read before who has arrived: a rank that has gone on meanwhile has arrived too.
         let made = self.made()?;
         let mut suspects = HashSet::new();
@@ -435,12 +522,8 @@ impl Live {
                 suspects.insert(pair);
                 continue;
             }
-            if was_there(self.pairs.remove(&pair))? {
-                self.unpaired += u64::from(fate == Fate::Missed);
-                if let Some(group) = groups.get(&pair.group) {
-                    self.give_back(group.cgroup, Share::Pairs)?;
-                }
-            }
+            removed(self.pairs.remove(&pair))?;
+            self.unpaired += u64::from(fate == Fate::Missed);
         }
         self.suspects = suspects;
         Ok(())
@@ -453,6 +536,13 @@ impl Live {
             made.entry(handle.group).or_default().push(handle);
         }
         Ok(made)
+    }
+}
+
+/// Keeps the first of several errors.
+fn note(first: &mut anyhow::Result<()>, outcome: anyhow::Result<()>) {
+    if first.is_ok() {
+        *first = outcome;
     }
 }
 
@@ -1014,8 +1104,8 @@ impl Nccl {
         let ended = self
             .ranks
             .book(&owners, &readings, resolve, scope.retention, scope.now);
-        for (seat, cgroup) in ended {
-            live.clear_seat(&seat, cgroup)?;
+        for seat in ended {
+            live.clear_seat(&seat)?;
         }
         Ok(())
     }

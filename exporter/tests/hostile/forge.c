@@ -9,6 +9,7 @@
 //   forge ranks SECONDS             one communicator with ranks at random, each with a collective
 //   forge pending                   two ranks of one communicator; the first starts and finishes 100 000 collectives in which the second is
 //                                   never seen, and starts 100 000 that never end
+//   forge reopen SECONDS            opens one rank of one communicator again and again, by two threads, and closes none
 //   forge join COMMUNICATOR SECONDS says that it is two ranks of it, one of which comes ten seconds late each time
 //
 // It says `ready` once its library is mapped. All but `job` begin at the first line of their input, and say `done` at the end. It exits
@@ -31,6 +32,7 @@ EXPORT(nccl_profiler_finished)
 EXPORT(nccl_profiler_closed)
 #else
 #include <dlfcn.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -69,6 +71,17 @@ static void collective(struct told told, uint64_t sequence, uint64_t microsecond
   started(&told);
   told.duration = microseconds * 1000;
   finished(&told);
+}
+
+static void *reopen(void *seconds) {
+  for (double end = now() + *(double *)seconds; now() < end;)
+    for (uint64_t i = 0; i < 1000; i++) {
+      struct told told = of(0x5a3e, 0, 2);
+      opened(&told);
+      if (i % 100 == 0)
+        collective(told, i, 1000);
+    }
+  return NULL;
 }
 
 static void ready(void) {
@@ -146,6 +159,13 @@ int main(int count, char **arguments) {
       told.sequence = sequence;
       started(&told);
     }
+  } else if (!strcmp(mode, "reopen") && count == 3) {
+    double seconds = atof(arguments[2]);
+    pthread_t other;
+    if (pthread_create(&other, NULL, reopen, &seconds))
+      return 1;
+    reopen(&seconds);
+    pthread_join(other, NULL);
   } else if (!strcmp(mode, "join") && count == 4) {
     uint64_t communicator = strtoull(arguments[2], NULL, 16);
     for (uint32_t rank = 0; rank < 2; rank++) {
@@ -157,7 +177,7 @@ int main(int count, char **arguments) {
       for (uint32_t rank = 0; rank < 2; rank++)
         collective(of(communicator, rank, 2), sequence, rank ? 1 : 10000000);
   } else {
-    fprintf(stderr, "usage: forge job COMMUNICATOR RANKS | storm SECONDS | communicators COUNT | ranks SECONDS | pending | join COMMUNICATOR SECONDS\n");
+    fprintf(stderr, "usage: forge job COMMUNICATOR RANKS | storm SECONDS | communicators COUNT | ranks SECONDS | pending | reopen SECONDS | join COMMUNICATOR SECONDS\n");
     return 2;
   }
   puts("done");

@@ -47,7 +47,7 @@ fn counts(member: &Member) -> Counts {
 
 fn add(to: &mut Counts, by: &Counts) {
     for (to, by) in to.iter_mut().zip(by) {
-        *to += by;
+        *to = to.saturating_add(*by);
     }
 }
 
@@ -137,7 +137,7 @@ impl Ranks {
         }
     }
 
-    /// Books what each rank grew by. Returns the seats that have ended and been booked, and their cgroups.
+    /// Books what each rank grew by. Returns the seats that have ended and been booked.
     pub fn book(
         &mut self,
         owners: &HashSet<Owner>,
@@ -145,7 +145,7 @@ impl Ranks {
         resolve: impl Fn(u64) -> Resolution,
         retention: Duration,
         now: Instant,
-    ) -> Vec<(Seat, u64)> {
+    ) -> Vec<Seat> {
         let known: HashSet<_> = owners.iter().map(|owner| &owner.labels).collect();
         self.accounts.retain(|labels, _| {
             let apart = labels.namespace.is_empty() && labels.container.is_empty();
@@ -171,7 +171,13 @@ impl Ranks {
             let since = chair.held.map_or(now, |(_, since)| since);
             let patient = now.saturating_duration_since(since) < PATIENCE;
             let (labels, uid) = match resolution {
-                Resolution::Pending(_) if patient => continue,
+                Resolution::Pending(_) if patient => {
+                    // One that waits for nothing waits for nobody.
+                    if reading.member.ended != 0 && chair.held.is_none() {
+                        ended.push(reading.seat);
+                    }
+                    continue;
+                }
                 Resolution::Owner(owner) | Resolution::Pending(Some(owner)) => {
                     (owner.labels, Some(owner.uid))
                 }
@@ -183,9 +189,14 @@ impl Ranks {
             let held = chair.held.take().map_or([0; 4], |(held, _)| held);
             self.credit(labels, uid, reading, &held, now);
             if reading.member.ended != 0 {
-                ended.push((reading.seat, reading.member.cgroup));
+                ended.push(reading.seat);
             }
         }
+        // Whoever sits there next begins anew.
+        for seat in &ended {
+            self.chairs.remove(seat);
+        }
+
         let is_fresh = |total: &Total| now.saturating_duration_since(total.there) < retention;
         for account in self.accounts.values_mut() {
             account.expire(is_fresh);
@@ -207,20 +218,28 @@ impl Ranks {
         self.accounts.values().map(|account| account.named).sum()
     }
 
-    /// Takes names away until no more have one than a node may have.
+    /// Takes names away until no more have one than a node may have: from the pod that has most, and of its containers from the one that has.
     fn make_room(&mut self) {
         let mut named = self.named();
+        let mut by_pod: HashMap<_, usize> = HashMap::new();
+        for (labels, account) in &self.accounts {
+            *by_pod.entry(labels.of_pod()).or_default() += account.named;
+        }
         while named > OF_NODE {
-            let most = self
-                .accounts
-                .values_mut()
-                .max_by_key(|account| account.named);
-            let Some(most) = most else {
+            let most = self.accounts.iter_mut().max_by_key(|(labels, account)| {
+                let of_pod = by_pod.get(&labels.of_pod());
+                (of_pod.copied(), labels.of_pod(), account.named)
+            });
+            let Some((labels, most)) = most else {
                 return;
             };
             let before = most.named;
             most.take_name();
-            named -= before - most.named;
+            let taken = before - most.named;
+            named -= taken;
+            if let Some(of_pod) = by_pod.get_mut(&labels.of_pod()) {
+                *of_pod -= taken;
+            }
         }
     }
 
@@ -410,7 +429,7 @@ mod tests {
         }
     }
 
-    fn book(ranks: &mut Ranks, readings: &[Reading], now: Instant) -> Vec<(Seat, u64)> {
+    fn book(ranks: &mut Ranks, readings: &[Reading], now: Instant) -> Vec<Seat> {
         let host = |_| Resolution::Host;
         let retention = Duration::from_secs(300);
         ranks.book(&HashSet::new(), readings, host, retention, now)
@@ -479,7 +498,7 @@ mod tests {
         let now = Instant::now();
         let mut last = reading(1, 0, [3, 1, 1, 0]);
         last.member.ended = 1;
-        assert_eq!(book(&mut ranks, &[last.clone()], now), [(last.seat, 7)]);
+        assert_eq!(book(&mut ranks, &[last.clone()], now), [last.seat]);
         book(&mut ranks, &[], now);
         assert_eq!(shown(&ranks).len(), 1);
         book(&mut ranks, &[], now + Duration::from_secs(301));
