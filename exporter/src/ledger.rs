@@ -332,9 +332,13 @@ impl<N: Ord + Clone> Names<N> {
 
     /// Forgets those that have not been met for `retention`, and returns them.
     pub fn expire(&mut self, retention: Duration, now: Instant) -> Vec<N> {
-        let old = |at: &mut Instant| now.saturating_duration_since(*at) >= retention;
-        let gone = self.met.extract_if(.., |_, at| old(at));
-        gone.map(|(name, _)| name).collect()
+        let old = |at: &Instant| now.saturating_duration_since(*at) >= retention;
+        let gone = self.met.iter().filter(|(_, at)| old(at));
+        let gone: Vec<N> = gone.map(|(name, _)| name.clone()).collect();
+        for name in &gone {
+            self.met.remove(name);
+        }
+        gone
     }
 }
 

@@ -490,7 +490,10 @@ impl Pods {
         let objects = pods.values().flatten().map(|known| &known.record.object);
         let objects: HashSet<_> = objects.collect();
         claims.retain(|object, _| objects.contains(object));
-        holders.retain(|_, uid| pods.contains_key(uid));
+        holders.retain(|name, uid| {
+            let mut known = pods.get(uid).into_iter().flatten();
+            known.any(|known| known.record.full_name() == *name)
+        });
         (cgroups.len(), objects.len())
     }
 

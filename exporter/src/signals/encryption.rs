@@ -42,7 +42,7 @@ use exporter_common::{
 
 use super::{
     Attempt, Entry, Follower, Options, Read, Scope, Signal, State, Status, entries, follow_modules,
-    no_losses, removed,
+    monotonic, no_losses, removed,
 };
 use crate::{
     capabilities::{BPF, KPROBES, PERFMON},
@@ -1050,8 +1050,8 @@ impl Encryption {
         host: &HashSet<IpAddr>,
         scope: &Scope<'_>,
     ) -> anyhow::Result<()> {
-        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-        let now = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32);
+        let now = monotonic();
+
         let all = entries(&live.peers)?;
         // The time of the last session is kept for as long as an interval is told, if there is room.
         let longest = INTERVAL
@@ -1064,7 +1064,7 @@ impl Encryption {
             .max(scope.retention);
         let mut peers: BTreeMap<PeerLabels, PeerTotal> = BTreeMap::new();
         for (key, peer) in all {
-            let idle = now.saturating_sub(Duration::from_nanos(peer.last));
+            let idle = Duration::from_nanos(now.saturating_sub(peer.last));
             if idle >= kept {
                 removed(live.peers.remove(&key))?;
                 continue;

@@ -366,6 +366,12 @@ impl Scope<'_> {
     }
 }
 
+/// Nanoseconds of the clock that the kernel half reads (`bpf_ktime_get_ns`).
+pub fn monotonic() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
 /// Reads a whole map. An entry that goes away meanwhile is passed over.
 ///
 /// # Errors
@@ -385,7 +391,7 @@ pub fn removed(outcome: Result<(), MapError>) -> anyhow::Result<()> {
 }
 
 /// The same, and whether it was there.
-fn was_there(outcome: Result<(), MapError>) -> anyhow::Result<bool> {
+pub fn was_there(outcome: Result<(), MapError>) -> anyhow::Result<bool> {
     match outcome {
         Ok(()) => Ok(true),
         Err(MapError::KeyNotFound) => Ok(false),

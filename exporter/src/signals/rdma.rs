@@ -41,10 +41,11 @@ use exporter_common::{
 
 use self::{
     enumeration::{Enumeration, Limits, PairOwner, Report},
-    host::{DeviceMap, DeviceTotals, Host, Owners, PairMaps, monotonic},
+    host::{DeviceMap, DeviceTotals, Host, Owners, PairMaps},
 };
 use super::{
     Attempt, Entry, Follower, Options, Read, Scope, Signal, State, Status, entries, follow_modules,
+    monotonic,
 };
 use crate::{
     capabilities::{BPF, NAMESPACES, NAMESPACES_OF_OTHERS, PERFMON},

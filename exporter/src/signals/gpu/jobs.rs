@@ -27,7 +27,7 @@ use crate::{
     lock::{lock, try_lock},
     pods::Labels,
     probe::{self, Attached, Constants, Hook, Method, NO_TRACEFS, Need, Program, Reason, Runs},
-    signals::{Read, Scope, entries, removed},
+    signals::{Read, Scope, entries, monotonic, removed},
 };
 
 pub(super) static OBJECT: &[u8] =
@@ -178,11 +178,11 @@ impl Live {
             return Ok(0);
         }
         self.swept = Instant::now();
-        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-        let now = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32);
+        let now = monotonic();
+
         let mut forgotten = 0;
         for (key, job) in entries(&self.jobs)? {
-            if now.saturating_sub(Duration::from_nanos(job.since)) > LONGEST {
+            if Duration::from_nanos(now.saturating_sub(job.since)) > LONGEST {
                 removed(self.jobs.remove(&key))?;
                 forgotten += 1;
             }
@@ -339,13 +339,13 @@ impl Books {
             }
         }
         let used: HashSet<_> = self.booked.values().collect();
-        let gone = self
-            .accounts
-            .extract_if(.., |names, _| !used.contains(names));
-        for (_, ledger) in gone {
-            self.attribution = self.attribution.plus(ledger.attribution());
-        }
-
+        self.accounts.retain(|names, ledger| {
+            let stays = used.contains(names);
+            if !stays {
+                self.attribution = self.attribution.plus(ledger.attribution());
+            }
+            stays
+        });
         *self.lost.entry("untimed").or_default() += live.sweep()?;
         self.losses = live.attached.lost()?;
         self.runs = live.attached.runs();

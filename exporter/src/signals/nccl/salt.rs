@@ -5,7 +5,7 @@
 //! it, and make others seem to wait. So pages have a keyed hash of it, with a key that all nodes of a cluster share, since rules join nodes by
 //! the name.
 
-use std::{fs::File, io::Read, path::Path};
+use std::{fs::File, io::Read, path::Path, sync::Arc};
 
 use ring::hmac;
 
@@ -15,7 +15,7 @@ const MOST: u64 = 4096;
 
 /// The key of a cluster.
 #[derive(Clone, Debug)]
-pub struct Salt(hmac::Key);
+pub struct Salt(Arc<hmac::Key>);
 
 impl Salt {
     /// Reads a file; white space at its end does not count.
@@ -36,7 +36,8 @@ impl Salt {
                 "a salt has {LEAST} to {MOST} bytes, and is the same on all nodes: head -c 32 /dev/urandom | base64 makes one"
             ));
         }
-        Ok(Self(hmac::Key::new(hmac::HMAC_SHA256, salt)))
+        let key = hmac::Key::new(hmac::HMAC_SHA256, salt);
+        Ok(Self(Arc::new(key)))
     }
 
     /// The name of a communicator: the first eight bytes of the HMAC-SHA256 of its number.

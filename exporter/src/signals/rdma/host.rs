@@ -17,16 +17,16 @@ use exporter_common::{
     ABSENT,
     rdma::{DEVICE_NAME, Device, Number, Pair},
 };
-use rustix::{
-    thread::{LinkNameSpaceType, move_into_link_name_space},
-    time::{ClockId, clock_gettime},
-};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::{
     enumeration::{Answer, Fabric, Listing, PairOwner},
     nldev::{self, Client, NldevError, QueuePair},
 };
-use crate::{kernel::symbols, signals::entries};
+use crate::{
+    kernel::symbols,
+    signals::{entries, monotonic},
+};
 
 /// Network namespaces that are looked into for devices, at most.
 const MAX_NAMESPACES: usize = 512;
@@ -466,10 +466,4 @@ impl Fabric for Host {
             odd: (odd > 0).then(|| format!("{odd} queue pairs have no number, type or state")),
         })
     }
-}
-
-/// Nanoseconds of the clock that the kernel half reads (`bpf_ktime_get_ns`).
-pub fn monotonic() -> u64 {
-    let now = clock_gettime(ClockId::Monotonic);
-    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
