@@ -307,6 +307,12 @@ fn work(flow: &Flow) -> Result<*mut Work, Loss> {
             .get_ptr_mut(flow)
             .or_else(|| entry_of(&STRANGERS, flow))
     };
+    or_nobodys(own, flow)
+}
+
+/// Where there is nothing of a flow: what is nobody's.
+#[inline(always)]
+fn or_nobodys(own: Option<*mut Work>, flow: &Flow) -> Result<*mut Work, Loss> {
     let nobodys = Flow::nobodys(flow.protocol, flow.direction);
     own.or_else(|| FLOWS.get_ptr_mut(&nobodys))
         .ok_or(Loss::MapFull)
@@ -345,10 +351,7 @@ fn time(flow: &Flow, bytes: u64, began: u64, end: u64) -> Result<(), Loss> {
     let own = FLOWS
         .get_ptr_mut(flow)
         .or_else(|| STRANGERS.get_ptr_mut(flow));
-    let nobodys = Flow::nobodys(flow.protocol, flow.direction);
-    let work = own
-        .or_else(|| FLOWS.get_ptr_mut(&nobodys))
-        .ok_or(Loss::MapFull)?;
+    let work = or_nobodys(own, flow)?;
     // SAFETY: a map value.
     unsafe {
         add(&raw mut (*work).timed_bytes, bytes);

@@ -201,11 +201,19 @@ const NO_SHARES: Shares = Shares {
     counts: [0; SHARE.len()],
 };
 
-/// Where a count of shares stands: of a cgroup for which there was no room, among those of all such.
+/// Whose share a cgroup has a part of: that of all for which there was no room, if it is one of them.
 #[inline(always)]
-fn share(map: &HashMap<u64, Shares>, cgroup: u64, kind: Share) -> Option<*mut u64> {
-    let own = map.get_ptr_mut(&cgroup);
-    let shares = own.or_else(|| map.get_ptr_mut(&NO_CGROUP))?;
+fn sharer(cgroup: u64) -> u64 {
+    match SHARES_.get_ptr(&cgroup) {
+        Some(_) => cgroup,
+        None => NO_CGROUP,
+    }
+}
+
+/// Where a count of shares stands.
+#[inline(always)]
+fn share(map: &HashMap<u64, Shares>, sharer: u64, kind: Share) -> Option<*mut u64> {
+    let shares = map.get_ptr_mut(&sharer)?;
     // SAFETY: within the array of a map value.
     Some(unsafe { shares.cast::<u64>().add(kind as usize) })
 }
@@ -214,13 +222,14 @@ fn share(map: &HashMap<u64, Shares>, cgroup: u64, kind: Share) -> Option<*mut u6
 #[inline(always)]
 fn take(cgroup: u64, kind: Share) -> Result<(), Loss> {
     let _ = entry(&SHARES_, &cgroup, &NO_SHARES);
-    let taken = share(&SHARES_, cgroup, kind).ok_or(Loss::MapFull)?;
+    let sharer = sharer(cgroup);
+    let taken = share(&SHARES_, sharer, kind).ok_or(Loss::MapFull)?;
     let most = SHARE[kind as usize] as i64;
     // SAFETY: a map value. Of several that come at once one more may be let through than there are.
     unsafe {
         let has = taken.read_volatile();
         if has as i64 >= most {
-            let returned = share(&RETURNED, cgroup, kind);
+            let returned = share(&RETURNED, sharer, kind);
             let returned = returned.map_or(0, |returned| returned.read_volatile());
             if has.wrapping_sub(returned) as i64 >= most {
                 return Err(Loss::MapFull);
@@ -234,7 +243,7 @@ fn take(cgroup: u64, kind: Share) -> Result<(), Loss> {
 /// Gives it back.
 #[inline(always)]
 fn give(cgroup: u64, kind: Share) {
-    if let Some(taken) = share(&SHARES_, cgroup, kind) {
+    if let Some(taken) = share(&SHARES_, sharer(cgroup), kind) {
         // SAFETY: a map value.
         unsafe { add(taken, u64::MAX) };
     }
@@ -296,22 +305,30 @@ fn members(key: u64, group: *const Group) -> u64 {
     if (members as i64) < 0 { 0 } else { members }
 }
 
-/// Takes a seat, the one of the rank if that is free. `members` of the group is the caller's.
+/// Takes one of so many seats, the one of the rank if that is free. `members` of the group is the caller's.
 #[inline(always)]
-fn sit(group: u64, name: Communicator, rank: u64, state: u64) -> Result<(), Loss> {
+fn sit<const TRIES: u64>(
+    group: u64,
+    name: Communicator,
+    rank: u64,
+    state: u64,
+) -> Result<(), Loss> {
     // What had this name before ended without a word.
     leave(&name);
     let cgroup = cgroup();
     take(cgroup, Share::Seats)?;
-    let seated = sit_somewhere(group, name, rank, state, cgroup);
+    let seated = sit_on_one::<TRIES>(group, name, rank, state, cgroup);
     if seated.is_err() {
         give(cgroup, Share::Seats);
     }
     seated
 }
 
+/// All seats of a group.
+const ANY_SEAT: u64 = GROUP_SEATS as u64;
+
 #[inline(always)]
-fn sit_somewhere(
+fn sit_on_one<const TRIES: u64>(
     group: u64,
     name: Communicator,
     rank: u64,
@@ -328,7 +345,7 @@ fn sit_somewhere(
         duration: 0,
         ended: 0,
     };
-    for probe in 0..GROUP_SEATS as u64 {
+    for probe in 0..TRIES {
         let seat = Seat {
             group,
             index: rank.wrapping_add(probe) % GROUP_SEATS as u64,
@@ -474,7 +491,7 @@ fn adopt(name: Communicator) -> Result<bool, Loss> {
 fn join_late(key: u64, hash: u64, name: Communicator, rank: u64, ranks: u64) -> Result<(), Loss> {
     let at = now();
     let group = group(key, ranks, hash, at)?;
-    sit(key, name, rank, LATE | LEARNT)?;
+    sit::<ANY_SEAT>(key, name, rank, LATE | LEARNT)?;
     // SAFETY: a map value; of several that come at once any will do.
     unsafe {
         (*group).adopted = at;
@@ -686,7 +703,7 @@ fn begin(registers: Registers, phase: u64, begun: Begun) -> bool {
         thread: bpf_get_current_pid_tgid(),
         address: registers.frame() + phase,
     };
-    if !note(&frame, begun, Loss::MissedReturn) {
+    if !note(&frame, begun) {
         return false;
     }
     // The clock is read last: what is done here is not the call's.
@@ -699,14 +716,14 @@ fn begin(registers: Registers, phase: u64, begun: Begun) -> bool {
 
 /// Notes what has begun. What had the same name was not seen to end, which is a loss. False if there is no room.
 #[inline(always)]
-fn note(frame: &Frame, begun: Begun, unended: Loss) -> bool {
+fn note(frame: &Frame, begun: Begun) -> bool {
     let cgroup = cgroup();
     let begun = Begun { cgroup, ..begun };
     let noted = enter_new(&IN_PROGRESS_, frame, &begun, cgroup, Share::Calls).and_then(|is_new| {
         if is_new {
             return Ok(());
         }
-        lose(&LOST, unended);
+        lose(&LOST, Loss::MissedReturn);
         let again = IN_PROGRESS_.insert(frame, &begun, u64::from(BPF_ANY));
         again.map_err(|_| Loss::MapFull)
     });
@@ -1019,7 +1036,7 @@ fn made(begun: &Begun) -> Result<bool, Loss> {
     if address == 0 {
         return Ok(false);
     }
-    sit(begun.group, handle(address), begun.rank, 0)?;
+    sit::<ANY_SEAT>(begun.group, handle(address), begun.rank, 0)?;
     Ok(true)
 }
 
@@ -1108,8 +1125,9 @@ pub fn nccl_init_all_return(ctx: RetProbeContext) -> u32 {
         if rank >= begun.ranks {
             break;
         }
+        // In a group that nobody else knows yet its own seat is free.
         let made = read_user::<u64>(begun.told_at + 8 * rank)
-            .and_then(|address| sit_at(key, handle(address), rank));
+            .and_then(|address| sit::<1>(key, handle(address), rank, 0));
         match made {
             // SAFETY: a map value.
             Ok(()) => unsafe { add(addr_of_mut!((*group).members), 1) },
@@ -1117,46 +1135,6 @@ pub fn nccl_init_all_return(ctx: RetProbeContext) -> u32 {
         }
     }
     0
-}
-
-/// Takes the very seat of a rank, in a group that nobody else knows yet.
-#[inline(always)]
-fn sit_at(group: u64, name: Communicator, rank: u64) -> Result<(), Loss> {
-    leave(&name);
-    let cgroup = cgroup();
-    take(cgroup, Share::Seats)?;
-    let member = Member {
-        cgroup,
-        handle: name,
-        rank,
-        wait: 0,
-        collectives: 0,
-        last: 0,
-        duration: 0,
-        ended: 0,
-    };
-    let seat = Seat { group, index: rank };
-    let handle = Handle {
-        group,
-        seat: rank,
-        state: 0,
-        children: 0,
-        finished: 0,
-        made: [0; COLLECTIVES],
-    };
-    let seated = SEATS
-        .insert(&seat, &member, u64::from(BPF_NOEXIST))
-        .and_then(|()| {
-            let known = COMMUNICATORS_.insert(&name, &handle, u64::from(BPF_NOEXIST));
-            if known.is_err() {
-                let _ = SEATS.remove(&seat);
-            }
-            known
-        });
-    if seated.is_err() {
-        give(cgroup, Share::Seats);
-    }
-    seated.map_err(|_| Loss::MapFull)
 }
 
 /// ncclCommDestroy, ncclCommAbort.
@@ -1203,7 +1181,7 @@ fn begin_phase(phase: Phase) {
     };
     // A phase that has failed has no end: the next initialisation begins another.
     let _ = end_of(PRESENT);
-    note(&present(), begun, Loss::MissedReturn);
+    note(&present(), begun);
 }
 
 /// commAlloc, the first.
@@ -1302,7 +1280,7 @@ fn plugin_group(told: &Told) -> u64 {
 fn opened(told: &Told) -> Result<(), Loss> {
     let key = plugin_group(told);
     let group = group(key, u64::from(told.ranks), told.communicator, 0)?;
-    sit(key, plugin_handle(told), u64::from(told.rank), LEARNT)?;
+    sit::<ANY_SEAT>(key, plugin_handle(told), u64::from(told.rank), LEARNT)?;
     // SAFETY: a map value.
     unsafe { add(addr_of_mut!((*group).members), 1) };
     Ok(())

@@ -41,12 +41,12 @@ const DEPTH: usize = 32;
 /// Knows the names that the kubelet gives pods with both cgroup drivers, and the names of containers under containerd,
 /// CRI-O and Docker. The outermost pod and container win: what a container nests inside is its own.
 pub fn place(path: &str) -> Place {
-    place_among(path, Tree::Nested)
+    place_among(path, find(path), Tree::Nested)
 }
 
-/// The same, on a node whose pods are in trees that are no worse.
-fn place_among(path: &str, worst: Tree) -> Place {
-    match find(path) {
+/// The same by what was found in the path, on a node whose pods are in trees that are no worse.
+fn place_among(path: &str, found: Option<(Tree, Option<Place>)>, worst: Tree) -> Place {
+    match found {
         Some((tree, Some(place))) if tree <= worst => place,
         _ => Place::Unit(unit(path).into()),
     }
@@ -521,14 +521,16 @@ impl Watcher {
                 self.unwatch(gone.watch);
             }
         }
-        if let Some((tree, Some(_))) = find(&path)
-            && tree < self.tree
+        let found = find(&path);
+        if let Some((tree, Some(_))) = &found
+            && *tree < self.tree
         {
             // What was taken for pods in a worse one is looked at again.
-            self.tree = tree;
+            self.tree = *tree;
             self.bell.rung.store(true, Ordering::Relaxed);
         }
-        self.pods.cgroup_found(id, place_among(&path, self.tree));
+        self.pods
+            .cgroup_found(id, place_among(&path, found, self.tree));
         for child in children(&full, depth)? {
             match self.visit(format!("{path}/{child}"), depth + 1, met) {
                 // Removed between the listing and the look.

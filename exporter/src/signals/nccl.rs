@@ -30,12 +30,12 @@ use std::{
 use anyhow::Context;
 use aya::include_bytes_aligned;
 use exporter_common::nccl::{
-    ANY_PROCESS, CALL, COLLECTIVES, Communicator, GRAPH_SLOT, Group, INIT, LEARNT, Layout, Member,
-    NUMBERED, OPERATIONS, PHASES, SLOTS, SOURCES, Seat, Source, WAIT, call_slots, duration_slots,
-    init_slots, wait_slots,
+    ANY_PROCESS, CALL, COLLECTIVES, Communicator, GRAPH_SLOT, Group, Handle, INIT, LEARNT, Layout,
+    Member, NUMBERED, OPERATIONS, PHASES, SLOTS, SOURCES, Seat, Source, WAIT, call_slots,
+    duration_slots, init_slots, wait_slots,
 };
 
-use live::{Books, Fate, Live, fate, sweep};
+use live::{Books, Fate, Live, fate, made, sweep};
 use ranks::{Ranks, Reading};
 use salt::Salt;
 use sites::{Kind as Library, Sites};
@@ -623,9 +623,13 @@ fn source(handle: &Communicator) -> usize {
 
 impl Nccl {
     /// Finds for how long whose collectives have been pending.
-    fn find_pending(&mut self, live: &Live, scope: &Scope<'_>) -> anyhow::Result<()> {
+    fn find_pending(
+        &mut self,
+        live: &Live,
+        known: &[(Communicator, Handle)],
+        scope: &Scope<'_>,
+    ) -> anyhow::Result<()> {
         let now = monotonic();
-
         let age = |since: u64| now.saturating_sub(since) as f64 / 1e9;
         // In an order, so that beyond the limit the same ones are shown each time.
         let mut pending: BTreeMap<u64, f64> = BTreeMap::new();
@@ -637,7 +641,7 @@ impl Nccl {
         for member in seats.values().filter(|member| member.ended == 0) {
             note(member.cgroup, 0.0);
         }
-        let made = live.made()?;
+        let made = made(known);
         for (pair, arrivals) in entries(&live.pairs)? {
             // What the plugin tells are finished collectives, of which others have not been told: nothing hangs by that.
             let waits = fate(&pair, &arrivals, &made) == Fate::Waits;
@@ -677,10 +681,16 @@ impl Nccl {
     }
 
     /// Books what ranks have counted, and clears the seats of those that have ended.
-    fn book_ranks(&mut self, live: &mut Live, scope: &Scope<'_>) -> anyhow::Result<()> {
+    fn book_ranks(
+        &mut self,
+        live: &mut Live,
+        known: &[(Communicator, Handle)],
+        scope: &Scope<'_>,
+    ) -> anyhow::Result<()> {
         let groups: HashMap<u64, Group> = entries(&live.groups)?.into_iter().collect();
-        let handles = entries(&live.communicators)?.into_iter();
-        let unasked = handles.filter(|(_, handle)| handle.state & LEARNT == 0);
+        let unasked = known
+            .iter()
+            .filter(|(_, handle)| handle.state & LEARNT == 0);
         let unasked: HashSet<Seat> = unasked.map(|(_, handle)| handle.seat()).collect();
         self.nameless.retain(|seat, _| unasked.contains(seat));
         let mut readings = Vec::new();
@@ -722,8 +732,9 @@ impl Signal for Nccl {
             return Ok(Read::Now);
         };
         scope.book(&mut self.ledger, &mut live.owners, |owner| owner.slots)?;
-        self.book_ranks(live, scope)?;
-        self.find_pending(live, scope)?;
+        let known = entries(&live.communicators)?;
+        self.book_ranks(live, &known, scope)?;
+        self.find_pending(live, &known, scope)?;
         self.lost = live.counters.lost()?;
         let (_, label) = exporter_common::Loss::LABELS[exporter_common::Loss::Untimed as usize];
         for (reason, count) in &mut self.lost {

@@ -859,7 +859,6 @@ impl Rdma {
 
     fn count_pairs(&mut self, reports: Vec<Report>, scope: &Scope<'_>) {
         self.rows.clear();
-
         let mut owners = Shown::new(self.max_owners);
         let mut ages: BTreeMap<String, f64> = BTreeMap::new();
         for Report {

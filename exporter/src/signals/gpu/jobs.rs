@@ -307,23 +307,21 @@ impl Books {
                 Some(names) => names.clone(),
                 None => {
                     let own = (text(&ring.device), text(&ring.name));
-                    let has_room = self.accounts.contains_key(&own)
-                        || self.accounts.len() + by_names.len() < SHOWN_RINGS;
+                    let has_room =
+                        self.accounts.contains_key(&own) || self.accounts.len() < SHOWN_RINGS;
                     let names = if has_room { own } else { other() };
                     self.booked.insert(ring, names.clone());
                     names
                 }
             };
-            by_names
-                .entry(names)
-                .or_default()
-                .push((ring, totals.slots));
-        }
-        for names in by_names.keys() {
             self.accounts.entry(names.clone()).or_insert_with(|| {
                 let units = |slots: &[u64; SLOTS]| slots[..JOB.sum()].iter().sum();
                 Ledger::new(self.max_owners, units).opening(Opening::Events)
             });
+            by_names
+                .entry(names)
+                .or_default()
+                .push((ring, totals.slots));
         }
         let owners = scope.pods.owners();
         for (names, ledger) in &mut self.accounts {

@@ -197,8 +197,8 @@ impl Live {
         let seats = entries(&self.seats)?;
         self.find_orphans(&seats, &held.communicators);
         self.count_members(&groups, &held)?;
-        self.clear_pairs()?;
-        self.count_shares(&groups, &seats, &held)?;
+        let pairs = self.clear_pairs(&held.communicators)?;
+        self.count_shares(&groups, &seats, &pairs, &held)?;
         let seated: HashSet<u64> = seats.into_iter().map(|(seat, _)| seat.group).collect();
         self.clear_groups(&groups, &seated)
     }
@@ -279,6 +279,7 @@ impl Live {
         &mut self,
         groups: &HashMap<u64, Group>,
         seats: &[(Seat, Member)],
+        pairs: &[Pair],
         held: &Held,
     ) -> anyhow::Result<()> {
         let taken: HashMap<u64, Shares> = entries(&self.shares)?.into_iter().collect();
@@ -297,7 +298,7 @@ impl Live {
         for group in groups.values() {
             add(group.cgroup, Share::Groups);
         }
-        for (pair, _) in entries(&self.pairs)? {
+        for pair in pairs {
             let cgroup = groups
                 .get(&pair.group)
                 .map_or(NO_CGROUP, |group| group.cgroup);
@@ -325,36 +326,36 @@ impl Live {
         Ok(())
     }
 
-    /// Removes collectives for which nobody waits, and those that can never be complete since a rank has gone on.
-    fn clear_pairs(&mut self) -> anyhow::Result<()> {
-        // What they have made is read before who has arrived: a rank that has gone on meanwhile has arrived too.
-        let made = self.made()?;
-        let mut suspects = HashSet::new();
+    /// Removes collectives for which nobody waits, and those that can never be complete since a rank has gone on. Returns those that are left.
+    fn clear_pairs(&mut self, known: &[(Communicator, Handle)]) -> anyhow::Result<Vec<Pair>> {
+        // What they have made was read before who has arrived: a rank that has gone on meanwhile has arrived too.
+        let made = made(known);
+        let (mut suspects, mut left) = (HashSet::new(), Vec::new());
         for (pair, arrivals) in entries(&self.pairs)? {
             let fate = fate(&pair, &arrivals, &made);
-            if fate == Fate::Waits {
-                continue;
-            }
             // It may be about to be completed.
-            if !self.suspects.contains(&pair) {
-                suspects.insert(pair);
+            if fate != Fate::Waits && self.suspects.contains(&pair) {
+                removed(self.pairs.remove(&pair))?;
+                self.unpaired += u64::from(fate == Fate::Missed);
                 continue;
             }
-            removed(self.pairs.remove(&pair))?;
-            self.unpaired += u64::from(fate == Fate::Missed);
+            left.push(pair);
+            if fate != Fate::Waits {
+                suspects.insert(pair);
+            }
         }
         self.suspects = suspects;
-        Ok(())
+        Ok(left)
     }
+}
 
-    /// What each rank of each group has made.
-    pub(super) fn made(&self) -> anyhow::Result<HashMap<u64, Vec<Handle>>> {
-        let mut made: HashMap<u64, Vec<Handle>> = HashMap::new();
-        for (_, handle) in entries(&self.communicators)? {
-            made.entry(handle.group).or_default().push(handle);
-        }
-        Ok(made)
+/// What each rank of each group has made.
+pub(super) fn made(known: &[(Communicator, Handle)]) -> HashMap<u64, Vec<Handle>> {
+    let mut made: HashMap<u64, Vec<Handle>> = HashMap::new();
+    for (_, handle) in known {
+        made.entry(handle.group).or_default().push(*handle);
     }
+    made
 }
 
 /// Keeps the first of several errors.

@@ -196,18 +196,17 @@ impl Ranks {
         for seat in &ended {
             self.chairs.remove(seat);
         }
-
         let is_fresh = |total: &Total| now.saturating_duration_since(total.there) < retention;
         for account in self.accounts.values_mut() {
             account.expire(is_fresh);
         }
         self.make_room();
-        let mut room = OF_NODE.saturating_sub(self.named());
+        // What is named where there is no room would be taken at the next look.
+        let has_room = self.named() + SOURCES.len() * RANKS < OF_NODE;
         for (labels, account) in &mut self.accounts {
             // Of owners that are not told apart no communicator is.
-            if *labels != Labels::only_pod(OTHER) && room > SOURCES.len() * RANKS {
+            if has_room && *labels != Labels::only_pod(OTHER) {
                 account.name();
-                room -= SOURCES.len() * RANKS;
             }
         }
         ended
