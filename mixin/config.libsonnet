@@ -23,14 +23,15 @@
     // Who acts, and when: the on-call now; the owning team on the next working day; nobody, it explains other alerts.
     severities: { page: 'critical', ticket: 'warning', note: 'info' },
 
-    // `%s` is `<signal>.md#<alert>`.
-    runbookURL: 'https://github.com/chandra-exporter/chandra/blob/main/docs/runbooks/%s',
+    // `%s` is `<signal>.md#<alert>`. A path in the project's tree until you serve docs/runbooks/ somewhere: `https://…/%s`.
+    runbookURL: 'docs/runbooks/%s',
 
     // The labels by which a Prometheus Operator finds rules and monitors, and in which namespace they go.
     operator: { labels: { release: 'kube-prometheus-stack' }, namespace: 'monitoring' },
 
-    // The exporter's image and port, for a sidecar of the Cilium agent and for the plain Prometheus chart.
-    image: 'ghcr.io/chandra-exporter/chandra:0.1.0',
+    // The exporter's image, which a sidecar of the Cilium agent requires: none is published (`make image` builds it).
+    image: '',
+    // Its port, for the sidecar and for the plain Prometheus chart.
     port: 9970,
     // Signals that cannot work in a sidecar, which has no hostPID.
     sidecarDisable: ['gpu', 'nccl'],

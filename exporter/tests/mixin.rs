@@ -687,8 +687,9 @@ fn every_alert_has_its_runbook_heading_and_every_heading_its_alert() {
         let url = rule["annotations"]["runbook_url"]
             .as_str()
             .expect("a runbook");
-        let end = format!("/docs/runbooks/{signal}.md#{}", alert.to_lowercase());
-        assert!(url.ends_with(&end), "{url}");
+        // By default the project's own file.
+        let file = format!("docs/runbooks/{signal}.md#{}", alert.to_lowercase());
+        assert_eq!(url, file);
         headings.insert(signal.clone(), of_signal);
     }
     let headings: BTreeSet<_> = headings.into_values().flatten().collect();

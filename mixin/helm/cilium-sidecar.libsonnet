@@ -12,6 +12,8 @@ function(c) {
       rdma sees the devices of the host's network namespace (`rdma system` mode shared) and does not know the owner of
       queue pairs that are older than the exporter.
     - The chart's monitors cannot scrape it: apply manifests/podmonitor-cilium-sidecar.yaml beside it.
+    Fill in `image`: none is published. `make image` builds it, docs/image.md says how to push it; until then the API server
+    refuses the agents' DaemonSet, and those that run stay.
     Helm replaces lists: if you have extraContainers, use chandra-mixin merge --sidecar my-values.yaml instead.
   |||,
   values: {

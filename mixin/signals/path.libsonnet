@@ -60,7 +60,10 @@ local panels = import '../lib/panels.libsonnet';
       local namespace = panels.where(c, ['cluster', 'namespace']),
       local p = f { pod: pod, request: request, namespace: namespace },
       local legend = '{{namespace}} {{pod}} {{%(node)s}}' % f,
-      local runbook(alert) = '[%s](%s)' % [alert, c.runbookURL % ('%s.md#%s' % [signals[alert], std.asciiLower(alert)])],
+      local runbook(alert) =
+        local place = c.runbookURL % ('%s.md#%s' % [signals[alert], std.asciiLower(alert)]);
+        // A link to a path would lead into Grafana.
+        (if std.length(std.findSubstr('://', place)) > 0 then '[%s](%s)' else '%s (`%s`)') % [alert, place],
       local signals = { [alert.alert]: s for s in std.objectFields($.signals) for alert in $.signals[s].alerts },
       local leg(title, rise, alerts, queries, unit, thresholds=[]) =
         panels.timeseries(

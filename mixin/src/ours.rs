@@ -22,6 +22,10 @@ const CHARTS: [(&str, &[&str], &str); 3] = [
     ("prometheus", &["29"], "helm-values/prometheus.yaml"),
 ];
 
+/// What to do where a sidecar has no image.
+const NO_IMAGE: &str = "--sidecar needs the exporter's image, and none is published: build it (make image), push it \
+    (docs/image.md), and name it by --config: { _config+:: { image: 'registry.example/chandra:0.1.0' } }";
+
 /// A chart at a version.
 #[derive(Clone, Debug)]
 pub struct Chart {
@@ -74,7 +78,7 @@ impl Chart {
     ///
     /// # Errors
     ///
-    /// As [`render::files`], and [`Failure::Unknown`] for a chart that has no sidecar.
+    /// As [`render::files`], and [`Failure::Unknown`] for a chart that has no sidecar, and for a sidecar without an image.
     pub fn values(&self, overrides: Option<&Path>, sidecar: bool) -> Result<Value, Failure> {
         let mut values = render::values(self.file, overrides)?;
         if sidecar {
@@ -84,10 +88,11 @@ impl Chart {
                     self.name
                 )));
             }
-            add(
-                &mut values,
-                render::values("helm-values/cilium-sidecar.yaml", overrides)?,
-            );
+            let sidecar = render::values("helm-values/cilium-sidecar.yaml", overrides)?;
+            if sidecar.pointer("/extraContainers/0/image") == Some(&"".into()) {
+                return Err(Failure::Unknown(NO_IMAGE.to_owned()));
+            }
+            add(&mut values, sidecar);
         }
         Ok(values)
     }

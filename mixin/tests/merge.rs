@@ -57,7 +57,7 @@ fn every_fixture_becomes_what_is_committed() {
         let file = format!("{name}.yaml");
         let mut args = vec!["merge", "--version", "1.19", &file];
         if name == "sidecar" {
-            args.push("--sidecar");
+            args.extend(["--sidecar", "--config", "image.jsonnet"]);
         }
         let output = chandra_mixin(&folder, &args);
         let code = output.status.code().expect("it ends");
@@ -233,6 +233,11 @@ fn what_cannot_be_merged_is_refused_in_one_line() {
         "",
         &["--chart", "prometheus", "--sidecar"],
         "--sidecar is for the chart cilium",
+    );
+    refused(
+        "",
+        &["--sidecar"],
+        "the exporter's image, and none is published: build it (make image)",
     );
     refused(
         "",

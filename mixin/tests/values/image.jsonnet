@@ -1,0 +1,1 @@
+{ _config+:: { image: 'registry.example/chandra:0.1.0' } }
