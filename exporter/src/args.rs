@@ -43,6 +43,15 @@ pub enum Command {
         )]
         nccl_salt: Option<Salt>,
     },
+    /// Put the NCCL profiler plugin into a folder from where jobs load it, as libnccl-profiler.so.
+    InstallNcclProfiler {
+        /// The folder; it has to be there.
+        #[arg(value_name = "DIR")]
+        folder: PathBuf,
+        /// The plugin. The image has it there.
+        #[arg(long, value_name = "FILE", default_value = "/libnccl-profiler.so")]
+        from: PathBuf,
+    },
     /// Print the reference of all metrics, in Markdown.
     Metrics,
     /// Look into files for an exporter that asks over standard input. It starts this itself.

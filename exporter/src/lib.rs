@@ -14,6 +14,7 @@ pub mod libraries;
 mod lock;
 pub mod maps;
 pub mod page;
+pub mod plugin;
 pub mod pods;
 pub mod probe;
 pub mod reference;

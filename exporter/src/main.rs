@@ -20,6 +20,7 @@ use chandra::{
     check,
     kernel::{Hierarchy, Kernel},
     libraries::{self, Gate},
+    plugin::{self, Installed},
     pods::{self, Pods, Source, cgroups},
     reference, scrape,
     scrape::{Exporter, Front},
@@ -51,6 +52,13 @@ fn main() -> ExitCode {
             cgroupfs,
             nccl_salt,
         }) => check(json, cgroupfs.as_deref(), nccl_salt.is_some()),
+        Some(Command::InstallNcclProfiler { folder, from }) => {
+            match plugin::install(&from, &folder) {
+                Ok(Installed::New(place)) => print(&format!("{} is new\n", place.display())),
+                Ok(Installed::Same(place)) => print(&format!("{} is there\n", place.display())),
+                Err(error) => refuse(USAGE, &format!("{error:#}")),
+            }
+        }
         Some(Command::Look) => match libraries::look() {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => refuse(USAGE, &format!("{error:#}")),
