@@ -11,7 +11,7 @@ from collections import Counter
 import yaml
 
 import kubernetes_validate
-from repository import DASHBOARDS, FLAGS, NEEDS, RULES, SIGNALS, WEB, load_all
+from repository import DASHBOARDS, FLAGS, IMAGE, NEEDS, RULES, SIGNALS, WEB, load_all, rendered
 
 NAMESPACE = "observability"
 # Of the versions that Chart.yaml allows the oldest, and the newest that is known.
@@ -37,6 +37,9 @@ EXTRAS = {
     "extraVolumes": [{"name": "ca", "configMap": {"name": "ca"}}],
     "extraVolumeMounts": [{"name": "ca", "mountPath": "/etc/ca", "readOnly": True}],
     "port": 19970,
+    "job": "gpu/nodes-1",
+    "runbookURL": "https://git.example/runbooks/",
+    "ncclProfiler": {"hostPath": "/opt/gpu"},
     "serviceAccount": {"annotations": {"example.com/role": "reader"}},
     "cgroupPath": "/sys/fs/cgroup/unified",
     "seccompProfile": {"type": "Localhost", "localhostProfile": "chandra.json"},
@@ -85,7 +88,8 @@ CHOICES = {name: {"on": on(name), "off": off(name)} for name in SIGNALS if name 
         "none": {"signals": {"nccl": {"salt": {"create": False}}}},
     },
     "packets": {"default": {}, "others": {"signals": {"encryption": {"timedEvery": 1000000, "vxlanPort": 4789, "genevePort": 65535}}}},
-    "pods": {"kube": {}, "none": {"pods": "none"}},
+    "pods": {"kube": {}, "none": {"pods": "none"}, "file": {"pods": "/etc/pods.json"}},
+    "plugin": {"off": {}, "on": {"ncclProfiler": {"enabled": True}}},
     "account": {
         "made": {},
         "named": {"serviceAccount": {"name": "reader"}},
@@ -139,7 +143,7 @@ def merged(*maps):
 
 def values_of(case):
     # What a case chooses by name wins over what comes with the extras.
-    return merged(CHOICES["extras"][case["extras"]], *(CHOICES[choice][option] for choice, option in case.items() if choice != "extras"))
+    return merged({"image": {"repository": IMAGE}}, CHOICES["extras"][case["extras"]], *(CHOICES[choice][option] for choice, option in case.items() if choice != "extras"))
 
 
 def cases():
@@ -287,7 +291,7 @@ def problems(case, objects):
             "honorLabels": True,
             "relabelings": [
                 {"sourceLabels": ["__meta_kubernetes_pod_node_name"], "targetLabel": "node"},
-                {"targetLabel": "job", "replacement": "chandra"},
+                {"targetLabel": "job", "replacement": extras.get("job", "chandra")},
                 *extras.get("podMonitor", {}).get("relabelings", []),
             ],
         }
@@ -303,17 +307,18 @@ def problems(case, objects):
         if monitor["metadata"]["labels"].get("release") != release or extras and monitor["metadata"]["labels"].get("prometheus") != "main":
             yield "PodMonitor: the labels by which it is found"
 
+    rules_of, dashboards_of = rendered(extras["job"], extras["runbookURL"]) if extras else (RULES, DASHBOARDS)
     for signal in rules:
         rule = objects["PrometheusRule", f"{name}-{signal}"]
-        if rule["spec"] != RULES[signal]:
-            yield f"rules of {signal} are not alerts/{signal}.yaml"
+        if rule["spec"] != rules_of[signal]:
+            yield f"rules of {signal} are not what the mixin makes"
         if rule["metadata"]["labels"].get("release") != ("mine" if extras else "kube-prometheus-stack"):
             yield f"rules of {signal}: the labels by which they are found"
 
     for file, board in boards.items():
         o = objects["ConfigMap", f"{name}-dashboard-{board}"]
-        if o["data"] != {file: DASHBOARDS[file]}:
-            yield f"dashboard {board} is not dashboards/{file}"
+        if o["data"] != {file: dashboards_of[file]}:
+            yield f"dashboard {board} is not what the mixin makes"
         # The bound is 1 MiB, for the object.
         if len(json.dumps(o)) > 1 << 20:
             yield f"dashboard {board} is too large for a ConfigMap"
@@ -326,6 +331,11 @@ def problems(case, objects):
         yield from policy(objects["NetworkPolicy", name]["spec"], case, kube, extras, selector)
 
 
+def same(what, found, wanted):
+    if found != wanted:
+        yield f"{what}: {found}, not {wanted}"
+
+
 def daemonset(o, case, values, extras, selector, account):
     spec, template = o["spec"], o["spec"]["template"]
     pod = template["spec"]
@@ -334,10 +344,6 @@ def daemonset(o, case, values, extras, selector, account):
     signals, kube = signals_of(case), case["pods"] == "kube"
     https, mtls = "tls" in case["web"], "mtls" in case["web"]
     port = extras.get("port", 9970)
-
-    def same(what, found, wanted):
-        if found != wanted:
-            yield f"{what}: {found}, not {wanted}"
 
     yield from same("selector", spec["selector"], {"matchLabels": selector})
     labels = merged(extras.get("commonLabels", {}), extras.get("podLabels", {}), selector)
@@ -372,6 +378,8 @@ def daemonset(o, case, values, extras, selector, account):
 
     # Files.
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    plugin = volumes.pop("nccl-profiler", None)
+    yield from installer(plugin, pod.get("initContainers"), case, extras)
     mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
     yield from same("volumes that are mounted", set(mounts), set(volumes))
     hosts = {volume["hostPath"]["path"]: volume["hostPath"]["type"] for volume in volumes.values() if "hostPath" in volume}
@@ -397,7 +405,7 @@ def daemonset(o, case, values, extras, selector, account):
     given = values.get("signals", {})
     flags = {
         "--web.listen-address": f":{port}",
-        "--pods": case["pods"],
+        "--pods": values.get("pods", "kube"),
         "--retention": extras.get("retention", "5m"),
         "--max-owners": str(extras.get("maxOwners", 1200)),
         "--log.level": extras.get("logLevel", "info"),
@@ -449,8 +457,9 @@ def daemonset(o, case, values, extras, selector, account):
 
     # Where and how it runs.
     digest = "registry.example:5000/mirror/chandra:0.1.0@sha256:" + 64 * "0"
-    yield from same("image", container["image"], digest if extras else "ghcr.io/chandra-exporter/chandra:0.1.0")
-    yield from same("pull policy", container["imagePullPolicy"], "Always" if extras else "IfNotPresent")
+    for one in [container, *pod.get("initContainers", [])]:
+        yield from same("image", one["image"], digest if extras else IMAGE + ":0.1.0")
+        yield from same("pull policy", one["imagePullPolicy"], "Always" if extras else "IfNotPresent")
     yield from same("update", spec["updateStrategy"], {
         "rolling": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": "10%"}},
         "number": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 3}},
@@ -463,6 +472,24 @@ def daemonset(o, case, values, extras, selector, account):
         yield from same(key, pod.get(key), extras.get(key))
     resources = {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "192Mi"}}
     yield from same("resources", container["resources"], merged(resources, extras.get("resources", {})))
+
+
+def installer(volume, containers, case, extras):
+    """What puts the profiler plugin on the node."""
+    if case["plugin"] == "off":
+        yield from same("volume of the plugin", (volume, containers), (None, None))
+        return
+    yield from same("folder of the plugin", volume["hostPath"], {"path": "/opt/gpu" if extras else "/opt/chandra", "type": "DirectoryOrCreate"})
+    [container] = containers
+    yield from same("mounts of the plugin", container["volumeMounts"], [{"name": "nccl-profiler", "mountPath": "/host/nccl-profiler"}])
+    yield from same("arguments of the plugin", container["args"], ["install-nccl-profiler", "/host/nccl-profiler"])
+    yield from same("resources of the plugin", set(container["resources"]), {"requests", "limits"})
+    wanted = {
+        "privileged": False, "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "runAsUser": 0, "runAsGroup": 0, "runAsNonRoot": False,
+        "capabilities": {"drop": ["ALL"]}, "seccompProfile": {"type": "RuntimeDefault"},
+    }  # fmt: skip
+    security = {key: value for key, value in container["securityContext"].items() if key != "seLinuxOptions"}
+    yield from same("security of the plugin", security, wanted)
 
 
 def access(objects, name, case, account):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks deploy/ and leaves what other programs check in FOLDER/rendered.  usage: check.py FOLDER [readme]"""
+"""Checks deploy/ and leaves what other programs check in FOLDER/rendered.  usage: check.py FOLDER [readme | render FILE]"""
 
 import itertools
 import json
@@ -15,9 +15,32 @@ import cases
 import mistakes
 import readme
 from helm_python import Chart, HelmError, dependency_update, lint, package
-from repository import CHART, DASHBOARDS, FLAGS, ROOT, RULES, SIGNALS, VERSION, load, load_all, text
+from yamllint import linter
+from yamllint.config import YamlLintConfig
+from repository import CHART, DASHBOARDS, FLAGS, IMAGE, ROOT, RULES, SIGNALS, VERSION, load, load_all, text
 
 UMBRELLA = ROOT / "deploy/examples/umbrella"
+# Defaults that have changed since, by the name of the old values.
+OLD = {"1": {"terminationGracePeriodSeconds": 15}}
+# What chart-testing (ct lint) asks of Chart.yaml and of values.
+YAMLLINT = YamlLintConfig("""
+rules:
+  braces: {min-spaces-inside: 0, max-spaces-inside: 0, min-spaces-inside-empty: -1, max-spaces-inside-empty: -1}
+  brackets: {min-spaces-inside: 0, max-spaces-inside: 0, min-spaces-inside-empty: -1, max-spaces-inside-empty: -1}
+  colons: {max-spaces-before: 0, max-spaces-after: 1}
+  commas: {max-spaces-before: 0, min-spaces-after: 1, max-spaces-after: 1}
+  comments: {require-starting-space: true, min-spaces-from-content: 2}
+  empty-lines: {max: 2, max-start: 0, max-end: 0}
+  hyphens: {max-spaces-after: 1}
+  indentation: {spaces: consistent, indent-sequences: whatever, check-multi-line-strings: false}
+  key-duplicates: enable
+  new-line-at-end-of-file: enable
+  new-lines: {type: unix}
+  trailing-spaces: enable
+  truthy: {level: warning}
+""")
+# What is required.
+IMAGED = {"image": {"repository": IMAGE}}
 
 
 def check_cases(chart, folder):
@@ -93,9 +116,6 @@ def check_defaults(chart):
     for what in "version", "appVersion":
         if chart.metadata[what] != VERSION:
             yield f"Chart.yaml: {what} {chart.metadata[what]}, not {VERSION}"
-    image = f"{chart.values['image']['repository']}:{VERSION}"
-    if f"image: '{image}'" not in text("mixin/config.libsonnet"):
-        yield f"{image} is not the image of mixin/config.libsonnet"
 
 
 def check_upgrades(folder):
@@ -103,7 +123,7 @@ def check_upgrades(folder):
     copy = folder / "next"
     shutil.copytree(CHART, copy)
     (copy / "Chart.yaml").write_text((CHART / "Chart.yaml").read_text().replace(f"version: {VERSION}", "version: 9.9.9", 1))
-    daemonset = lambda chart, values: cases.merged(*[o for o in load_all(chart.render(values, name="chandra", namespace="a")["chandra/templates/daemonset.yaml"])])
+    daemonset = lambda chart, values: cases.merged(*[o for o in load_all(chart.render(cases.merged(IMAGED, values), name="chandra", namespace="a")["chandra/templates/daemonset.yaml"])])
     with Chart.load(CHART) as old, Chart.load(copy) as new:
         before, after = daemonset(old, {}), daemonset(new, {})
         if new.version != "9.9.9" or before["spec"] != after["spec"]:
@@ -113,11 +133,51 @@ def check_upgrades(folder):
                 yield f"{values} changes the selector, which cannot be"
 
 
+def check_previous(folder):
+    """Upgrades with the values of older charts, as `helm upgrade` has them: with --reuse-values the old chart's defaults are all there is
+    besides, with --reset-then-reuse-values the new chart's. What nobody has set is as if it had been installed anew."""
+    everything = {kind: {"enabled": True} for kind in ("podMonitor", "prometheusRule", "dashboards", "networkPolicy")}
+    everything["signals"] = {"nccl": {"salt": {"existingSecret": "salt"}}}
+    for previous in sorted((ROOT / "tests/deploy/previous").glob("*.yaml")):
+        copy = folder / "reused" / previous.stem
+        shutil.copytree(CHART, copy)
+        (copy / "values.yaml").write_text(previous.read_text())
+        with Chart.load(CHART) as new, Chart.load(copy) as reused:
+            for what in ({}, everything, everything | {"ncclProfiler": {"enabled": True}}):
+                fresh = new.render(cases.merged(IMAGED, what, OLD.get(previous.stem, {})), name="chandra", namespace="a")
+                # What has been set before, and what is set now.
+                for way, chart, values in ("--reuse-values", reused, what), ("--reset-then-reuse-values", new, cases.merged(load(previous), what)):
+                    try:
+                        texts = chart.render(values, name="chandra", namespace="a")
+                    except HelmError as error:
+                        yield f"{way} from {previous.name}: {error}"
+                        continue
+                    for path in fresh:
+                        if path.endswith(".yaml") and load_all(texts[path]) != load_all(fresh[path]) and not ("salt" in path and not what):
+                            yield f"{way} from {previous.name}: {path} is not what a new install has"
+
+
+def check_nulls(chart):
+    """A null deletes a default, and what completes values does not bring it back."""
+    values = IMAGED | {"resources": {"limits": {"memory": None}}, "nodeSelector": {"kubernetes.io/os": None}, "tolerations": None, "podMonitor": {"enabled": True, "labels": {"release": None}}}
+    texts = chart.render(values, name="chandra", namespace="a")
+    pod = load_all(texts["chandra/templates/daemonset.yaml"])[0]["spec"]["template"]["spec"]
+    [monitor] = load_all(texts["chandra/templates/podmonitor.yaml"])
+    if pod["containers"][0]["resources"].get("limits") or pod.get("nodeSelector") or pod.get("tolerations") or "release" in monitor["metadata"]["labels"]:
+        yield "a default that a null deletes is back"
+
+
 def check_package(folder):
     """Whether the package has what the links lead to, and renders the same."""
-    report = lint(CHART, {}, strict=True)
-    findings = report["errors"] + [m["error"] for m in report["messages"] if m["severity"] > 1]
-    yield from (f"helm lint: {finding}" for finding in findings)
+    for values in [*sorted(CHART.glob("ci/*-values.yaml")), None]:
+        report = lint(CHART, load(values) if values else {}, strict=True)
+        findings = report["errors"] + [m["error"] for m in report["messages"] if m["severity"] > 1]
+        yield from (f"helm lint with {values and values.name}: {finding}" for finding in findings)
+        if values:
+            with Chart.load(CHART) as chart:
+                chart.render(load(values), name="chandra", namespace="a")
+    for file in CHART / "Chart.yaml", CHART / "values.yaml", *CHART.glob("ci/*.yaml"), UMBRELLA / "Chart.yaml", UMBRELLA / "values.yaml":
+        yield from (f"yamllint: {file.relative_to(ROOT)}:{problem.line}: {problem.desc}" for problem in linter.run(file.read_text(), YAMLLINT))
     archive = package(CHART, destination=folder)
     with tarfile.open(archive) as tar:
         members = {member.name: member for member in tar}
@@ -128,7 +188,7 @@ def check_package(folder):
             name = f"chandra/files/{source.relative_to(ROOT)}"
             if name not in members or tar.extractfile(name).read() != source.read_bytes():
                 yield f"{name} in the package is not {source.name}"
-    everything = {kind: {"enabled": True} for kind in ("podMonitor", "prometheusRule", "dashboards", "networkPolicy")}
+    everything = IMAGED | {kind: {"enabled": True} for kind in ("podMonitor", "prometheusRule", "dashboards", "networkPolicy")}
     # A salt of its own each time.
     everything["signals"] = {"nccl": {"salt": {"existingSecret": "salt"}}}
     with Chart.load(CHART) as here, Chart.load(archive) as packaged:
@@ -171,7 +231,7 @@ def check_umbrella(folder):
         body = "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: cilium-config\ndata:\n  values: {{ toJson .Values | quote }}\n"
         (stand_in / "templates/values.yaml").write_text(body)
     with Chart.load(copy) as chart:
-        texts = chart.render({}, name="cilium", namespace="kube-system")
+        texts = chart.render({"chandra": IMAGED}, name="cilium", namespace="kube-system")
     objects = [o for path, body in texts.items() if path.endswith(".yaml") for o in load_all(body)]
     kinds = [(o["kind"], o["metadata"]["name"]) for o in objects]
     own = {("DaemonSet", "cilium-chandra"), ("PodMonitor", "cilium-chandra"), ("ConfigMap", "cilium-config")}
@@ -196,7 +256,7 @@ def check_docs(chart):
         if "scrape_configs" in values:
             continue
         try:
-            chart.render(values, name="chandra", namespace="monitoring")
+            chart.render(cases.merged(IMAGED, values), name="chandra", namespace="monitoring")
         except HelmError as error:
             yield f"docs/deploy.md: {error}"
 
@@ -247,13 +307,19 @@ def main(folder, *words):
     if words == ("readme",):
         readme.write()
         return 0
+    if words[:1] == ("render",):
+        with Chart.load(CHART) as chart:
+            texts = chart.render(next(iter(load_all(sys.stdin.read()))), name="chandra", namespace="monitoring")
+        objects = [o for path, text in sorted(texts.items()) if path.endswith(".yaml") for o in load_all(text)]
+        Path(words[1]).write_text(json.dumps(objects))
+        return 0
     found = []
     with Chart.load(CHART) as chart:
-        found += [*check_cases(chart, folder / "rendered"), *check_defaults(chart), *mistakes.schema_problems(chart), *check_unit(chart), *check_docs(chart)]
+        found += [*check_cases(chart, folder / "rendered"), *check_defaults(chart), *mistakes.schema_problems(chart), *check_unit(chart), *check_docs(chart), *check_nulls(chart)]
         wrong, refused = mistakes.refusals(chart)
         found += wrong
     print(f"deploy: {refused} wrong values, each refused in one line: {len(wrong)} problems")
-    found += [*readme.problems(), *check_upgrades(folder), *check_package(folder), *check_umbrella(folder)]
+    found += [*readme.problems(), *check_upgrades(folder), *check_previous(folder), *check_package(folder), *check_umbrella(folder)]
     unnoticed = [*mistakes.unnoticed(folder / "changed")]
     found += unnoticed
     print(f"deploy: {len(mistakes.CHANGES)} changes of the templates on purpose: {len(unnoticed)} unnoticed")

@@ -6,7 +6,7 @@ import shutil
 
 from cases import DEFAULT, MONITOR_TLS, TLS, USERS, cases, invalid, merged, problems, render
 from helm_python import Chart, HelmError
-from repository import CHART, WEB
+from repository import CHART, IMAGE, WEB
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 # Maps that are the user's own, by what they hold: of the API, or of another program.
@@ -85,7 +85,8 @@ def by_hand():
         {"image": {"repository": "ghcr.io/a/b:1"}}, {"signals": {"gpu": {"devices": ["accel0"]}}}, {"signals": {"gpu": {"devices": ["/dev/a,/dev/b"]}}},
         {"extraArgs": ["retention=5m"]}, {"capabilities": ["CAP_bpf"]}, {"updateStrategy": {"maxUnavailable": "ten"}}, {"updateStrategy": {"maxUnavailable": 0}},
         {"podMonitor": {"interval": "1 minute"}}, {"logLevel": ""}, {"cgroupPath": "sys/fs/cgroup"}, {"fullnameOverride": "a" * 53},
-        {"pods": "file"}, {"image": {"pullPolicy": "Sometimes"}}, {"updateStrategy": {"type": "Recreate"}}, {"seccompProfile": {"type": "Default"}},
+        {"pods": "file"}, {"job": 'a"b'}, {"runbookURL": "docs/"}, {"runbookURL": "https://a"}, {"ncclProfiler": {"hostPath": "opt"}}, {"updateStrategy": {"maxUnavailable": "0%"}},
+        {"image": {"pullPolicy": "Sometimes"}}, {"updateStrategy": {"type": "Recreate"}}, {"seccompProfile": {"type": "Default"}},
         {"appArmorProfile": {"type": "Default"}}, {"tolerations": [{"operator": "Any"}]}, {"maxOwners": 0}, {"signals": {"gpu": {"cudaCalls": {"budget": 0}}}},
         {"port": 65536}, {"signals": {"encryption": {"timedEvery": 0}}}, {"networkPolicy": {"apiServer": {"ports": [0]}}},
         {"nameOverride": "a" * 64}, {"imagePullSecrets": [{}]}, {"extraEnv": [{"value": "a"}]}, {"extraEnv": [{"name": ""}]}, {"extraVolumes": [{}]},
@@ -97,6 +98,7 @@ def by_hand():
     tls = {"web": {"config": {"tls_server_config": TLS}}}
     users = {"web": {"config": {"basic_auth_users": USERS}}}
     on = {"podMonitor": {"enabled": True}}
+    yield {"image": {"repository": ""}}, ["image.repository: ", "make image", "push"]
     yield {"signals": everything}, ["signals: ", "enable one"]
     yield {"signals": {"gpu": {"enabled": False, "cudaCalls": {"enabled": True}}}}, ["signals.gpu.cudaCalls.enabled: ", "disabled"]
     yield merged(tls, {"web": {"existingSecret": "a"}}), ["web.config and web.existingSecret: ", "choose one"]
@@ -120,7 +122,7 @@ def refusals(chart):
     found = []
     for values, words in made:
         try:
-            chart.render(values, name="chandra", namespace="monitoring")
+            chart.render(merged({"image": {"repository": IMAGE}}, values), name="chandra", namespace="monitoring")
         except HelmError as error:
             # Below two lines that say which chart's schema it is; or behind the place of the template.
             lines = str(error).strip().splitlines()
@@ -178,9 +180,9 @@ CHANGES = [
     change("_helpers.tpl", "app.kubernetes.io/instance: {{ .Release.Name }}", "app.kubernetes.io/instance: {{ .Chart.AppVersion }}"),
     change("_helpers.tpl", "trunc 52", "trunc 63"),
     change("_helpers.tpl", "merge $labels $root.Values.commonLabels", "mergeOverwrite $labels $root.Values.commonLabels"),
-    change("daemonset.yaml", "privileged: false", "privileged: true"),
-    change("daemonset.yaml", "allowPrivilegeEscalation: false", "allowPrivilegeEscalation: true"),
-    change("daemonset.yaml", "readOnlyRootFilesystem: true", "readOnlyRootFileSystem: true"),
+    change("_helpers.tpl", "privileged: false", "privileged: true"),
+    change("_helpers.tpl", "allowPrivilegeEscalation: false", "allowPrivilegeEscalation: true"),
+    change("_helpers.tpl", "readOnlyRootFilesystem: true", "readOnlyRootFileSystem: true"),
     change("daemonset.yaml", "              drop: [ALL]\n", ""),
     change("daemonset.yaml", "              mountPath: /host/cgroup\n              readOnly: true", "              mountPath: /host/cgroup"),
     change("daemonset.yaml", "automountServiceAccountToken: {{ eq .Values.pods \"kube\" }}", "automountServiceAccountToken: true"),
@@ -197,12 +199,17 @@ CHANGES = [
     change("serviceaccount.yaml", "automountServiceAccountToken: false", "automountServiceAccountToken: true"),
     change("secret.yaml", "toYaml . | b64enc", "toYaml . | b64enc | b64enc"),
     change("podmonitor.yaml", "honorLabels: true", "honorLabels: false"),
-    change("podmonitor.yaml", "replacement: chandra", "replacement: {{ $.Release.Name }}"),
+    change("podmonitor.yaml", "replacement: {{ $.Values.job | quote }}", "replacement: chandra"),
     change("podmonitor.yaml", "__meta_kubernetes_pod_node_name", "__meta_kubernetes_node_name"),
     change("podmonitor.yaml", "      - {{ $.Release.Namespace }}", "      - monitoring"),
-    change("prometheusrule.yaml", "{{- $.Files.Get $path | nindent 2 }}", "{{- $.Files.Get $path | replace \"$labels.pod\" \"\" | nindent 2 }}"),
+    change("prometheusrule.yaml", "(list $ $path) | nindent 2", "(list $ $path) | replace \"$labels.pod\" \"\" | nindent 2"),
+    change("prometheusrule.yaml", "include \"chandra.file\" (list $ $path)", "$.Files.Get $path"),
+    change("_helpers.tpl", "range list `\"` `\\\"`", "range list `\"`"),
+    change("_helpers.tpl", "\"[${1}](%s${2})\"", "\"${1} (%s${2})\""),
+    change("daemonset.yaml", "            capabilities: { drop: [ALL] }\n", ""),
+    change("daemonset.yaml", "path: {{ .Values.ncclProfiler.hostPath }}", "path: /opt/chandra"),
     change("prometheusrule.yaml", "(ne $signal \"hubble\")", "(ne $signal \"exporter\")"),
-    change("dashboards.yaml", "{{- $.Files.Get $path | nindent 4 }}", "{{- tpl ($.Files.Get $path) $ | nindent 4 }}"),
+    change("dashboards.yaml", "include \"chandra.file\" (list $ $path) |", "tpl (include \"chandra.file\" (list $ $path)) $ |"),
     change("dashboards.yaml", "grafana_folder:", "grafana_directory:"),
     change("networkpolicy.yaml", "policyTypes: [Ingress, Egress]", "policyTypes: [Ingress]"),
     change("networkpolicy.yaml", "- port: {{ $.Values.port }}", "- port: 9970"),

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the rest of the repository says: signals, flags, rules, dashboards, the version."""
 
+import functools
 import json
 import re
+import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +47,7 @@ def _needs():
     """The capabilities of each signal, and of those settings of gpu that have some of their own, by the documentation."""
     settings = {"--cuda-calls": "calls", "--gpu.device": "devices"}
     needs = {}
-    for signal, capability, why in re.findall(r"^\| `(\w+)` \| CAP_(\w+) \| (.*) \|$", text("docs/privileges.md"), re.M):
+    for signal, capability, why in re.findall(r"^\| `(\w+)` \| CAP_(\w+) \| (.*?) \|", text("docs/security.md"), re.M):
         flag = re.match(r"with `(\S+)`: ", why)
         needs.setdefault(settings[flag[1]] if flag else signal, set()).add(capability)
     return needs
@@ -71,11 +74,32 @@ def _flags():
     return flags
 
 
+@functools.cache
+def rendered(job, runbooks):
+    """Rules and dashboards by the mixin itself, for another job and another place of runbooks."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "config.jsonnet")
+        config.write_text("{ _config+:: %s }" % json.dumps({"selector": f'job="{job}"', "runbookURL": runbooks + "%s"}))
+        mixin = next(path for path in (ROOT / "target/release/chandra-mixin", ROOT / "target/debug/chandra-mixin") if path.exists())
+        subprocess.run([mixin, "render", "--config", config, "--out", folder], check=True)
+        return _rules(Path(folder)), _dashboards(Path(folder))
+
+
+def _rules(folder):
+    return {path.stem: load(path) for path in sorted((folder / "alerts").glob("*.yaml"))}
+
+
+def _dashboards(folder):
+    return {path.name: path.read_text() for path in sorted((folder / "dashboards").glob("*.json"))}
+
+
 FLAGS = _flags()
 NEEDS = _needs()
 SIGNALS = re.findall(r"(\w+)::ENTRY,", re.search(r"SIGNALS: &\[Entry\] = &\[(.*?)\];", text("exporter/src/signals/mod.rs"), re.S)[1])
-RULES = {path.stem: load(path) for path in sorted((ROOT / "alerts").glob("*.yaml"))}
-DASHBOARDS = {path.name: path.read_text() for path in sorted((ROOT / "dashboards").glob("*.json"))}
+RULES = _rules(ROOT)
+DASHBOARDS = _dashboards(ROOT)
+# A registry of the user's: none is assumed.
+IMAGE = "registry.example/chandra"
 VERSION = re.search(r'^version = "(.*)"', text("Cargo.toml"), re.M)[1]
 # The keys of each part of the file of --web.config.file.
 WEB = {

@@ -1,3 +1,24 @@
+{{/* Gives .Values what the values of an older chart lack (helm upgrade --reuse-values): each template that reads them begins with
+it. Lists, and maps that are the user's own, stay as they are: what a null has deleted there is gone. files/values.yaml is this
+chart's values.yaml. */}}
+{{- define "chandra.complete" -}}
+{{- include "chandra.fill" (list .Values (.Files.Get "files/values.yaml" | fromYaml)) }}
+{{- end }}
+
+{{- define "chandra.fill" -}}
+{{- $values := first . }}
+{{- $own := list "labels" "nodeSelector" "resources" "seccompProfile" "startup" "liveness" "readiness" }}
+{{- range $key, $default := last . }}
+{{- if not (or (has $key $own) (kindIs "slice" $default)) }}
+{{- if not (hasKey $values $key) }}
+{{- $_ := set $values $key $default }}
+{{- else if kindIs "map" $default }}
+{{- include "chandra.fill" (list (get $values $key) $default) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{- define "chandra.name" -}}
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 {{- end }}
@@ -37,6 +58,9 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
 {{- define "chandra.image" -}}
+{{- if not .Values.image.repository }}
+{{- fail "image.repository: it is required, since no image is published: build one with `make image`, push it to a registry of yours (docs/image.md), and set image.repository=registry.example/chandra" }}
+{{- end }}
 {{- $image := printf "%s:%s" .Values.image.repository (default .Chart.AppVersion .Values.image.tag) }}
 {{- with .Values.image.digest }}
 {{- $image = printf "%s@%s" $image . }}
@@ -44,7 +68,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- $image }}
 {{- end }}
 
-{{/* The capabilities that the enabled signals need, as a JSON list. docs/privileges.md says what was tried. */}}
+{{/* The capabilities that the enabled signals need, as a JSON list. docs/security.md says what was tried. */}}
 {{- define "chandra.capabilities" -}}
 {{- $s := .Values.signals }}
 {{- $add := list }}
@@ -105,6 +129,36 @@ users: false
 {{- else if and $nccl.enabled $nccl.salt.create }}
 {{- printf "%s-nccl-salt" (include "chandra.fullname" .) }}
 {{- end }}
+{{- end }}
+
+{{/* What both containers may not, as YAML. */}}
+{{- define "chandra.restricted" -}}
+privileged: false
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+# Kubernetes gives added capabilities to root only; tracefs, and the folder of the profiler plugin, are root's.
+runAsUser: 0
+runAsGroup: 0
+runAsNonRoot: false
+{{- with .Values.seLinuxOptions }}
+seLinuxOptions:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* A generated file with the release's job and its place of runbooks. usage: include "chandra.file" (list . PATH)
+Quotes are escaped in JSON, and in strings of YAML that have some. */}}
+{{- define "chandra.file" -}}
+{{- $values := (first .).Values }}
+{{- $text := (first .).Files.Get (last .) }}
+{{- range list `"` `\"` }}
+{{- $text = $text | replace (printf `job=%schandra%s` . .) (printf `job=%s%s%s` . $values.job .) }}
+{{- end }}
+{{- with $values.runbookURL }}
+{{- $text = $text | replace "runbook_url: docs/runbooks/" (printf "runbook_url: %s" .) }}
+{{- $text = regexReplaceAll "(\\w+) \\(`docs/runbooks/([^`]+)`\\)" $text (printf "[${1}](%s${2})" .) }}
+{{- end }}
+{{- $text }}
 {{- end }}
 
 {{/* The flags, as a JSON list. The places of cgroups and of the salt are variables, so that `chandra check` finds them too. */}}
