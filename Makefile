@@ -58,6 +58,10 @@ mutate-rules: setup ## Change every threshold and duration of the alerts: each c
 kernel-test: setup ## Kernel tests in a VM: KERNEL=5.10|6.1|6.12|6.18|7.2|7.3|newest SIGNAL=tcp
 	tools/kernel-test "$(SIGNAL)" $(KERNEL)
 
+.PHONY: privileges
+privileges: setup ## Take each capability away on 5.10 and 6.12, and write what stops into docs/security.md
+	UPDATE_GOLDEN=1 CHANDRA_VM_CPUS=1 tools/kernel-test capabilities 5.10 6.12
+
 .PHONY: kernel-matrix
 kernel-matrix: setup ## Kernel tests on every kernel
 	tools/kernel-test "$(SIGNAL)" $(KERNELS)
@@ -88,6 +92,10 @@ image: ## The image as an archive, without a container engine, and what is in it
 	mkdir -p target
 	tools/image --arch $(ARCH) target/chandra-$(ARCH).tar
 	$(if $(filter $(HOST_ARCH),$(ARCH)),$(AS_ROOT) tests/image/check,tests/vm/run --arch $(ARCH) $(KERNEL) tests/image/check) target/chandra-$(ARCH).tar
+
+.PHONY: image-pod
+image-pod: setup ## The image in the pod that the chart renders, run by podman in a VM: each signal's smoke test. KERNEL=6.12
+	tests/image/pod target/chandra-amd64.tar $(KERNEL)
 
 .PHONY: kernel-test-arm64
 kernel-test-arm64: ## Kernel tests on Debian's arm64 kernel, emulated

@@ -11,7 +11,6 @@ use std::{
 
 use chandra::{
     args::Args,
-    capabilities::Names,
     families::{Desc, Families, Kind, POD},
     kernel::{Hierarchy, Kernel},
     ledger::{Ledger, Opening},
@@ -32,6 +31,10 @@ use exporter_common::{
     nccl::{self, call_slots, init_slots, wait_slots},
     tcp::Kind as Retransmit,
 };
+
+mod common;
+
+use common::privileges::Table;
 
 fn root() -> PathBuf {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -603,20 +606,6 @@ fn a_node_with_eight_gpu_pods_stays_within_the_series_budget() {
 
 #[test]
 fn the_documentation_has_every_capability_that_a_signal_needs_and_no_other() {
-    let text = fs::read_to_string(root().join("docs/privileges.md")).expect("docs/privileges.md");
-    let rows: Vec<_> = text
-        .lines()
-        .filter(|line| line.starts_with("| `") && line.contains("| CAP_"))
-        .collect();
-    let needs = SIGNALS
-        .iter()
-        .flat_map(|entry| entry.needs.iter().map(move |need| (entry.name, need)));
-    let expected: Vec<_> = needs
-        .map(|(signal, need)| {
-            let flag = need.with.map(|flag| format!("with `{flag}`: "));
-            let (names, flag) = (Names(need.capability), flag.unwrap_or_default());
-            format!("| `{signal}` | {names} | {flag}{} |", need.why)
-        })
-        .collect();
-    assert_eq!(rows, expected);
+    let problems = Table::committed().problems();
+    assert!(problems.is_empty(), "docs/security.md: {problems:#?}");
 }

@@ -17,7 +17,7 @@ mod library;
 
 use std::{
     collections::{BTreeMap, HashSet},
-    fs,
+    fs, io,
     os::unix::fs::{FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
     sync::{
@@ -213,8 +213,9 @@ impl Default for Places {
 }
 
 impl Places {
-    /// The devices by which a GPU is driven, by the kernel's `dev_t`, each with the bit of its driver.
-    pub fn devices(&self, named: &[PathBuf]) -> BTreeMap<u32, u32> {
+    /// The devices by which a GPU is driven, by the kernel's `dev_t`, each with the bit of its driver; and what those that are named
+    /// and not among them are instead.
+    pub fn devices(&self, named: &[PathBuf]) -> (BTreeMap<u32, u32>, Vec<String>) {
         let mut devices = BTreeMap::new();
         let mut add = |major: u32, minor: u32, driver: Driver| {
             *devices.entry(major << 20 | minor).or_default() |= 1 << driver as u32;
@@ -247,24 +248,35 @@ impl Places {
                 add(major, minor, Driver::Drm);
             }
         }
+        let mut troubles = Vec::new();
         for path in named {
-            if let Some((major, minor)) = self.number(path) {
-                add(major, minor, Driver::Other);
+            match self.number(path) {
+                Ok((major, minor)) => add(major, minor, Driver::Other),
+                Err(why) => troubles.push(format!("--gpu.device {}: {why}", path.display())),
             }
         }
-        devices
+        (devices, troubles)
     }
 
     /// The number of a character device's file, here or at the host.
-    fn number(&self, path: &Path) -> Option<(u32, u32)> {
+    fn number(&self, path: &Path) -> Result<(u32, u32), &'static str> {
         let at_host = path.strip_prefix("/").unwrap_or(path);
         let at_host = self.proc.join("1/root").join(at_host);
-        [path, &at_host].into_iter().find_map(|path| {
-            let metadata = fs::metadata(path).ok()?;
-            let device = metadata.rdev();
-            let is_device = metadata.file_type().is_char_device();
-            is_device.then(|| (rustix::fs::major(device), rustix::fs::minor(device)))
-        })
+        let mut why = "there is no such device on this host yet";
+        for path in [path, &at_host] {
+            match fs::metadata(path) {
+                Ok(metadata) if metadata.file_type().is_char_device() => {
+                    let device = metadata.rdev();
+                    return Ok((rustix::fs::major(device), rustix::fs::minor(device)));
+                }
+                Ok(_) => why = "it is no device file",
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    why = "the host's files may not be looked at; add CAP_SYS_PTRACE";
+                }
+                Err(_) => {}
+            }
+        }
+        Err(why)
     }
 }
 
@@ -382,13 +394,13 @@ struct Core {
     settings: Settings,
     places: Places,
     devices: BTreeMap<u32, u32>,
-    /// Why the last search failed.
-    trouble: Option<String>,
+    /// What is wrong with devices and searches now; notes of `status`.
+    troubles: Vec<String>,
 }
 
 impl Follower for Core {
     fn follow(&mut self, kernel: impl FnOnce() -> Kernel) {
-        let devices = self.places.devices(&self.settings.devices);
+        let (devices, mut troubles) = self.places.devices(&self.settings.devices);
         let changed = devices != self.devices;
         if self.live.is_none() && changed && !devices.is_empty() {
             self.load(&kernel());
@@ -409,12 +421,13 @@ impl Follower for Core {
                 true => live.search(),
                 false => Ok(()),
             });
-            self.note(done.err());
+            troubles.extend(done.err().map(|error| format!("{error:#}")));
         }
         self.devices = devices;
         if self.live.is_none() && self.devices.is_empty() {
             self.status = Status::absent();
         }
+        self.note(troubles);
     }
 
     fn status(&self) -> &Status {
@@ -438,19 +451,14 @@ impl Core {
         }
     }
 
-    /// Notes what became of the last search.
-    fn note(&mut self, error: Option<anyhow::Error>) {
-        let trouble = error.map(|error| format!("{error:#}"));
-        if trouble != self.trouble {
-            self.status
-                .notes
-                .retain(|note| Some(note) != self.trouble.as_ref());
-            if let Some(trouble) = &trouble {
-                tracing::warn!("signal gpu: {trouble}");
-                self.status.notes.push(trouble.clone());
-            }
-            self.trouble = trouble;
-        }
+    /// Notes what is wrong now, and logs what was not before.
+    fn note(&mut self, troubles: Vec<String>) {
+        let new = troubles.iter().filter(|now| !self.troubles.contains(now));
+        new.for_each(|trouble| tracing::warn!("signal gpu: {trouble}"));
+        let notes = &mut self.status.notes;
+        notes.retain(|note| !self.troubles.contains(note));
+        notes.extend_from_slice(&troubles);
+        self.troubles = troubles;
     }
 }
 
@@ -492,7 +500,7 @@ impl Gpu {
             settings: options.gpu.clone(),
             places: Places::default(),
             devices: BTreeMap::new(),
-            trouble: None,
+            troubles: Vec::new(),
         };
         core.follow(|| kernel.clone());
         let status = core.status.clone();
@@ -678,11 +686,11 @@ mod tests {
             (226 << 20 | 128, bit(Driver::Drm)),
             (226 << 20 | 300, bit(Driver::Drm)),
         ]);
-        assert_eq!(places.devices(&[]), expected);
+        assert_eq!(places.devices(&[]), (expected, Vec::new()));
     }
 
     #[test]
-    fn a_device_may_be_named_and_a_file_that_is_none_is_passed_over() {
+    fn a_device_may_be_named_and_a_file_that_is_none_is_told() {
         let (folder, places) = host(&[("proc/devices", ""), ("file", "")]);
         let named = [
             PathBuf::from("/dev/null"),
@@ -690,6 +698,10 @@ mod tests {
             "/nowhere".into(),
         ];
         let expected = BTreeMap::from([(1 << 20 | 3, 1 << Driver::Other as u32)]);
-        assert_eq!(places.devices(&named), expected);
+        let (devices, troubles) = places.devices(&named);
+        assert_eq!(devices, expected);
+        let file = format!("--gpu.device {}: it is no device file", named[1].display());
+        let nowhere = "--gpu.device /nowhere: there is no such device on this host yet";
+        assert_eq!(troubles, [file.as_str(), nowhere]);
     }
 }

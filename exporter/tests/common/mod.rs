@@ -11,6 +11,8 @@
     reason = "a module of test crates, which export nothing and show the exporter's log"
 )]
 
+pub mod privileges;
+
 use std::{
     collections::BTreeMap,
     env, fs,
@@ -32,9 +34,17 @@ pub fn build() -> PathBuf {
         .to_owned()
 }
 
+/// The variable that names a program which starts the exporter in another place (`tests/image/in-pod`), and tells its process.
+const IN_POD: &str = "CHANDRA_EXPORTER";
+
+/// In which words.
+const PROCESS: &str = "chandra's process is ";
+
 /// The exporter, running. Killed when dropped.
 pub struct Exporter {
     pub child: Child,
+    /// The exporter's process, which is the child itself but where [`IN_POD`] starts it.
+    pub pid: u32,
     pub address: String,
     pub started: Instant,
     log: mpsc::Receiver<String>,
@@ -43,7 +53,8 @@ pub struct Exporter {
 impl Exporter {
     /// Starts it on a free port and waits until it serves.
     pub fn start(args: &[&str]) -> Self {
-        Self::start_by(&mut Command::new(build().join("chandra")), args)
+        let program = env::var_os(IN_POD).map_or_else(|| build().join("chandra"), PathBuf::from);
+        Self::start_by(&mut Command::new(program), args)
     }
 
     /// The same through another program, such as `capsh` or `setpriv`.
@@ -64,11 +75,17 @@ impl Exporter {
             }
         });
         let mut exporter = Self {
+            pid: child.id(),
             child,
             address: String::new(),
             started,
             log,
         };
+        if env::var_os(IN_POD).is_some() {
+            let line = exporter.wait_for(PROCESS);
+            let pid = line.rsplit(' ').next().and_then(|pid| pid.parse().ok());
+            exporter.pid = pid.expect("a process");
+        }
         let line = exporter.wait_for("serving on http://");
         exporter.address = line
             .rsplit("http://")

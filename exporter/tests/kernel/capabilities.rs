@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The capabilities that signals say they need (`Entry::needs`): with them every hook is attached, without one of them
-//! something is missing and says which it is, and everything else is given up.
+//! something is missing and says which it is, and everything else is given up. The table of docs/security.md is what is seen here.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,17 +11,29 @@ use std::{
 };
 
 use chandra::{
-    capabilities::{self, CapabilitySet},
+    capabilities::{self, CUDA_CALLS, CapabilitySet, GPU_DEVICE, Need},
     signals::{Entry, SIGNALS, State},
 };
 
-use super::{alone, can_trace, common::*, in_vm, nccl, skip};
+use super::{
+    alone, can_trace,
+    common::{
+        privileges::{KERNELS, Table},
+        *,
+    },
+    gpu::{DEVICE, Worker, calls},
+    in_vm, nccl, skip,
+};
 
 /// Things to attach to: modules, a device and who has it open, a library and who has it mapped.
 struct Host {
     level: String,
     children: Vec<Child>,
-    _job: Option<nccl::Job>,
+    job: Option<nccl::Job>,
+    worker: Option<Worker>,
+    /// The column of the table, where this kernel has one.
+    column: Option<usize>,
+    table: Table,
 }
 
 /// A level of `kernel.perf_event_paranoid` that only Debian's and Ubuntu's kernels know, and the mainline's default.
@@ -51,7 +63,14 @@ impl Host {
                 start("exec sleep 100000 </dev/dri/renderD128"),
                 start("exec unshare --net sleep 100000"),
             ],
-            _job: nccl::known().map(|folder| {
+            worker: calls::mapped(),
+            column: {
+                let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("procfs");
+                let is = |kernel: &&str| release.starts_with(&format!("{kernel}."));
+                KERNELS.iter().position(|kernel| is(&kernel))
+            },
+            table: Table::committed().completed(),
+            job: nccl::known().map(|folder| {
                 nccl::Job::start(
                     &folder,
                     "--ranks 1 --communicators 1 --collectives 1 --wait",
@@ -65,8 +84,37 @@ impl Host {
     }
 
     fn has_nccl(&self) -> bool {
-        self._job.is_some()
+        self.job.is_some()
     }
+
+    /// What was seen without a capability: of the table, or to become it.
+    fn saw(&mut self, signal: &Entry, need: &Need, seen: &str, words: &str) {
+        let Some(column) = self.column else { return };
+        let cells = self.table.seen(signal.name, need, column);
+        let news = [seen, words];
+        // The words are those of the last kernel; how many of something there are is another run's matter.
+        let count = 1 + usize::from(column + 1 == KERNELS.len());
+        if updates() {
+            for (cell, new) in cells.into_iter().zip(&news[..count]) {
+                *cell = (*new).to_owned();
+            }
+            return;
+        }
+        let without_numbers = |text: &str| text.replace(|c: char| c.is_ascii_digit(), "");
+        let told: Vec<_> = cells.iter().map(|cell| without_numbers(cell)).collect();
+        let found: Vec<_> = news.iter().map(|new| without_numbers(new)).collect();
+        assert_eq!(*cells[0], seen, "docs/security.md (make privileges)");
+        assert_eq!(
+            told[..count],
+            found[..count],
+            "docs/security.md (make privileges)"
+        );
+    }
+}
+
+/// Says if the table is to be written.
+fn updates() -> bool {
+    std::env::var_os("UPDATE_GOLDEN").is_some_and(|value| !value.is_empty())
 }
 
 impl Drop for Host {
@@ -102,23 +150,46 @@ impl Seen {
 }
 
 /// Waits a while for a word on the page, if one is given: what runs beside the scrapes is told late.
-fn see(signal: &Entry, held: CapabilitySet, word: &str) -> Seen {
+fn see(signal: &Entry, flag: Option<&str>, held: CapabilitySet, word: &str) -> Seen {
     let names = held.iter_names();
     let names: String = names
         .map(|(name, _)| format!(",+{}", name.to_lowercase()))
         .collect();
     let mut others: Vec<_> = SIGNALS.iter().map(|entry| entry.name).collect();
     others.retain(|name| *name != signal.name);
-    let mut command = Command::new("setpriv");
+    // Without devices of its own, as a container is.
+    let (before, flags): (&str, &[&str]) = match flag {
+        Some(GPU_DEVICE) => ("mount -t tmpfs dev /dev; ", &[GPU_DEVICE, DEVICE]),
+        Some(CUDA_CALLS) => (
+            "",
+            &[CUDA_CALLS, "--cuda-calls.budget=1", GPU_DEVICE, DEVICE],
+        ),
+        _ => ("", &[]),
+    };
+    let mut command = Command::new("unshare");
+    command.args([
+        "--mount",
+        "sh",
+        "-c",
+        &format!("{before}exec \"$@\""),
+        "sh",
+        "setpriv",
+    ]);
     command.arg(format!("--bounding-set=-all{names}"));
     command.arg(build().join("chandra"));
     let exporter = Exporter::start_by(
         &mut command,
-        &["--pods", "none", "--disable", &others.join(",")],
+        &[&["--pods", "none", "--disable", &others.join(",")], flags].concat(),
     );
-    if signal.name == "nccl" {
+    if signal.name == "nccl" || flag == Some(CUDA_CALLS) {
         exporter.scrape_until("the library is found, or is said not to be", |scrape| {
-            let hook = scrape.has("chandra_hook_info", "signal=\"nccl\"");
+            let method = "signal=\"nccl\"";
+            let method = if flag.is_some() {
+                "method=\"uprobe\""
+            } else {
+                method
+            };
+            let hook = scrape.has("chandra_hook_info", method);
             hook || exporter.get("/").contains("CAP_")
         });
     }
@@ -156,30 +227,46 @@ fn see(signal: &Entry, held: CapabilitySet, word: &str) -> Seen {
     }
 }
 
-/// Runs a signal with what it says that it needs, and without each of that.
-fn holds_to_its_needs(signal: &Entry, host: &Host) {
+/// The words of a page that end with what to do about a capability, as people read them.
+fn words(page: &str, name: &str) -> String {
+    let line = page
+        .lines()
+        .find(|line| line.contains(name))
+        .unwrap_or_default();
+    let parts = line.split(['<', '>']).filter(|part| part.contains(name));
+    let text: String = parts.take(1).collect();
+    let text = text
+        .replace("&#39;", "'")
+        .replace("&quot;", "\"")
+        .replace("&amp;", "&");
+    let at = text.find(name).unwrap_or_default();
+    let from = text[..at].rfind("; ").map_or(0, |at| at + 2);
+    text[from..].trim().to_owned()
+}
+
+/// Runs a signal with what it says that it needs, and without each of that; with a flag, without what is for the flag.
+fn holds_to_its_needs(signal: &Entry, flag: Option<&str>, host: &mut Host) {
     let needs: Vec<_> = signal
         .needs
         .iter()
-        .filter(|need| need.applies(&[]))
+        .filter(|need| need.with.is_none() || need.with == flag)
         .collect();
     let set = needs.iter().fold(CapabilitySet::SYS_RESOURCE, |all, need| {
         all | need.capability
     });
-    let all = see(signal, CapabilitySet::all(), "");
-    assert_eq!(all.state, "up", "{} with everything", signal.name);
-    let enough = see(signal, set, "");
+    let name = format!("{} {}", signal.name, flag.unwrap_or_default());
+    let all = see(signal, flag, CapabilitySet::all(), "");
+    assert_eq!(all.state, "up", "{name} with everything");
+    let enough = see(signal, flag, set, "");
     println!(
-        "{}: {} hooks with {}",
-        signal.name,
+        "{name}: {} hooks with {}",
         enough.attached().len(),
         capabilities::Names(set)
     );
     assert_eq!(
         enough.hooks,
         all.hooks,
-        "{} with {}",
-        signal.name,
+        "{name} with {}",
         capabilities::Names(set)
     );
     assert!(!enough.page.contains("add CAP_"), "{}", enough.page);
@@ -187,7 +274,7 @@ fn holds_to_its_needs(signal: &Entry, host: &Host) {
     // CAP_SYS_ADMIN stands for two others: they are tried without it, where the kernel does not ask for it.
     host.restrict(DEFAULT);
     let tracing = CapabilitySet::BPF | CapabilitySet::PERFMON;
-    for need in &needs {
+    for need in needs.into_iter().filter(|need| need.with == flag) {
         let one = need.capability;
         let without = match tracing.contains(one) {
             true => set - CapabilitySet::SYS_ADMIN - one,
@@ -198,21 +285,26 @@ fn holds_to_its_needs(signal: &Entry, host: &Host) {
         } else {
             DEFAULT
         });
-        let name = capabilities::Names(one).to_string();
-        let seen = see(signal, without, &name);
-        println!(
-            "{} without {name}: {}, {} hooks",
-            signal.name,
-            seen.state,
-            seen.attached().len()
-        );
+        let lacking = capabilities::Names(one).to_string();
+        let seen = see(signal, flag, without, &lacking);
+        let what = match seen.state {
+            "up" => format!(
+                "up, {} of {} hooks",
+                seen.attached().len(),
+                all.attached().len()
+            ),
+            state => state.to_owned(),
+        };
+        let words = words(&seen.page, &lacking);
+        println!("{name} without {lacking}: {what}: {words}");
         let lost = seen.attached() != all.attached() || one == CapabilitySet::SYS_PTRACE;
-        assert!(lost, "{} works without {name}", signal.name);
+        assert!(lost, "{name} works without {lacking}");
         assert!(
-            seen.page.contains(&name),
-            "nothing says {name}: {}",
+            seen.page.contains(&lacking),
+            "nothing says {lacking}: {}",
             seen.page
         );
+        host.saw(signal, need, &what, &words);
     }
     host.restrict(STRICT);
 }
@@ -226,13 +318,21 @@ fn what_a_signal_says_that_it_needs_is_enough_and_not_too_much() {
     if !in_vm() {
         return skip("changes a sysctl and loads modules: only in the VM");
     }
-    let host = Host::new();
+    let mut host = Host::new();
     host.restrict(STRICT);
     for signal in SIGNALS {
         if signal.name == "nccl" && !host.has_nccl() {
             continue;
         }
-        holds_to_its_needs(signal, &host);
+        let flags: BTreeSet<_> = signal.needs.iter().map(|need| need.with).collect();
+        for flag in flags {
+            if flag != Some(CUDA_CALLS) || host.worker.is_some() {
+                holds_to_its_needs(signal, flag, &mut host);
+            }
+        }
+    }
+    if updates() {
+        host.table.write();
     }
 }
 

@@ -3,7 +3,7 @@
 //! once, and at least the wait that it admits; exactly the processes that have a device open.
 
 #[path = "gpu/calls.rs"]
-mod calls;
+pub(crate) mod calls;
 
 use std::{
     collections::BTreeMap,
@@ -21,13 +21,13 @@ const SUM: &str = "chandra_gpu_runqueue_delay_seconds_sum";
 const PROCESSES: &str = "chandra_gpu_processes";
 
 /// A device that every host has and that nobody else has open.
-const DEVICE: &str = "/dev/full";
+pub(crate) const DEVICE: &str = "/dev/full";
 
 /// From when a worker says that it is done until all of its threads sleep.
 const ASLEEP: Duration = Duration::from_millis(500);
 
 /// `examples/gpu` at work. Killed when dropped.
-struct Worker {
+pub(crate) struct Worker {
     child: Child,
     says: BufReader<ChildStdout>,
 }

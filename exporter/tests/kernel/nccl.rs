@@ -719,7 +719,7 @@ fn it_ends_soon_beside_a_job_of_both_tiers_and_leaves_nothing() {
         let mut exporter = Exporter::start(&["--pods", "none"]);
         found(&exporter);
         plugin_found(&exporter);
-        let held = process::held(exporter.child.id());
+        let held = process::held(exporter.pid);
         let (_, took) = exporter.stop(signal);
         let begin = Instant::now();
         process::is_freed(&held);

@@ -64,7 +64,7 @@ fn nothing_of_ours_remains_in_the_kernel_however_it_ends() {
     // SIGKILL leaves no time to clean up: the kernel has to do it with the process's descriptors.
     for signal in ["TERM", "INT", "KILL"] {
         let mut exporter = Exporter::start(&["--pods", "none"]);
-        let held = held(exporter.child.id());
+        let held = held(exporter.pid);
         let programs = held.iter().filter(|(kind, _)| *kind == "prog").count();
         assert!(programs >= 2 && held.len() > programs, "{held:?}");
         assert!(held.is_subset(&in_kernel()), "bpftool sees all of {held:?}");

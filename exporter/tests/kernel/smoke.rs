@@ -45,7 +45,7 @@ pub(crate) fn ends(signal: &str, mut exporter: Exporter) {
     }
     let lost = scrape.sum("chandra_lost_events_total", &[("signal", signal)]);
     assert_eq!(lost, 0.0, "{}", scrape.text);
-    let held = process::held(exporter.child.id());
+    let held = process::held(exporter.pid);
     assert!(!held.is_empty(), "it holds no program");
     let (status, took) = exporter.stop("TERM");
     println!("{signal}: ended in {took:?}");

@@ -58,6 +58,11 @@ fn start(folder: &Path, library: &Path) -> Worker {
     worker
 }
 
+/// A process that has the library mapped and the device open, for tests of other things than calls.
+pub(crate) fn mapped() -> Option<Worker> {
+    built().map(|folder| start(&folder, &folder.join("libcuda.so.1")))
+}
+
 /// What a worker says of its calls: seconds of all, and of the longest.
 fn calls(worker: &mut Worker, what: &str) -> (f64, f64) {
     let said = worker.does(what);
