@@ -67,7 +67,7 @@ impl Host {
             column: {
                 let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("procfs");
                 let is = |kernel: &&str| release.starts_with(&format!("{kernel}."));
-                KERNELS.iter().position(|kernel| is(&kernel))
+                KERNELS.iter().position(is)
             },
             table: Table::committed().completed(),
             job: nccl::known().map(|folder| {
