@@ -94,8 +94,8 @@ image: ## The image as an archive, without a container engine, and what is in it
 	$(if $(filter $(HOST_ARCH),$(ARCH)),$(AS_ROOT) tests/image/check,tests/vm/run --arch $(ARCH) $(KERNEL) tests/image/check) target/chandra-$(ARCH).tar
 
 .PHONY: image-pod
-image-pod: setup ## The image in the pod that the chart renders, run by podman in a VM: each signal's smoke test. KERNEL=6.12
-	tests/image/pod target/chandra-amd64.tar $(KERNEL)
+image-pod: setup image ## The image in the pod that the chart renders, run by podman in a VM: each signal's smoke test. KERNEL=6.12
+	tests/image/pod target/chandra-$(HOST_ARCH).tar $(KERNEL)
 
 .PHONY: kernel-test-arm64
 kernel-test-arm64: ## Kernel tests on Debian's arm64 kernel, emulated

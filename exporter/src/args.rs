@@ -51,6 +51,9 @@ pub enum Command {
         /// The plugin. The image has it there.
         #[arg(long, value_name = "FILE", default_value = "/libnccl-profiler.so")]
         from: PathBuf,
+        /// Stay, and put it back once a minute if somebody has taken or changed it.
+        #[arg(long)]
+        keep: bool,
     },
     /// Print the reference of all metrics, in Markdown.
     Metrics,

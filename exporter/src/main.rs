@@ -6,6 +6,7 @@ use std::{
     env,
     io::{IsTerminal, Write},
     os::unix::process::CommandExt,
+    path::Path,
     pin::pin,
     process::{self, ExitCode},
     sync::Arc,
@@ -37,6 +38,9 @@ use tokio::{
 };
 use tracing_subscriber::prelude::*;
 
+/// How often it is looked whether the profiler plugin is where it was put.
+const PLUGIN_EVERY: Duration = Duration::from_secs(60);
+
 /// The user's mistake: a flag, a file or an address.
 const USAGE: u8 = 2;
 
@@ -52,13 +56,8 @@ fn main() -> ExitCode {
             cgroupfs,
             nccl_salt,
         }) => check(json, cgroupfs.as_deref(), nccl_salt.is_some()),
-        Some(Command::InstallNcclProfiler { folder, from }) => {
-            match plugin::install(&from, &folder) {
-                Ok(Installed::New(place)) => print(&format!("{} is new\n", place.display())),
-                Ok(Installed::Same(place)) => print(&format!("{} is there\n", place.display())),
-                Err(error) => refuse(USAGE, &format!("{error:#}")),
-            }
-        }
+        Some(Command::InstallNcclProfiler { folder, from, keep }) => install(&from, &folder, keep)
+            .unwrap_or_else(|error| refuse(USAGE, &format!("{error:#}"))),
         Some(Command::Look) => match libraries::look() {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => refuse(USAGE, &format!("{error:#}")),
@@ -86,6 +85,39 @@ fn spare_memory() {
             .env("MALLOC_MMAP_THRESHOLD_", "65536")
             .exec();
     }
+}
+
+/// Installs the NCCL profiler plugin; with `keep` again and again until it is told to end.
+fn install(from: &Path, folder: &Path, keep: bool) -> anyhow::Result<ExitCode> {
+    let tell = |installed: &Installed| match installed {
+        Installed::New(place) => print(&format!("{} is new\n", place.display())),
+        Installed::Same(place) => print(&format!("{} is there\n", place.display())),
+    };
+    let code = tell(&plugin::install(from, folder)?);
+    if !keep {
+        return Ok(code);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        // A container's first process is ended by no signal that it does not ask for.
+        let (mut terminate, mut interrupt) = (
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::interrupt())?,
+        );
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => return Ok(code),
+                _ = interrupt.recv() => return Ok(code),
+                () = tokio::time::sleep(PLUGIN_EVERY) => {}
+            }
+            let installed = plugin::install(from, folder)?;
+            if let Installed::New(_) = installed {
+                tell(&installed);
+            }
+        }
+    })
 }
 
 /// Prints to standard output; a reader that has gone (`| head`) is no error.
@@ -116,7 +148,7 @@ fn refuse_flags(error: &clap::Error) -> ExitCode {
     refuse(USAGE, &format!("{line} (chandra --help lists the flags)"))
 }
 
-fn check(json: bool, cgroupfs: Option<&std::path::Path>, is_salted: bool) -> ExitCode {
+fn check(json: bool, cgroupfs: Option<&Path>, is_salted: bool) -> ExitCode {
     allow_locked_memory();
     give_up_privileges(&[], &[CUDA_CALLS, GPU_DEVICE]);
     let report = match check::run(cgroupfs, is_salted) {

@@ -5,13 +5,14 @@
 //! and jobs that run keep the old one. A file that is the same already stays, since each inode costs probes of its own.
 
 use std::{
-    fs::{self, OpenOptions, Permissions},
+    fs::{self, Metadata, OpenOptions, Permissions},
     io::{self, Read, Write},
-    os::unix::fs::{OpenOptionsExt, PermissionsExt},
+    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, bail};
+use rustix::{fs::OFlags, process::geteuid};
 
 /// Its name, by which NCCL finds it too where `NCCL_PROFILER_PLUGIN` is not set.
 pub const NAME: &str = "libnccl-profiler.so";
@@ -19,12 +20,15 @@ pub const NAME: &str = "libnccl-profiler.so";
 /// Bytes of a library; `nccl-profiler/build` makes none that is larger.
 const MOST: u64 = 65536;
 
+/// For every user to read, and for its owner to write.
+const MODE: u32 = 0o755;
+
 /// What [`install`] did.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Installed {
     /// The file is new.
     New(PathBuf),
-    /// It was there, with the same bytes.
+    /// It was there, and nobody else can have changed it.
     Same(PathBuf),
 }
 
@@ -34,7 +38,7 @@ pub enum Installed {
 ///
 /// Where the library is none or too large, or the folder cannot be written to; then what was there is untouched.
 pub fn install(from: &Path, folder: &Path) -> anyhow::Result<Installed> {
-    let library =
+    let (library, _) =
         read(from).with_context(|| format!("cannot read the plugin {}", from.display()))?;
     if !library.starts_with(b"\x7fELF") {
         bail!(
@@ -43,50 +47,56 @@ pub fn install(from: &Path, folder: &Path) -> anyhow::Result<Installed> {
         );
     }
     let place = folder.join(NAME);
-    if read(&place).is_ok_and(|there| there == library) {
+    // A file of another user's, or with another name, can be changed when nobody looks; a link leads elsewhere in each container.
+    let is_ours = |file: &Metadata| {
+        let mode = file.mode() & 0o7777;
+        (file.uid(), file.nlink(), mode) == (geteuid().as_raw(), 1, MODE)
+    };
+    if read(&place).is_ok_and(|(there, file)| there == library && is_ours(&file)) {
         return Ok(Installed::Same(place));
     }
-    let new = folder.join(format!(".{NAME}.new"));
-    put(&new, &place, &library)
-        .inspect_err(|_| drop(fs::remove_file(&new)))
+    put(folder, &place, &library)
         .with_context(|| format!("cannot write the plugin to {}", folder.display()))?;
     Ok(Installed::New(place))
 }
 
-fn read(path: &Path) -> io::Result<Vec<u8>> {
+/// The bytes of a regular file, and what it is; a link is none.
+fn read(path: &Path) -> io::Result<(Vec<u8>, Metadata)> {
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK; // A FIFO would wait for its other end.
     let file = OpenOptions::new()
         .read(true)
-        // A FIFO would wait for its other end.
-        .custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed())
+        .custom_flags(flags.bits().cast_signed())
         .open(path)?;
-    if !file.metadata()?.is_file() {
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
         return Err(io::Error::other("it is no regular file"));
     }
     let mut bytes = Vec::new();
     file.take(MOST + 1).read_to_end(&mut bytes)?;
     match bytes.len() as u64 > MOST {
         true => Err(io::Error::other(format!("it has more than {MOST} bytes"))),
-        false => Ok(bytes),
+        false => Ok((bytes, metadata)),
     }
 }
 
-/// Writes a file of its own, made new so that no link leads elsewhere, and gives it the name.
-fn put(new: &Path, place: &Path, bytes: &[u8]) -> io::Result<()> {
-    match fs::remove_file(new) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut file = OpenOptions::new().write(true).create_new(true).open(new)?;
-    file.write_all(bytes)?;
-    // Whatever the umask is.
-    file.set_permissions(Permissions::from_mode(0o755))?;
-    file.sync_all()?;
-    fs::rename(new, place)
+/// Writes a file with a name of its own, which nobody else writes or waits for, and then gives it the name.
+fn put(folder: &Path, place: &Path, bytes: &[u8]) -> io::Result<()> {
+    let unique = fs::read_to_string("/proc/sys/kernel/random/uuid")?;
+    let new = folder.join(format!(".{NAME}.{}", unique.trim()));
+    let mut file = OpenOptions::new().write(true).create_new(true).open(&new)?;
+    let written = file
+        .write_all(bytes)
+        // Whatever the umask is.
+        .and_then(|()| file.set_permissions(Permissions::from_mode(MODE)))
+        .and_then(|()| file.sync_all())
+        .and_then(|()| fs::rename(&new, place));
+    written.inspect_err(|_| drop(fs::remove_file(&new)))?;
+    fs::File::open(folder)?.sync_all()
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{MetadataExt, symlink};
+    use std::os::unix::fs::symlink;
 
     use super::*;
 
@@ -103,14 +113,13 @@ mod tests {
         fs::write(&from, b"\x7fELF 1").expect("written");
         fs::write(&elsewhere, "theirs").expect("written");
         symlink(&elsewhere, &place).expect("a link");
-        symlink(&elsewhere, node.path().join(format!(".{NAME}.new"))).expect("a link");
 
         let new = install(&from, node.path()).expect("installed");
         assert_eq!(new, Installed::New(place.clone()));
         assert_eq!(fs::read(&place).expect("there"), b"\x7fELF 1");
         assert_eq!(fs::read(&elsewhere).expect("there"), b"theirs");
         let first = fs::symlink_metadata(&place).expect("there");
-        assert_eq!(first.mode() & 0o7777, 0o755);
+        assert_eq!(first.mode() & 0o7777, MODE);
 
         let same = install(&from, node.path()).expect("installed");
         assert_eq!(same, Installed::Same(place.clone()));
@@ -123,6 +132,33 @@ mod tests {
         assert_eq!(fs::read(&place).expect("there"), b"\x7fELF 2");
         // Nothing else is left.
         assert_eq!(fs::read_dir(node.path()).expect("there").count(), 2);
+    }
+
+    #[test]
+    fn the_same_bytes_are_not_enough_where_somebody_else_can_change_them() {
+        let (image, node) = (folder(), folder());
+        let from = image.path().join(NAME);
+        let place = node.path().join(NAME);
+        let other = node.path().join("other");
+        fs::write(&from, b"\x7fELF").expect("written");
+        let link = || symlink(&from, &place).expect("a link");
+        let copy = |mode| {
+            fs::copy(&from, &place).expect("copied");
+            fs::set_permissions(&place, Permissions::from_mode(mode)).expect("ours");
+        };
+        let second_name = || {
+            copy(MODE);
+            fs::hard_link(&place, &other).expect("a link");
+        };
+        let cases: [&dyn Fn(); 4] = [&link, &|| copy(0o777), &|| copy(0o600), &second_name];
+        for case in cases {
+            let _ = fs::remove_file(&place);
+            case();
+            let new = install(&from, node.path()).expect("installed");
+            assert_eq!(new, Installed::New(place.clone()));
+            let there = fs::symlink_metadata(&place).expect("there");
+            assert!(there.is_file() && there.nlink() == 1 && there.mode() & 0o7777 == MODE);
+        }
     }
 
     #[test]

@@ -156,6 +156,23 @@ fn overrides_reach_rules_texts_and_panels() {
     assert!(!read("helm-values/cilium.yaml").contains("release:"));
 }
 
+#[test]
+fn alerts_and_panels_link_to_where_the_runbooks_are_served() {
+    let folder = TempDir::new().expect("a folder");
+    let config = "{ _config+:: { runbookURL: 'https://git.example/runbooks/%s' } }";
+    fs::write(folder.path().join("my.jsonnet"), config).expect("written");
+    let output = render(folder.path(), &["--config", "my.jsonnet"]);
+    assert!(output.status.success(), "{}", said(&output));
+    let read = |name: &str| fs::read_to_string(folder.path().join(name)).expect(name);
+    let place = "https://git.example/runbooks/nccl.md#ncclstraggler";
+    assert!(read("alerts/nccl.yaml").contains(&format!("runbook_url: {place}\n")));
+    assert!(read("dashboards/chandra-path.json").contains(&format!("[NcclStraggler]({place})")));
+    // A path in the tree is no link, which would lead into Grafana.
+    let text = fs::read_to_string(root().join("dashboards/chandra-path.json")).expect("committed");
+    assert!(text.contains("NcclStraggler (`docs/runbooks/nccl.md#ncclstraggler`)"));
+    assert!(!text.contains("](docs/"));
+}
+
 /// One clear message with its place, exit code 2, and nothing written.
 fn refused(config: &str, expected: &[&str]) {
     let folder = TempDir::new().expect("a folder");

@@ -53,11 +53,12 @@ fn without_nothings(text: &str) -> String {
 #[test]
 fn every_fixture_becomes_what_is_committed() {
     let folder = root().join("mixin/tests/values");
+    let image = folder.join("image.jsonnet").display().to_string();
     for (name, path) in fixtures() {
         let file = format!("{name}.yaml");
         let mut args = vec!["merge", "--version", "1.19", &file];
         if name == "sidecar" {
-            args.extend(["--sidecar", "--config", "image.jsonnet"]);
+            args.extend(["--sidecar", "--config", &image]);
         }
         let output = chandra_mixin(&folder, &args);
         let code = output.status.code().expect("it ends");

@@ -39,7 +39,7 @@ EXTRAS = {
     "port": 19970,
     "job": "gpu/nodes-1",
     "runbookURL": "https://git.example/runbooks/",
-    "ncclProfiler": {"hostPath": "/opt/gpu"},
+    "ncclProfiler": {"hostPath": "/opt/gpu", "resources": {"limits": {"memory": "64Mi"}}},
     "serviceAccount": {"annotations": {"example.com/role": "reader"}},
     "cgroupPath": "/sys/fs/cgroup/unified",
     "seccompProfile": {"type": "Localhost", "localhostProfile": "chandra.json"},
@@ -123,13 +123,13 @@ CHOICES = {name: {"on": on(name), "off": off(name)} for name in SIGNALS if name 
         "on": {"dashboards": {"enabled": True}},
         "elsewhere": {"dashboards": {"enabled": True, "namespace": "grafana", "folder": "Chandra"}},
     },
-    "name": {"chandra": {}, "other": {}, "override": {"nameOverride": "probe"}, "full": {"fullnameOverride": "sees"}, "long": {}},
+    "name": {"chandra": {}, "other": {}, "override": {"nameOverride": "probe"}, "full": {"fullnameOverride": "sees"}, "long": {}, "number": {}},
     "update": {"rolling": {}, "number": {"updateStrategy": {"maxUnavailable": 3}}, "delete": {"updateStrategy": {"type": "OnDelete"}}},
     "profile": {"default": {}, "unconfined": {"appArmorProfile": {"type": "Unconfined"}, "seccompProfile": {"type": "Unconfined"}}},
     "extras": {"none": {}, "all": EXTRAS},
 }
 DEFAULT = {choice: next(iter(options)) for choice, options in CHOICES.items()}
-RELEASES = {"other": "monitor-nodes", "long": "a-release-with-a-name-of-fifty-three-characters-in-all"[:53]}
+RELEASES = {"other": "monitor-nodes", "number": "7", "long": "a-release-with-a-name-of-fifty-three-characters-in-all"[:53]}
 
 
 def merged(*maps):
@@ -193,7 +193,7 @@ def render(chart, case):
 
 def fullname(case):
     release = RELEASES.get(case["name"], "chandra")
-    names = {"chandra": "chandra", "other": "monitor-nodes-chandra", "override": "chandra-probe", "full": "sees"}
+    names = {"chandra": "chandra", "other": "monitor-nodes-chandra", "number": "7-chandra", "override": "chandra-probe", "full": "sees"}
     return names.get(case["name"], (release + "-chandra")[:52].rstrip("-"))
 
 
@@ -219,6 +219,9 @@ def problems(case, objects):
 
     # Which objects there are.
     wanted = {("DaemonSet", name)}
+    plugin = name[:38].rstrip("-") + "-nccl-profiler"
+    if case["plugin"] == "on":
+        wanted.add(("DaemonSet", plugin))
     if case["account"] != "theirs":
         wanted.add(("ServiceAccount", account))
     if kube and case["role"] == "made":
@@ -268,6 +271,8 @@ def problems(case, objects):
             yield f"{kind} {of}: the form of a label"
 
     yield from daemonset(objects["DaemonSet", name], case, values, extras, selector, account)
+    if case["plugin"] == "on":
+        yield from installer(objects["DaemonSet", plugin]["spec"], objects["DaemonSet", name]["spec"]["template"]["spec"], extras, selector)
     if ("Secret", f"{name}-nccl-salt") in objects:
         salt = base64.b64decode(objects["Secret", f"{name}-nccl-salt"]["data"]["salt"])
         if len(salt) != 32:
@@ -378,8 +383,6 @@ def daemonset(o, case, values, extras, selector, account):
 
     # Files.
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
-    plugin = volumes.pop("nccl-profiler", None)
-    yield from installer(plugin, pod.get("initContainers"), case, extras)
     mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
     yield from same("volumes that are mounted", set(mounts), set(volumes))
     hosts = {volume["hostPath"]["path"]: volume["hostPath"]["type"] for volume in volumes.values() if "hostPath" in volume}
@@ -457,9 +460,8 @@ def daemonset(o, case, values, extras, selector, account):
 
     # Where and how it runs.
     digest = "registry.example:5000/mirror/chandra:0.1.0@sha256:" + 64 * "0"
-    for one in [container, *pod.get("initContainers", [])]:
-        yield from same("image", one["image"], digest if extras else IMAGE + ":0.1.0")
-        yield from same("pull policy", one["imagePullPolicy"], "Always" if extras else "IfNotPresent")
+    yield from same("image", container["image"], digest if extras else IMAGE + ":0.1.0")
+    yield from same("pull policy", container["imagePullPolicy"], "Always" if extras else "IfNotPresent")
     yield from same("update", spec["updateStrategy"], {
         "rolling": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": "10%"}},
         "number": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 3}},
@@ -474,16 +476,23 @@ def daemonset(o, case, values, extras, selector, account):
     yield from same("resources", container["resources"], merged(resources, extras.get("resources", {})))
 
 
-def installer(volume, containers, case, extras):
-    """What puts the profiler plugin on the node."""
-    if case["plugin"] == "off":
-        yield from same("volume of the plugin", (volume, containers), (None, None))
-        return
+def installer(spec, exporter, extras, selector):
+    """What puts the profiler plugin on the node: nothing of it is selected with the exporter's pods."""
+    template = spec["template"]
+    pod, labels = template["spec"], template["metadata"]["labels"]
+    yield from same("selector of the plugin", spec["selector"]["matchLabels"].items() <= labels.items() and not selector.items() <= labels.items(), True)
+    for key in "tolerations", "nodeSelector", "affinity", "priorityClassName", "imagePullSecrets":
+        yield from same(f"{key} of the plugin", pod.get(key), exporter.get(key))
+    yield from same("token of the plugin", pod["automountServiceAccountToken"], False)
+    yield from (f"the plugin has {key}" for key in ("hostPID", "hostNetwork", "serviceAccountName") if key in pod)
+    [volume], [container] = pod["volumes"], pod["containers"]
     yield from same("folder of the plugin", volume["hostPath"], {"path": "/opt/gpu" if extras else "/opt/chandra", "type": "DirectoryOrCreate"})
-    [container] = containers
-    yield from same("mounts of the plugin", container["volumeMounts"], [{"name": "nccl-profiler", "mountPath": "/host/nccl-profiler"}])
-    yield from same("arguments of the plugin", container["args"], ["install-nccl-profiler", "/host/nccl-profiler"])
-    yield from same("resources of the plugin", set(container["resources"]), {"requests", "limits"})
+    yield from same("mounts of the plugin", container["volumeMounts"], [{"name": volume["name"], "mountPath": "/host/nccl-profiler"}])
+    yield from same("arguments of the plugin", container["args"], ["install-nccl-profiler", "--keep", "/host/nccl-profiler"])
+    for key in "image", "imagePullPolicy":
+        yield from same(f"{key} of the plugin", container[key], exporter["containers"][0][key])
+    limits = {"memory": "64Mi" if extras else "32Mi"}
+    yield from same("resources of the plugin", container["resources"], {"requests": {"cpu": "1m", "memory": "8Mi"}, "limits": limits})
     wanted = {
         "privileged": False, "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "runAsUser": 0, "runAsGroup": 0, "runAsNonRoot": False,
         "capabilities": {"drop": ["ALL"]}, "seccompProfile": {"type": "RuntimeDefault"},

@@ -61,7 +61,7 @@ def check_cases(chart, folder):
                 [container] = o["spec"]["template"]["spec"]["containers"]
                 arguments.add(tuple(container["args"]))
                 used |= {argument.split("=")[0] for argument in container["args"]}
-                used |= {flag for flag, is_ in FLAGS.items() if is_.variable in [v["name"] for v in container["env"]]}
+                used |= {flag for flag, is_ in FLAGS.items() if is_.variable in [v["name"] for v in container.get("env", [])]}
     for problem, those in found.items():
         # The case that chooses least.
         named = min(({choice: option for choice, option in case.items() if option != cases.DEFAULT[choice]} for case in those), key=len)
@@ -80,8 +80,9 @@ def check_cases(chart, folder):
 
 def accepted(arguments):
     """Whether the program itself takes the flags: it reads all of them before it helps."""
-    built = [os.environ.get("CHANDRA_BINARY"), ROOT / "target/release/chandra", ROOT / "target/debug/chandra"]
-    binary = next((Path(path) for path in built if path and Path(path).exists()), None)
+    named = os.environ.get("CHANDRA_BINARY")
+    built = [Path(named)] if named else [*ROOT.glob("target/release/chandra"), *ROOT.glob("target/debug/chandra")]
+    binary = max(built, key=lambda path: path.stat().st_mtime, default=None)
     if not binary:
         print("SKIPPED: flags by the program itself: build it (cargo build), or name it in CHANDRA_BINARY", file=sys.stderr)
         if os.environ.get("CI"):
@@ -143,8 +144,17 @@ def check_previous(folder):
         shutil.copytree(CHART, copy)
         (copy / "values.yaml").write_text(previous.read_text())
         with Chart.load(CHART) as new, Chart.load(copy) as reused:
-            for what in ({}, everything, everything | {"ncclProfiler": {"enabled": True}}):
-                fresh = new.render(cases.merged(IMAGED, what, OLD.get(previous.stem, {})), name="chandra", namespace="a")
+            # Their default image is nobody's.
+            for way, chart in ("--reuse-values", reused), ("--reset-then-reuse-values", new):
+                try:
+                    chart.render({} if chart is reused else load(previous), name="chandra", namespace="a")
+                except HelmError as error:
+                    if "image.repository" not in str(error):
+                        yield f"{way} from {previous.name}: {error}"
+                else:
+                    yield f"{way} from {previous.name}: the image of nobody is accepted"
+            for what in (IMAGED, IMAGED | everything, IMAGED | everything | {"ncclProfiler": new.values["ncclProfiler"] | {"enabled": True}}):
+                fresh = new.render(cases.merged(what, OLD.get(previous.stem, {})), name="chandra", namespace="a")
                 # What has been set before, and what is set now.
                 for way, chart, values in ("--reuse-values", reused, what), ("--reset-then-reuse-values", new, cases.merged(load(previous), what)):
                     try:
@@ -153,12 +163,23 @@ def check_previous(folder):
                         yield f"{way} from {previous.name}: {error}"
                         continue
                     for path in fresh:
-                        if path.endswith(".yaml") and load_all(texts[path]) != load_all(fresh[path]) and not ("salt" in path and not what):
+                        if path.endswith(".yaml") and load_all(texts[path]) != load_all(fresh[path]) and not ("salt" in path and what == IMAGED):
                             yield f"{way} from {previous.name}: {path} is not what a new install has"
 
 
 def check_nulls(chart):
     """A null deletes a default, and what completes values does not bring it back."""
+    everything = {kind: {"enabled": True} for kind in ("podMonitor", "prometheusRule", "dashboards", "networkPolicy", "ncclProfiler")}
+    nulls = IMAGED | everything | {key: None for key in chart.values if key not in everything and key not in ("image", "signals")}
+    nulls |= {key: {"enabled": True, "labels": None, "annotations": None} for key in ("podMonitor", "prometheusRule", "dashboards")}
+    nulls["signals"] = {"nccl": {"salt": {"existingSecret": "salt"}}}
+    for values in nulls, IMAGED | everything | {"probes": {"startup": None, "liveness": None, "readiness": None}}:
+        texts = chart.render(values, name="chandra", namespace="a")
+        objects = [o for path, body in texts.items() if path.endswith(".yaml") for o in load_all(body)]
+        yield from (f"with nulls: {problem}" for problem in cases.invalid({(o["kind"], o["metadata"]["name"]): o for o in objects}))
+        [pod] = [o["spec"]["template"]["spec"] for o in objects if (o["kind"], o["metadata"]["name"]) == ("DaemonSet", "chandra")]
+        if pod["containers"][0]["securityContext"]["seccompProfile"] != {"type": "RuntimeDefault"}:
+            yield "a null leaves it without a seccomp profile"
     values = IMAGED | {"resources": {"limits": {"memory": None}}, "nodeSelector": {"kubernetes.io/os": None}, "tolerations": None, "podMonitor": {"enabled": True, "labels": {"release": None}}}
     texts = chart.render(values, name="chandra", namespace="a")
     pod = load_all(texts["chandra/templates/daemonset.yaml"])[0]["spec"]["template"]["spec"]

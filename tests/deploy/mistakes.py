@@ -13,7 +13,7 @@ SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 OWN = {
     "global", "affinity.nodeAffinity", "affinity.podAffinity", "affinity.podAntiAffinity", "extraEnv[].valueFrom", "extraVolumes[]",
     "extraVolumeMounts[]", "networkPolicy.from[].ipBlock", "networkPolicy.from[].namespaceSelector", "networkPolicy.from[].podSelector",
-    "podMonitor.metricRelabelings[]", "podMonitor.relabelings[]", "podMonitor.tlsConfig", "resources.claims[]",
+    "podMonitor.metricRelabelings[]", "podMonitor.relabelings[]", "podMonitor.tlsConfig", "resources.claims[]", "ncclProfiler.resources.claims[]",
 }  # fmt: skip
 
 
@@ -85,7 +85,9 @@ def by_hand():
         {"image": {"repository": "ghcr.io/a/b:1"}}, {"signals": {"gpu": {"devices": ["accel0"]}}}, {"signals": {"gpu": {"devices": ["/dev/a,/dev/b"]}}},
         {"extraArgs": ["retention=5m"]}, {"capabilities": ["CAP_bpf"]}, {"updateStrategy": {"maxUnavailable": "ten"}}, {"updateStrategy": {"maxUnavailable": 0}},
         {"podMonitor": {"interval": "1 minute"}}, {"logLevel": ""}, {"cgroupPath": "sys/fs/cgroup"}, {"fullnameOverride": "a" * 53},
-        {"pods": "file"}, {"job": 'a"b'}, {"runbookURL": "docs/"}, {"runbookURL": "https://a"}, {"ncclProfiler": {"hostPath": "opt"}}, {"updateStrategy": {"maxUnavailable": "0%"}},
+        {"pods": "file"}, {"job": 'a"b'}, {"runbookURL": "docs/"}, {"runbookURL": "https://a"}, {"runbookURL": "https://a/$1/"}, {"ncclProfiler": {"hostPath": "opt"}},
+        {"ncclProfiler": {"hostPath": "/a/.."}}, {"ncclProfiler": {"hostPath": "/."}}, {"nameOverride": "My name"}, {"fullnameOverride": "Upper"}, {"image": {"repository": "a.example/"}},
+        {"networkPolicy": {"apiServer": {"ports": []}}}, {"updateStrategy": {"maxUnavailable": "0%"}},
         {"image": {"pullPolicy": "Sometimes"}}, {"updateStrategy": {"type": "Recreate"}}, {"seccompProfile": {"type": "Default"}},
         {"appArmorProfile": {"type": "Default"}}, {"tolerations": [{"operator": "Any"}]}, {"maxOwners": 0}, {"signals": {"gpu": {"cudaCalls": {"budget": 0}}}},
         {"port": 65536}, {"signals": {"encryption": {"timedEvery": 0}}}, {"networkPolicy": {"apiServer": {"ports": [0]}}},
@@ -98,7 +100,11 @@ def by_hand():
     tls = {"web": {"config": {"tls_server_config": TLS}}}
     users = {"web": {"config": {"basic_auth_users": USERS}}}
     on = {"podMonitor": {"enabled": True}}
-    yield {"image": {"repository": ""}}, ["image.repository: ", "make image", "push"]
+    for nobodys in "", "ghcr.io/chandra-exporter/chandra":
+        yield {"image": {"repository": nobodys}}, ["image.repository: ", "make image", "push"]
+    yield {"enabled": False}, ["enabled: ", "condition"]
+    yield {"networkPolicy": {"enabled": True, "apiServer": {"ports": None}}}, ["networkPolicy.apiServer.ports: "]
+    yield {"extraVolumes": [{"name": "web", "emptyDir": {}}]}, ["extraVolumes: web"]
     yield {"signals": everything}, ["signals: ", "enable one"]
     yield {"signals": {"gpu": {"enabled": False, "cudaCalls": {"enabled": True}}}}, ["signals.gpu.cudaCalls.enabled: ", "disabled"]
     yield merged(tls, {"web": {"existingSecret": "a"}}), ["web.config and web.existingSecret: ", "choose one"]
@@ -154,7 +160,7 @@ def schema_problems(chart):
                 yield from missing(inner, value[key], f"{path}{key}.")
 
     # Read from charts that depend on this one; and optional fields of probes and of the API.
-    optional = {"global", "enabled", "resources.claims", "seccompProfile.localhostProfile"}
+    optional = {"global", "enabled", "resources.claims", "ncclProfiler.resources.claims", "seccompProfile.localhostProfile"}
     optional |= {f"probes.{probe}.initialDelaySeconds" for probe in ("startup", "liveness", "readiness")}
     yield from (f"values.yaml lacks {path}" for path in missing(SCHEMA, chart.values, "") if path not in optional)
     web = SCHEMA["properties"]["web"]["properties"]["config"]["properties"]
@@ -177,7 +183,7 @@ CHANGES = [
     change("_helpers.tpl", '(list "--cuda-calls" ', '(list "--cuda-calls=true" '),
     change("_helpers.tpl", 'ternary "HTTPS" "HTTP" $web.https', '"HTTP"'),
     change("_helpers.tpl", 'hasPrefix "Require"', 'hasPrefix "Verify"'),
-    change("_helpers.tpl", "app.kubernetes.io/instance: {{ .Release.Name }}", "app.kubernetes.io/instance: {{ .Chart.AppVersion }}"),
+    change("_helpers.tpl", "app.kubernetes.io/instance: {{ .Release.Name | quote }}", "app.kubernetes.io/instance: {{ .Chart.AppVersion | quote }}"),
     change("_helpers.tpl", "trunc 52", "trunc 63"),
     change("_helpers.tpl", "merge $labels $root.Values.commonLabels", "mergeOverwrite $labels $root.Values.commonLabels"),
     change("_helpers.tpl", "privileged: false", "privileged: true"),
@@ -191,7 +197,7 @@ CHANGES = [
     change("daemonset.yaml", "fieldPath: spec.nodeName", "fieldPath: metadata.name"),
     change("daemonset.yaml", "containerPort: {{ .Values.port }}", "containerPort: {{ .Values.port | quote }}"),
     change("daemonset.yaml", ".Values.podLabels (include \"chandra.selectorLabels\" . | fromYaml)", "(include \"chandra.selectorLabels\" . | fromYaml) .Values.podLabels"),
-    change("daemonset.yaml", "{{- with .Values.affinity }}", "{{- with .Values.nodeSelector }}"),
+    change("_helpers.tpl", '"nodeSelector" "affinity" "tolerations" }}', '"nodeSelector" "tolerations" }}'),
     change("daemonset.yaml", "      terminationGracePeriodSeconds:", "      terminationGracePeriod:"),
     change("rbac.yaml", "verbs: [get, list, watch]", "verbs: [get, list, watch, delete]"),
     change("rbac.yaml", "resources: [pods]", "resources: [pods, secrets]"),
@@ -206,8 +212,10 @@ CHANGES = [
     change("prometheusrule.yaml", "include \"chandra.file\" (list $ $path)", "$.Files.Get $path"),
     change("_helpers.tpl", "range list `\"` `\\\"`", "range list `\"`"),
     change("_helpers.tpl", "\"[${1}](%s${2})\"", "\"${1} (%s${2})\""),
-    change("daemonset.yaml", "            capabilities: { drop: [ALL] }\n", ""),
-    change("daemonset.yaml", "path: {{ .Values.ncclProfiler.hostPath }}", "path: /opt/chandra"),
+    change("daemonset-nccl-profiler.yaml", "            capabilities:\n              drop: [ALL]\n", ""),
+    change("daemonset-nccl-profiler.yaml", "path: {{ .Values.ncclProfiler.hostPath | quote }}", "path: /opt/chandra"),
+    change("daemonset-nccl-profiler.yaml", "include \"chandra.pluginLabels\" .", "include \"chandra.selectorLabels\" ."),
+    change("daemonset-nccl-profiler.yaml", "automountServiceAccountToken: false", "automountServiceAccountToken: true"),
     change("prometheusrule.yaml", "(ne $signal \"hubble\")", "(ne $signal \"exporter\")"),
     change("dashboards.yaml", "include \"chandra.file\" (list $ $path) |", "tpl (include \"chandra.file\" (list $ $path)) $ |"),
     change("dashboards.yaml", "grafana_folder:", "grafana_directory:"),

@@ -1,19 +1,20 @@
 {{/* Gives .Values what the values of an older chart lack (helm upgrade --reuse-values): each template that reads them begins with
-it. Lists, and maps that are the user's own, stay as they are: what a null has deleted there is gone. files/values.yaml is this
-chart's values.yaml. */}}
+it. Lists, and the maps that are named here, are the user's own: what a null has deleted there is gone. files/values.yaml is
+this chart's values.yaml. */}}
 {{- define "chandra.complete" -}}
-{{- include "chandra.fill" (list .Values (.Files.Get "files/values.yaml" | fromYaml)) }}
+{{- include "chandra.fill" (list .Values (.Files.Get "files/values.yaml" | fromYaml) "") }}
 {{- end }}
 
 {{- define "chandra.fill" -}}
-{{- $values := first . }}
-{{- $own := list "labels" "nodeSelector" "resources" "seccompProfile" "startup" "liveness" "readiness" }}
-{{- range $key, $default := last . }}
-{{- if not (or (has $key $own) (kindIs "slice" $default)) }}
+{{- $values := index . 0 }}
+{{- $path := index . 2 }}
+{{- $own := list "podMonitor.labels" "prometheusRule.labels" "dashboards.labels" "nodeSelector" "resources" "seccompProfile" "probes.startup" "probes.liveness" "probes.readiness" "ncclProfiler.resources" }}
+{{- range $key, $default := index . 1 }}
+{{- if not (or (has (print $path $key) $own) (kindIs "slice" $default)) }}
 {{- if not (hasKey $values $key) }}
 {{- $_ := set $values $key $default }}
 {{- else if kindIs "map" $default }}
-{{- include "chandra.fill" (list (get $values $key) $default) }}
+{{- include "chandra.fill" (list (get $values $key) $default (printf "%s%s." $path $key)) }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -32,8 +33,32 @@ chart's values.yaml. */}}
 
 {{/* Immutable in a DaemonSet: nothing that an upgrade may change. */}}
 {{- define "chandra.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "chandra.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "chandra.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
+{{- end }}
+
+{{/* Of the pods that put the profiler plugin on nodes: no selector of the others may hold for them. */}}
+{{- define "chandra.pluginLabels" -}}
+{{- $labels := include "chandra.selectorLabels" . | fromYaml }}
+{{- toYaml (set $labels "app.kubernetes.io/name" (printf "%s-nccl-profiler" (include "chandra.name" . | trunc 49 | trimSuffix "-"))) }}
+{{- end }}
+
+{{- define "chandra.pluginName" -}}
+{{- include "chandra.fullname" . | trunc 38 | trimSuffix "-" }}-nccl-profiler
+{{- end }}
+
+{{/* What images need, and on which nodes pods go, as YAML. */}}
+{{- define "chandra.placement" -}}
+{{- $all := dict }}
+{{- range list "imagePullSecrets" "priorityClassName" "nodeSelector" "affinity" "tolerations" }}
+{{- $value := get $.Values . }}
+{{- if $value }}
+{{- $_ := set $all . $value }}
+{{- end }}
+{{- end }}
+{{- if $all }}
+{{- toYaml $all }}
+{{- end }}
 {{- end }}
 
 {{/* Labels of an object, as YAML. usage: include "chandra.labels" (list . MAP...), of which the first that has a key wins */}}
@@ -44,7 +69,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- $_ := set $labels "app.kubernetes.io/managed-by" $root.Release.Service }}
 {{- $_ := set $labels "helm.sh/chart" (printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-") }}
 {{- range rest . }}
-{{- $labels = merge $labels . }}
+{{- $labels = merge $labels (default dict .) }}
 {{- end }}
 {{- toYaml (merge $labels $root.Values.commonLabels) }}
 {{- end }}
@@ -58,7 +83,8 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
 {{- define "chandra.image" -}}
-{{- if not .Values.image.repository }}
+{{- /* The second was a default, and is nobody's: whoever takes the name would run on every node. */}}
+{{- if has .Values.image.repository (list "" "ghcr.io/chandra-exporter/chandra") }}
 {{- fail "image.repository: it is required, since no image is published: build one with `make image`, push it to a registry of yours (docs/image.md), and set image.repository=registry.example/chandra" }}
 {{- end }}
 {{- $image := printf "%s:%s" .Values.image.repository (default .Chart.AppVersion .Values.image.tag) }}
@@ -201,7 +227,7 @@ Quotes are escaped in JSON, and in strings of YAML that have some. */}}
 {{- fail (printf "extraArgs: %s is set by a value of the chart" $flag) }}
 {{- end }}
 {{- end }}
-{{- concat $args .Values.extraArgs | toJson }}
+{{- concat $args (default list .Values.extraArgs) | toJson }}
 {{- end }}
 
 {{/* What a probe does, as YAML. The probes' pages ask for no password. usage: include "chandra.probe" (list . PATH) */}}
@@ -222,6 +248,17 @@ httpGet:
 {{- define "chandra.validate" -}}
 {{- $v := .Values }}
 {{- $web := include "chandra.web" . | fromYaml }}
+{{- if eq (toString $v.enabled) "false" }}
+{{- fail "enabled: it is read by a chart that has this one as a dependency with `condition: chandra.enabled`, and false leaves it out there; here it does nothing" }}
+{{- end }}
+{{- if and $v.networkPolicy.enabled (not $v.networkPolicy.apiServer.ports) }}
+{{- fail "networkPolicy.apiServer.ports: without any, every port of every address is open: name those of the API server" }}
+{{- end }}
+{{- range $v.extraVolumes }}
+{{- if has .name (list "cgroup" "tracefs" "web" "certificates" "nccl-salt") }}
+{{- fail (printf "extraVolumes: %s is a volume of the chart" .name) }}
+{{- end }}
+{{- end }}
 {{- $on := list }}
 {{- range $v.signals }}
 {{- $on = append $on .enabled }}
