@@ -6,6 +6,7 @@ mod common;
 use std::{
     collections::BTreeSet,
     env, fs,
+    io::{BufRead, BufReader},
     net::TcpListener,
     path::Path,
     process::{Command, Stdio},
@@ -15,7 +16,7 @@ use std::{
 
 use chandra::{args::Args, families::Kind, reference, scrape, signals::SIGNALS};
 use clap::CommandFactory;
-use common::{Exporter, Pod, Scrape, build, may_trace, skip, succeeds, write_pods};
+use common::{Exporter, Pod, Scrape, build, may_trace, run, skip, succeeds, write_pods};
 
 /// In which any exporter ends that is told to, on a busy machine.
 const ENDS: Duration = Duration::from_secs(60);
@@ -764,4 +765,43 @@ fn the_reference_and_the_version_are_printed_and_help_names_every_flag() {
         );
     }
     assert!(print(&["check", "--help"]).contains("--json"));
+}
+
+#[test]
+fn the_profiler_plugin_is_installed_and_kept_until_it_is_told_to_end() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (image, node) = (folder.path().join("plugin.so"), folder.path().join("node"));
+    fs::create_dir(&node).expect("made");
+    refused(
+        chandra(),
+        &["install-nccl-profiler", &node.display().to_string()],
+        &["cannot read the plugin /libnccl-profiler.so"],
+    );
+    fs::write(&image, b"\x7fELF").expect("written");
+    let mut command = chandra();
+    command.args(["install-nccl-profiler", "--keep", "--from"]);
+    let mut child = command
+        .args([&image, &node])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    let mut said = String::new();
+    let mut stdout = BufReader::new(child.stdout.take().expect("piped"));
+    stdout.read_line(&mut said).expect("it speaks");
+    let place = node.join("libnccl-profiler.so");
+    assert_eq!(said, format!("{} is new\n", place.display()));
+    assert_eq!(fs::read(place).expect("there"), b"\x7fELF");
+    // Not before it listens for signals.
+    let caught = || {
+        let status = fs::read_to_string(format!("/proc/{}/status", child.id())).expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+        u64::from_str_radix(line.expect("a mask").trim(), 16).expect("hex") & 1 << (15 - 1) != 0
+    };
+    let end = Instant::now() + ENDS;
+    while !caught() {
+        assert!(Instant::now() < end, "it does not listen for SIGTERM");
+        thread::sleep(Duration::from_millis(5));
+    }
+    run(&format!("kill -TERM {}", child.id()));
+    assert!(child.wait().expect("a child").success());
 }

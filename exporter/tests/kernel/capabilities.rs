@@ -240,7 +240,11 @@ fn words(page: &str, name: &str) -> String {
     let at = text.find(name).unwrap_or_default();
     let from = text[..at].rfind("; ").map_or(0, |at| at + 2);
     // How many more there are is this host's matter.
-    let words = text[from..].split(" (and ").next().unwrap_or_default();
+    let words = text[from..]
+        .trim()
+        .split(" (and ")
+        .next()
+        .unwrap_or_default();
     match words.split_once(" namespaces or more") {
         Some((before, after)) => {
             let before = before.trim_end_matches(|c: char| c.is_ascii_digit());
