@@ -102,14 +102,10 @@ fn install(from: &Path, folder: &Path, keep: bool) -> anyhow::Result<ExitCode> {
         .build()?;
     runtime.block_on(async {
         // A container's first process is ended by no signal that it does not ask for.
-        let (mut terminate, mut interrupt) = (
-            signal(SignalKind::terminate())?,
-            signal(SignalKind::interrupt())?,
-        );
+        let mut stop = pin!(told_to_stop()?);
         loop {
             tokio::select! {
-                _ = terminate.recv() => return Ok(code),
-                _ = interrupt.recv() => return Ok(code),
+                () = &mut stop => return Ok(code),
                 () = tokio::time::sleep(PLUGIN_EVERY) => {}
             }
             let installed = plugin::install(from, folder)?;
@@ -211,19 +207,23 @@ enum Failure {
     Run(anyhow::Error),
 }
 
-async fn run(args: &Serve) -> Result<(), Failure> {
-    let mut stop = signal(SignalKind::terminate())
-        .context("watch for SIGTERM")
-        .map_err(Failure::Run)?;
-    let mut interrupt = signal(SignalKind::interrupt())
-        .context("watch for SIGINT")
-        .map_err(Failure::Run)?;
-    let (end, mut ended) = watch::channel(false);
-    tokio::spawn(async move {
+/// Watches for SIGTERM and SIGINT from this call on; what it returns ends with the first.
+fn told_to_stop() -> anyhow::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate()).context("watch for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("watch for SIGINT")?;
+    Ok(async move {
         tokio::select! {
-            _ = stop.recv() => {}
+            _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
+    })
+}
+
+async fn run(args: &Serve) -> Result<(), Failure> {
+    let stop = told_to_stop().map_err(Failure::Run)?;
+    let (end, mut ended) = watch::channel(false);
+    tokio::spawn(async move {
+        stop.await;
         tracing::info!("stopping");
         end.send_replace(true);
     });

@@ -98,17 +98,20 @@ fn put(folder: &Path, place: &Path, bytes: &[u8]) -> io::Result<()> {
 mod tests {
     use std::os::unix::fs::symlink;
 
+    use tempfile::TempDir;
+
     use super::*;
 
-    fn folder() -> tempfile::TempDir {
-        tempfile::tempdir().expect("a folder")
+    /// A folder for an image, one for a node, the plugin's file in the one, and its place in the other.
+    fn places() -> (TempDir, TempDir, PathBuf, PathBuf) {
+        let [image, node] = [(); 2].map(|()| tempfile::tempdir().expect("a folder"));
+        let (from, place) = (image.path().join(NAME), node.path().join(NAME));
+        (image, node, from, place)
     }
 
     #[test]
     fn a_library_that_is_there_is_replaced_and_never_written_into() {
-        let (image, node) = (folder(), folder());
-        let from = image.path().join(NAME);
-        let place = node.path().join(NAME);
+        let (_image, node, from, place) = places();
         let elsewhere = node.path().join("elsewhere");
         fs::write(&from, b"\x7fELF 1").expect("written");
         fs::write(&elsewhere, "theirs").expect("written");
@@ -136,9 +139,7 @@ mod tests {
 
     #[test]
     fn the_same_bytes_are_not_enough_where_somebody_else_can_change_them() {
-        let (image, node) = (folder(), folder());
-        let from = image.path().join(NAME);
-        let place = node.path().join(NAME);
+        let (_image, node, from, place) = places();
         let other = node.path().join("other");
         fs::write(&from, b"\x7fELF").expect("written");
         let link = || symlink(&from, &place).expect("a link");
@@ -163,8 +164,7 @@ mod tests {
 
     #[test]
     fn what_is_no_library_is_refused_and_nothing_written() {
-        let (image, node) = (folder(), folder());
-        let from = image.path().join(NAME);
+        let (_image, node, from, place) = places();
         let refused = |says: &str| {
             let error = install(&from, node.path()).expect_err("refused");
             assert!(format!("{error:#}").contains(says), "{error:#}");
@@ -185,5 +185,9 @@ mod tests {
             format!("{error:#}").contains("cannot write the plugin to"),
             "{error:#}"
         );
+        // A folder in the way is not removed, and nothing is left beside it.
+        fs::create_dir(&place).expect("made");
+        install(&from, node.path()).expect_err("refused");
+        assert_eq!(fs::read_dir(node.path()).expect("there").count(), 1);
     }
 }

@@ -11,7 +11,7 @@ from collections import Counter
 import yaml
 
 import kubernetes_validate
-from repository import DASHBOARDS, FLAGS, IMAGE, NEEDS, RULES, SIGNALS, WEB, load_all, rendered
+from repository import DASHBOARDS, FLAGS, IMAGE, IMAGED, NEEDS, RULES, SIGNALS, WEB, listed, rendered
 
 NAMESPACE = "observability"
 # Of the versions that Chart.yaml allows the oldest, and the newest that is known.
@@ -143,7 +143,7 @@ def merged(*maps):
 
 def values_of(case):
     # What a case chooses by name wins over what comes with the extras.
-    return merged({"image": {"repository": IMAGE}}, CHOICES["extras"][case["extras"]], *(CHOICES[choice][option] for choice, option in case.items() if choice != "extras"))
+    return merged(IMAGED, CHOICES["extras"][case["extras"]], *(CHOICES[choice][option] for choice, option in case.items() if choice != "extras"))
 
 
 def cases():
@@ -184,11 +184,13 @@ def cases():
 def render(chart, case):
     """The rendered objects by kind and name."""
     release = RELEASES.get(case["name"], "chandra")
-    texts = chart.render(values_of(case), name=release, namespace=NAMESPACE)
-    objects = [o for path, text in sorted(texts.items()) if path.endswith(".yaml") for o in load_all(text)]
-    by_name = {(o["kind"], o["metadata"]["name"]): o for o in objects}
-    assert len(by_name) == len(objects), "two objects of one kind and name"
-    return by_name
+    return by_name(listed(chart.render(values_of(case), name=release, namespace=NAMESPACE)))
+
+
+def by_name(made):
+    named = {(o["kind"], o["metadata"]["name"]): o for o in made}
+    assert len(named) == len(made), "two objects of one kind and name"
+    return named
 
 
 def fullname(case):

@@ -17,7 +17,7 @@ import readme
 from helm_python import Chart, HelmError, dependency_update, lint, package
 from yamllint import linter
 from yamllint.config import YamlLintConfig
-from repository import CHART, DASHBOARDS, FLAGS, IMAGE, ROOT, RULES, SIGNALS, VERSION, load, load_all, text
+from repository import CHART, DASHBOARDS, FLAGS, IMAGED, ROOT, RULES, SIGNALS, VERSION, built, listed, load, load_all, text
 
 UMBRELLA = ROOT / "deploy/examples/umbrella"
 # Defaults that have changed since, by the name of the old values.
@@ -39,8 +39,9 @@ rules:
   trailing-spaces: enable
   truthy: {level: warning}
 """)
-# What is required.
-IMAGED = {"image": {"repository": IMAGE}}
+# Everything that is off by default, and a salt that is the same each time.
+EVERYTHING = IMAGED | {kind: {"enabled": True} for kind in ("podMonitor", "prometheusRule", "dashboards", "networkPolicy", "ncclProfiler")}
+EVERYTHING["signals"] = {"nccl": {"salt": {"existingSecret": "salt"}}}
 
 
 def check_cases(chart, folder):
@@ -49,10 +50,10 @@ def check_cases(chart, folder):
     monitors, dashboards, used, arguments = {}, {}, set(), set()
     found = {}
     for case in chosen:
-        objects = cases.render(chart, case)
-        for problem in [*cases.problems(case, objects), *cases.invalid(objects)]:
+        made = cases.render(chart, case)
+        for problem in [*cases.problems(case, made), *cases.invalid(made)]:
             found.setdefault(problem, []).append(case)
-        for (kind, name), o in objects.items():
+        for (kind, name), o in made.items():
             if kind == "PodMonitor" or kind == "PrometheusRule" and len(monitors) < 40:
                 monitors.setdefault(json.dumps(o, sort_keys=True), (kind, name))
             elif kind == "ConfigMap":
@@ -80,9 +81,7 @@ def check_cases(chart, folder):
 
 def accepted(arguments):
     """Whether the program itself takes the flags: it reads all of them before it helps."""
-    named = os.environ.get("CHANDRA_BINARY")
-    built = [Path(named)] if named else [*ROOT.glob("target/release/chandra"), *ROOT.glob("target/debug/chandra")]
-    binary = max(built, key=lambda path: path.stat().st_mtime, default=None)
+    binary = os.environ.get("CHANDRA_BINARY") or built("chandra")
     if not binary:
         print("SKIPPED: flags by the program itself: build it (cargo build), or name it in CHANDRA_BINARY", file=sys.stderr)
         if os.environ.get("CI"):
@@ -137,8 +136,6 @@ def check_upgrades(folder):
 def check_previous(folder):
     """Upgrades with the values of older charts, as `helm upgrade` has them: with --reuse-values the old chart's defaults are all there is
     besides, with --reset-then-reuse-values the new chart's. What nobody has set is as if it had been installed anew."""
-    everything = {kind: {"enabled": True} for kind in ("podMonitor", "prometheusRule", "dashboards", "networkPolicy")}
-    everything["signals"] = {"nccl": {"salt": {"existingSecret": "salt"}}}
     for previous in sorted((ROOT / "tests/deploy/previous").glob("*.yaml")):
         copy = folder / "reused" / previous.stem
         shutil.copytree(CHART, copy)
@@ -153,7 +150,8 @@ def check_previous(folder):
                         yield f"{way} from {previous.name}: {error}"
                 else:
                     yield f"{way} from {previous.name}: the image of nobody is accepted"
-            for what in (IMAGED, IMAGED | everything, IMAGED | everything | {"ncclProfiler": new.values["ncclProfiler"] | {"enabled": True}}):
+            without = {key: value for key, value in EVERYTHING.items() if key != "ncclProfiler"}
+            for what in IMAGED, without, EVERYTHING | {"ncclProfiler": new.values["ncclProfiler"] | {"enabled": True}}:
                 fresh = new.render(cases.merged(what, OLD.get(previous.stem, {})), name="chandra", namespace="a")
                 # What has been set before, and what is set now.
                 for way, chart, values in ("--reuse-values", reused, what), ("--reset-then-reuse-values", new, cases.merged(load(previous), what)):
@@ -169,15 +167,12 @@ def check_previous(folder):
 
 def check_nulls(chart):
     """A null deletes a default, and what completes values does not bring it back."""
-    everything = {kind: {"enabled": True} for kind in ("podMonitor", "prometheusRule", "dashboards", "networkPolicy", "ncclProfiler")}
-    nulls = IMAGED | everything | {key: None for key in chart.values if key not in everything and key not in ("image", "signals")}
+    nulls = EVERYTHING | {key: None for key in chart.values if key not in EVERYTHING}
     nulls |= {key: {"enabled": True, "labels": None, "annotations": None} for key in ("podMonitor", "prometheusRule", "dashboards")}
-    nulls["signals"] = {"nccl": {"salt": {"existingSecret": "salt"}}}
-    for values in nulls, IMAGED | everything | {"probes": {"startup": None, "liveness": None, "readiness": None}}:
-        texts = chart.render(values, name="chandra", namespace="a")
-        objects = [o for path, body in texts.items() if path.endswith(".yaml") for o in load_all(body)]
-        yield from (f"with nulls: {problem}" for problem in cases.invalid({(o["kind"], o["metadata"]["name"]): o for o in objects}))
-        [pod] = [o["spec"]["template"]["spec"] for o in objects if (o["kind"], o["metadata"]["name"]) == ("DaemonSet", "chandra")]
+    for values in nulls, EVERYTHING | {"probes": {"startup": None, "liveness": None, "readiness": None}}:
+        made = cases.by_name(listed(chart.render(values, name="chandra", namespace="a")))
+        yield from (f"with nulls: {problem}" for problem in cases.invalid(made))
+        pod = made["DaemonSet", "chandra"]["spec"]["template"]["spec"]
         if pod["containers"][0]["securityContext"]["seccompProfile"] != {"type": "RuntimeDefault"}:
             yield "a null leaves it without a seccomp profile"
     values = IMAGED | {"resources": {"limits": {"memory": None}}, "nodeSelector": {"kubernetes.io/os": None}, "tolerations": None, "podMonitor": {"enabled": True, "labels": {"release": None}}}
@@ -209,11 +204,8 @@ def check_package(folder):
             name = f"chandra/files/{source.relative_to(ROOT)}"
             if name not in members or tar.extractfile(name).read() != source.read_bytes():
                 yield f"{name} in the package is not {source.name}"
-    everything = IMAGED | {kind: {"enabled": True} for kind in ("podMonitor", "prometheusRule", "dashboards", "networkPolicy")}
-    # A salt of its own each time.
-    everything["signals"] = {"nccl": {"salt": {"existingSecret": "salt"}}}
     with Chart.load(CHART) as here, Chart.load(archive) as packaged:
-        one, other = (chart.render(everything, name="chandra", namespace="a") for chart in (here, packaged))
+        one, other = (chart.render(EVERYTHING, name="chandra", namespace="a") for chart in (here, packaged))
         if one != other:
             yield "the package does not render as the folder does"
 
@@ -252,9 +244,8 @@ def check_umbrella(folder):
         body = "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: cilium-config\ndata:\n  values: {{ toJson .Values | quote }}\n"
         (stand_in / "templates/values.yaml").write_text(body)
     with Chart.load(copy) as chart:
-        texts = chart.render({"chandra": IMAGED}, name="cilium", namespace="kube-system")
-    objects = [o for path, body in texts.items() if path.endswith(".yaml") for o in load_all(body)]
-    kinds = [(o["kind"], o["metadata"]["name"]) for o in objects]
+        made = listed(chart.render({"chandra": IMAGED}, name="cilium", namespace="kube-system"))
+    kinds = [(o["kind"], o["metadata"]["name"]) for o in made]
     own = {("DaemonSet", "cilium-chandra"), ("PodMonitor", "cilium-chandra"), ("ConfigMap", "cilium-config")}
     own |= {("PrometheusRule", f"cilium-chandra-{signal}") for signal in RULES}
     if not own <= set(kinds):
@@ -262,11 +253,11 @@ def check_umbrella(folder):
     if sum(kind == "ConfigMap" and "-dashboard-" in name for kind, name in kinds) < len(DASHBOARDS):
         yield "umbrella: lacks dashboards"
     if not cilium:
-        [config] = [o for o in objects if o["metadata"]["name"] == "cilium-config"]
+        [config] = [o for o in made if o["metadata"]["name"] == "cilium-config"]
         got = json.loads(config["data"]["values"])
         if {key: got.get(key) for key in values["cilium"]} != values["cilium"]:
             yield "umbrella: cilium does not get its values"
-    yield from cases.invalid({(o["kind"], o["metadata"]["name"]): o for o in objects if "chandra" in o["metadata"]["name"]})
+    yield from cases.invalid(cases.by_name([o for o in made if "chandra" in o["metadata"]["name"]]))
     print(f"deploy: the umbrella with {'the chart ' + str(cilium) if cilium else 'a stand-in'} for Cilium")
 
 
@@ -331,8 +322,7 @@ def main(folder, *words):
     if words[:1] == ("render",):
         with Chart.load(CHART) as chart:
             texts = chart.render(next(iter(load_all(sys.stdin.read()))), name="chandra", namespace="monitoring")
-        objects = [o for path, text in sorted(texts.items()) if path.endswith(".yaml") for o in load_all(text)]
-        Path(words[1]).write_text(json.dumps(objects))
+        Path(words[1]).write_text(json.dumps(listed(texts)))
         return 0
     found = []
     with Chart.load(CHART) as chart:

@@ -6,7 +6,7 @@ import shutil
 
 from cases import DEFAULT, MONITOR_TLS, TLS, USERS, cases, invalid, merged, problems, render
 from helm_python import Chart, HelmError
-from repository import CHART, IMAGE, WEB
+from repository import CHART, IMAGED, WEB
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 # Maps that are the user's own, by what they hold: of the API, or of another program.
@@ -128,7 +128,7 @@ def refusals(chart):
     found = []
     for values, words in made:
         try:
-            chart.render(merged({"image": {"repository": IMAGE}}, values), name="chandra", namespace="monitoring")
+            chart.render(merged(IMAGED, values), name="chandra", namespace="monitoring")
         except HelmError as error:
             # Below two lines that say which chart's schema it is; or behind the place of the template.
             lines = str(error).strip().splitlines()

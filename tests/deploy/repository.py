@@ -34,6 +34,11 @@ def load_all(text):
     return [value for value in yaml.load_all(text, Strict) if value]
 
 
+def listed(texts):
+    """The objects that a chart has rendered, without its notes."""
+    return [o for path, text in sorted(texts.items()) if path.endswith(".yaml") for o in load_all(text)]
+
+
 def load(path):
     [value] = load_all(path.read_text())
     return value
@@ -74,14 +79,19 @@ def _flags():
     return flags
 
 
+def built(program):
+    """A program of the tree, the newest where there are two."""
+    paths = [*ROOT.glob(f"target/release/{program}"), *ROOT.glob(f"target/debug/{program}")]
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
+
+
 @functools.cache
 def rendered(job, runbooks):
     """Rules and dashboards by the mixin itself, for another job and another place of runbooks."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "config.jsonnet")
         config.write_text("{ _config+:: %s }" % json.dumps({"selector": f'job="{job}"', "runbookURL": runbooks + "%s"}))
-        mixin = next(path for path in (ROOT / "target/release/chandra-mixin", ROOT / "target/debug/chandra-mixin") if path.exists())
-        subprocess.run([mixin, "render", "--config", config, "--out", folder], check=True)
+        subprocess.run([built("chandra-mixin"), "render", "--config", config, "--out", folder], check=True)
         return _rules(Path(folder)), _dashboards(Path(folder))
 
 
@@ -100,6 +110,8 @@ RULES = _rules(ROOT)
 DASHBOARDS = _dashboards(ROOT)
 # A registry of the user's: none is assumed.
 IMAGE = "registry.example/chandra"
+# The values that are required.
+IMAGED = {"image": {"repository": IMAGE}}
 VERSION = re.search(r'^version = "(.*)"', text("Cargo.toml"), re.M)[1]
 # The keys of each part of the file of --web.config.file.
 WEB = {

@@ -8,7 +8,7 @@ this chart's values.yaml. */}}
 {{- define "chandra.fill" -}}
 {{- $values := index . 0 }}
 {{- $path := index . 2 }}
-{{- $own := list "podMonitor.labels" "prometheusRule.labels" "dashboards.labels" "nodeSelector" "resources" "seccompProfile" "probes.startup" "probes.liveness" "probes.readiness" "ncclProfiler.resources" }}
+{{- $own := list "podMonitor.labels" "prometheusRule.labels" "dashboards.labels" "nodeSelector" "resources" "probes.startup" "probes.liveness" "probes.readiness" "ncclProfiler.resources" }}
 {{- range $key, $default := index . 1 }}
 {{- if not (or (has (print $path $key) $own) (kindIs "slice" $default)) }}
 {{- if not (hasKey $values $key) }}
@@ -230,7 +230,7 @@ Quotes are escaped in JSON, and in strings of YAML that have some. */}}
 {{- concat $args (default list .Values.extraArgs) | toJson }}
 {{- end }}
 
-{{/* What a probe does, as YAML. The probes' pages ask for no password. usage: include "chandra.probe" (list . PATH) */}}
+{{/* A probe, as YAML. The probes' pages ask for no password. usage: include "chandra.probe" (list . PATH SETTINGS) */}}
 {{- define "chandra.probe" -}}
 {{- $web := include "chandra.web" (first .) | fromYaml }}
 {{- if $web.clientCertificates -}}
@@ -238,9 +238,12 @@ tcpSocket:
   port: metrics
 {{- else -}}
 httpGet:
-  path: {{ last . }}
+  path: {{ index . 1 }}
   port: metrics
   scheme: {{ ternary "HTTPS" "HTTP" $web.https }}
+{{- end }}
+{{- with last . }}
+{{ toYaml . }}
 {{- end }}
 {{- end }}
 

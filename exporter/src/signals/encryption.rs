@@ -1051,7 +1051,6 @@ impl Encryption {
         scope: &Scope<'_>,
     ) -> anyhow::Result<()> {
         let now = monotonic();
-
         let all = entries(&live.peers)?;
         // The time of the last session is kept for as long as an interval is told, if there is room.
         let longest = INTERVAL

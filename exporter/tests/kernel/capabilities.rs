@@ -181,13 +181,7 @@ fn see(signal: &Entry, flag: Option<&str>, held: CapabilitySet, word: &str) -> S
     );
     if signal.name == "nccl" || flag == Some(CUDA_CALLS) {
         exporter.scrape_until("the library is found, or is said not to be", |scrape| {
-            let method = "signal=\"nccl\"";
-            let method = if flag.is_some() {
-                "method=\"uprobe\""
-            } else {
-                method
-            };
-            let hook = scrape.has("chandra_hook_info", method);
+            let hook = scrape.has("chandra_hook_info", "method=\"uprobe\"");
             hook || exporter.get("/").contains("CAP_")
         });
     }
@@ -227,30 +221,27 @@ fn see(signal: &Entry, flag: Option<&str>, held: CapabilitySet, word: &str) -> S
 
 /// The words of a page that end with what to do about a capability, as people read them.
 fn words(page: &str, name: &str) -> String {
-    let line = page
-        .lines()
-        .find(|line| line.contains(name))
-        .unwrap_or_default();
-    let parts = line.split(['<', '>']).filter(|part| part.contains(name));
-    let text: String = parts.take(1).collect();
-    let text = text
+    let part = page
+        .split(['<', '>', '\n'])
+        .find(|part| part.contains(name));
+    let text = part
+        .unwrap_or_default()
         .replace("&#39;", "'")
         .replace("&quot;", "\"")
         .replace("&amp;", "&");
     let at = text.find(name).unwrap_or_default();
     let from = text[..at].rfind("; ").map_or(0, |at| at + 2);
     // How many more there are is this host's matter.
-    let words = text[from..]
-        .trim()
-        .split(" (and ")
-        .next()
-        .unwrap_or_default();
+    let words = text[from..].trim();
+    let words = words
+        .split_once(" (and ")
+        .map_or(words, |(before, _)| before);
     match words.split_once(" namespaces or more") {
         Some((before, after)) => {
             let before = before.trim_end_matches(|c: char| c.is_ascii_digit());
             format!("{before}N namespaces or more{after}")
         }
-        None => words.trim().to_owned(),
+        None => words.to_owned(),
     }
 }
 
@@ -264,7 +255,8 @@ fn holds_to_its_needs(signal: &Entry, flag: Option<&str>, host: &mut Host) {
     let set = needs.iter().fold(CapabilitySet::SYS_RESOURCE, |all, need| {
         all | need.capability
     });
-    let name = format!("{} {}", signal.name, flag.unwrap_or_default());
+    let name = [Some(signal.name), flag].into_iter().flatten();
+    let name = name.collect::<Vec<_>>().join(" ");
     let all = see(signal, flag, CapabilitySet::all(), "");
     assert_eq!(all.state, "up", "{name} with everything");
     let enough = see(signal, flag, set, "");

@@ -179,7 +179,6 @@ impl Live {
         }
         self.swept = Instant::now();
         let now = monotonic();
-
         let mut forgotten = 0;
         for (key, job) in entries(&self.jobs)? {
             if Duration::from_nanos(now.saturating_sub(job.since)) > LONGEST {
