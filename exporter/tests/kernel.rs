@@ -3,7 +3,10 @@
 //! runs all of it in a VM, `make test` what this host can, and one test of each signal in a VM. A test that cannot run here prints
 //! why.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    path::PathBuf,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 mod common;
 
@@ -35,6 +38,16 @@ fn skip(why: &str) {
 /// Says if this is the VM of `make kernel-test`.
 fn in_vm() -> bool {
     std::env::var_os("CHANDRA_TEST_VM").is_some()
+}
+
+/// The folder of a program that stands in for something, in the VM, where there is no compiler: `tools/kernel-test` has it built outside
+/// before, by the tests that are called `stand_ins`.
+fn built_outside(folder: PathBuf, program: &str) -> Option<PathBuf> {
+    let there = folder.join(program).exists();
+    if !there {
+        println!("SKIPPED: nothing that a run outside of the VM has built");
+    }
+    there.then_some(folder)
 }
 
 /// Says if durations are held against another measurement of the same. On a machine that has other things to do that fails now and

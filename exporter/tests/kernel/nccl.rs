@@ -14,7 +14,9 @@ use std::{
 
 use serde_json::Value;
 
-use super::{alone, can_trace, common::*, compares_durations, in_vm, process, skip, smoke};
+use super::{
+    alone, built_outside, can_trace, common::*, compares_durations, in_vm, process, skip, smoke,
+};
 
 const COLLECTIVES: &str = "chandra_nccl_rank_collectives_total";
 const WAIT: &str = "chandra_nccl_rank_wait_seconds_total";
@@ -26,11 +28,7 @@ const PENDING: &str = "chandra_nccl_oldest_pending_seconds";
 fn built(version: &str, flags: &str) -> Option<PathBuf> {
     let folder = build().join("nccl-sim").join(version);
     if in_vm() {
-        let there = folder.join("job").exists();
-        if !there {
-            println!("SKIPPED: nothing that a run outside of the VM has built");
-        }
-        return there.then_some(folder);
+        return built_outside(folder, "job");
     }
     if !succeeds("cc --version") {
         skip("needs a C compiler");
@@ -47,13 +45,30 @@ fn built(version: &str, flags: &str) -> Option<PathBuf> {
 
 /// The version that the stand-in is by default, whose communicators the exporter knows.
 pub(crate) fn known() -> Option<PathBuf> {
-    can_trace().then(|| built("2.27.5", "")).flatten()
+    can_trace().then(built_known).flatten()
+}
+
+fn built_known() -> Option<PathBuf> {
+    built("2.27.5", "")
 }
 
 /// One that it does not know.
 fn unknown() -> Option<PathBuf> {
+    can_trace().then(built_unknown).flatten()
+}
+
+fn built_unknown() -> Option<PathBuf> {
     let flags = r#"-DSIM_VERSION=29999 -DSIM_VERSION_TEXT="2.99.99+cuda99.9""#;
-    can_trace().then(|| built("2.99.99", flags)).flatten()
+    built("2.99.99", flags)
+}
+
+/// What tests in a VM need.
+#[test]
+fn stand_ins() {
+    let _alone = alone();
+    for build in [built_known, built_unknown, built_plugin] {
+        build();
+    }
 }
 
 /// A job at work. Killed when dropped.
@@ -550,13 +565,13 @@ fn ranks_that_come_during_a_look_keep_their_communicators() {
 
 /// The profiler plugin, and a program that calls it as NCCL does.
 fn plugin() -> Option<PathBuf> {
+    can_trace().then(built_plugin).flatten()
+}
+
+fn built_plugin() -> Option<PathBuf> {
     let folder = build().join("nccl-profiler");
-    if in_vm() || !can_trace() {
-        let there = folder.join("plugin").exists();
-        if !there {
-            println!("SKIPPED: nothing that a run outside of the VM has built");
-        }
-        return there.then_some(folder);
+    if in_vm() {
+        return built_outside(folder, "plugin");
     }
     if !succeeds("cc --version && cargo --version") {
         skip("needs a C compiler and cargo");

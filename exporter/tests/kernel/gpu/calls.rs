@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    super::{alone, common::*, compares_durations, in_vm, skip, smoke},
+    super::{alone, built_outside, common::*, compares_durations, in_vm, skip, smoke},
     DEVICE, Worker, can_drive, exporter as signal_up, processes,
 };
 
@@ -25,11 +25,7 @@ fn built() -> Option<PathBuf> {
     let folder = build().join("cuda");
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kernel/gpu");
     if in_vm() {
-        let there = folder.join("worker").exists();
-        if !there {
-            println!("SKIPPED: nothing that a run outside of the VM has built");
-        }
-        return there.then_some(folder);
+        return built_outside(folder, "worker");
     }
     if cfg!(not(target_arch = "x86_64")) || !succeeds("cc --version") {
         skip("needs a C compiler on x86-64");
@@ -42,6 +38,13 @@ fn built() -> Option<PathBuf> {
          cc -O2 -Wall -Werror -pthread -o {to}/worker {sources}/worker.c"
     ));
     Some(folder)
+}
+
+/// What tests in a VM need.
+#[test]
+fn stand_ins() {
+    let _alone = alone();
+    built();
 }
 
 fn start(folder: &Path, library: &Path) -> Worker {
