@@ -29,6 +29,9 @@
     // The labels by which a Prometheus Operator finds rules and monitors, and in which namespace they go.
     operator: { labels: { release: 'kube-prometheus-stack' }, namespace: 'monitoring' },
 
+    // Cilium's own dashboards, which its chart brings along: Chandra's do not need them.
+    ciliumDashboards: false,
+
     // The exporter's image, which a sidecar of the Cilium agent requires: none is published (`make image` builds it).
     image: '',
     // Its port, for the sidecar and for the plain Prometheus chart.

@@ -42,7 +42,30 @@ const OTHERS: &[(&str, Kind, &[&str])] = &[
     (
         "hubble_flows_processed_total",
         Kind::Counter,
-        &["protocol", "type", "subtype", "verdict"],
+        &[
+            "protocol",
+            "type",
+            "subtype",
+            "verdict",
+            "source_namespace",
+            "destination_namespace",
+        ],
+    ),
+    (
+        "hubble_policy_verdicts_total",
+        Kind::Counter,
+        &[
+            "direction",
+            "match",
+            "action",
+            "source_namespace",
+            "destination_namespace",
+        ],
+    ),
+    (
+        "hubble_port_distribution_total",
+        Kind::Counter,
+        &["protocol", "port", "source_namespace", "source_pod"],
     ),
     ("hubble_lost_events_total", Kind::Counter, &["source"]),
     (
@@ -74,6 +97,11 @@ const OTHERS: &[(&str, Kind, &[&str])] = &[
     ),
     ("cilium_forward_count_total", Kind::Counter, &["direction"]),
     ("cilium_bpf_map_pressure", Kind::Gauge, &["map_name"]),
+    (
+        "cilium_bpf_map_ops_total",
+        Kind::Counter,
+        &["map_name", "operation", "outcome"],
+    ),
     ("cilium_ipsec_xfrm_error", Kind::Counter, &["type", "error"]),
     ("node_cpu_seconds_total", Kind::Counter, &["cpu", "mode"]),
     (

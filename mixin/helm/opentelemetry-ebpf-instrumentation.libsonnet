@@ -4,7 +4,7 @@ function(c) {
     Values for the opentelemetry-ebpf-instrumentation chart, 0.12 and later: how long HTTP servers take for a request, by pod,
     for the first rows of the dashboard "Path of a request". For inference gateways, and for servers that have no
     metrics of their own; vLLM has.
-      helm upgrade --install obi open-telemetry/opentelemetry-ebpf-instrumentation -n monitoring -f opentelemetry-ebpf-instrumentation.yaml
+      helm install obi open-telemetry/opentelemetry-ebpf-instrumentation -n monitoring -f opentelemetry-ebpf-instrumentation.yaml
 
     It runs privileged on every node and looks at every process there, unless config.data.discovery says which; for example
       discovery: { instrument: [{ k8s_namespace: 'inference*' }] }

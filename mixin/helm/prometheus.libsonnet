@@ -2,10 +2,12 @@
 function(c, rules, alerts) {
   comment: |||
     Values for the plain prometheus chart: Chandra's rules, and the job that scrapes it.
-      helm upgrade prometheus prometheus-community/prometheus -n monitoring --reuse-values -f prometheus.yaml
-    Helm replaces lists: groups of your own under these two keys are lost if this file comes after them. Then put them
-    into this file, or under serverFiles.rules and serverFiles.alerts, which the chart still loads. It does not load
-    what stands in ruleFiles.
+    Helm replaces lists: groups of your own under these two keys are lost if this file comes after them. So have them
+    united, and upgrade to the version that is installed:
+      chandra-mixin merge --chart prometheus my-values.yaml --out merged.yaml
+      helm list -n monitoring                    # CHART says what is installed: prometheus-29.27.0
+      helm upgrade prometheus prometheus-community/prometheus -n monitoring --version 29.27.0 -f merged.yaml
+    The chart also loads serverFiles.rules and serverFiles.alerts. It does not load what stands in ruleFiles.
   |||,
   values: {
     serverFiles: {

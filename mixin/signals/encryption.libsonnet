@@ -18,7 +18,7 @@ local text = import '../lib/text.libsonnet';
     encryption: {
       local c = $._config,
       local e = c.encryption,
-      local f = { w: c.window, cluster: c.clusterLabel, node: c.nodeLabel, sel: c.selector, nodeExporter: c.nodeExporterSelector },
+      local f = { w: c.window, cluster: c.clusterLabel, node: c.nodeLabel, sel: c.selector, nodeExporter: c.nodeExporterSelector, cilium: c.ciliumSelector },
 
       title: 'Encryption',
       question: 'What do WireGuard and IPsec cost, whose traffic is it, and are sessions derived too often?',
@@ -76,6 +76,10 @@ local text = import '../lib/text.libsonnet';
             )
           ||| % f,
         },
+        {
+          record: 'node_map:cilium_bpf_map_ops_failed:rate%(w)s' % f,
+          expr: 'sum by (%(cluster)s, %(node)s, map_name) (rate(cilium_bpf_map_ops_total{outcome="fail", %(cilium)s}[%(w)s]))' % f,
+        },
       ],
 
       local most = text.list(c, 'topk(5, pod:chandra_encryption_bytes:rate%(w)s{%%s} > 0)' % f, ['cluster', 'node'], text.podItem('{{ $row.Value | humanize1024 }}B/s')),
@@ -131,6 +135,12 @@ local text = import '../lib/text.libsonnet';
             { expr: 'topk(10, node_mode:node_cpu_seconds:rate%(w)s{%(whereNode)s})' % p, legend: '{{%(node)s}} {{mode}}' % f },
           ],
           panels.cores,
+        ),
+        panels.timeseries(
+          "The agent's failed operations on BPF maps",
+          "Changes that the kernel refused, by map. All the time: a full map, or an agent that writes the same peers and endpoints again and again, which softirq and system CPU show as well. A few while an agent starts are normal.",
+          [{ expr: 'topk(10, node_map:cilium_bpf_map_ops_failed:rate%(w)s{%(whereNode)s})' % p, legend: '{{%(node)s}} {{map_name}}' % f }],
+          'ops',
         ),
         panels.timeseries(
           'Encrypted traffic by pod',

@@ -17,6 +17,10 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
       // Reasons with an alert of their own.
       conntrackReasons: ['CT_MAP_INSERTION_FAILED'],
       unencryptedReasons: ['UNENCRYPTED_TRAFFIC'],
+      // What policy refuses. With policy verdict events (bpf.events.policyVerdict, on by default) Hubble sees such a packet
+      // twice, and hubble_drop_total counts both: send_policy_verdict_notify and then the drop in bpf/bpf_lxc.c, both
+      // DROPPED with one reason by decodeVerdict in pkg/hubble/parser/threefour (1.19).
+      policyReasons: ['AUTH_REQUIRED', 'POLICY_DENIED', 'POLICY_DENY'],
       // What a healthy cluster drops all the time: protocols that Cilium does not carry, packets to pods just gone.
       harmlessReasons: [
         'FORBIDDEN_ICMPV6_MESSAGE',
@@ -67,12 +71,18 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
         cilium: c.ciliumSelector,
         inference: c.inferenceNamespaces,
         quiet: anyOf(h.harmlessReasons + h.conntrackReasons + h.unencryptedReasons),
+        policy: anyOf(h.policyReasons),
       },
-      // Which namespace a packet is counted for: the sender's on its way out, the receiver's on its way in.
+      // Which namespace a packet is counted for: the sender's on its way out, the receiver's on its way in. What policy
+      // refuses counts once, whether its verdicts are events or not.
       local drops = |||
         sum by (%(cluster)s, namespace, reason) (
           label_replace(
             sum by (%(cluster)s, traffic_direction, source_namespace, reason) (
+              rate(hubble_drop_total{traffic_direction="egress", reason=~"%(policy)s", %(hubble)s}[%(w)s])
+              / on (%(cluster)s, %(node)s) group_left ()
+              node:hubble_policy_denial:events
+              or
               rate(hubble_drop_total{traffic_direction="egress", %(hubble)s}[%(w)s])
             ),
             "namespace", "$1", "source_namespace", "(.*)"
@@ -80,6 +90,10 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
           or
           label_replace(
             sum by (%(cluster)s, traffic_direction, destination_namespace, reason) (
+              rate(hubble_drop_total{traffic_direction!="egress", reason=~"%(policy)s", %(hubble)s}[%(w)s])
+              / on (%(cluster)s, %(node)s) group_left ()
+              node:hubble_policy_denial:events
+              or
               rate(hubble_drop_total{traffic_direction!="egress", %(hubble)s}[%(w)s])
             ),
             "namespace", "$1", "destination_namespace", "(.*)"
@@ -105,6 +119,11 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
       question: 'What does Cilium drop, in which namespace and why, and does Hubble see it?',
 
       rules: [
+        {
+          // How many events a packet is that policy refuses. A node whose verdicts are events has one for each of them.
+          record: 'node:hubble_policy_denial:events',
+          expr: '1 + (sum by (%(cluster)s, %(node)s) (rate(hubble_flows_processed_total{type="PolicyVerdict", %(hubble)s}[%(w)s])) > bool 0)' % f,
+        },
         { record: 'namespace_reason:hubble_drop:rate%(w)s' % f, expr: drops },
         { record: 'node:cilium_conntrack_drop:rate%(w)s' % f, expr: byNode(h.conntrackReasons) },
         { record: 'node:cilium_unencrypted_drop:rate%(w)s' % f, expr: byNode(h.unencryptedReasons) },
@@ -115,6 +134,35 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
         {
           record: 'node:hubble_flows_processed:rate%(w)s' % f,
           expr: 'sum by (%(cluster)s, %(node)s) (rate(hubble_flows_processed_total{%(hubble)s}[%(w)s]))' % f,
+        },
+        {
+          // By whom the packets were sent: an inference namespace that is not here is one that Hubble does not see.
+          record: 'namespace:hubble_flows_processed:rate%(w)s' % f,
+          expr: |||
+            sum by (%(cluster)s, namespace) (
+              label_replace(
+                rate(hubble_flows_processed_total{source_namespace!="", %(hubble)s}[%(w)s]),
+                "namespace", "$1", "source_namespace", "(.*)"
+              )
+            )
+          ||| % f,
+        },
+        {
+          // Verdicts of L3 and L4, on whose pod the policy is: the sender's on the way out, the receiver's on the way in.
+          record: 'namespace_direction_action:hubble_policy_verdicts:rate%(w)s' % f,
+          expr: |||
+            sum by (%(cluster)s, namespace, direction, action) (
+              label_replace(
+                rate(hubble_policy_verdicts_total{direction="egress", %(hubble)s}[%(w)s]),
+                "namespace", "$1", "source_namespace", "(.*)"
+              )
+              or
+              label_replace(
+                rate(hubble_policy_verdicts_total{direction!="egress", %(hubble)s}[%(w)s]),
+                "namespace", "$1", "destination_namespace", "(.*)"
+              )
+            )
+          ||| % f,
         },
         {
           record: 'node:cilium_forward_count:rate%(w)s' % f,
@@ -264,7 +312,7 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
 
       first:: panels.barchart(
         'Hubble drop reasons by namespace',
-        'Packets a second that Cilium drops now, by namespace and reason. An inference namespace should show none: POLICY_DENIED is a policy that is too tight, CT_MAP_INSERTION_FAILED a full connection tracking table. Runbook: HubbleDropsHigh.',
+        'Packets a second that Cilium drops now, by namespace and reason. An inference namespace should show none: POLICY_DENIED is a policy that is too tight, CT_MAP_INSERTION_FAILED a full connection tracking table. A refused packet counts once, where hubble_drop_total also counts its policy verdict. Runbook: HubbleDropsHigh.',
         'topk(50, sum by (namespace, reason) (namespace_reason:hubble_drop:rate%(w)s{%(where)s} > 0))' % (f { where: where }),
         panels.perSecond,
         'namespace',
@@ -280,6 +328,18 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
           'The same over time. When did it begin, and what was rolled out then? `hubble observe --verdict DROPPED` names the peers.',
           [{ expr: 'topk(20, sum by (namespace, reason) (namespace_reason:hubble_drop:rate%(w)s{%(where)s} > 0))' % (f { where: where }), legend: '{{namespace}} {{reason}}' }],
           panels.perSecond,
+        ),
+        panels.timeseries(
+          'What policy refuses or would refuse',
+          'Policy verdicts a second that are not "forwarded", by the namespace whose policy it is. "audit" is what audit mode lets through. Hubble has the policy\'s name in its flows only: `hubble observe --type policy-verdict`. Runbook: HubbleDropsHigh.',
+          [{ expr: 'topk(20, sum by (namespace, direction, action) (namespace_direction_action:hubble_policy_verdicts:rate%(w)s{action!~"forwarded|redirected", %(where)s} > 0))' % (f { where: where }), legend: '{{namespace}} {{direction}} {{action}}' }],
+          panels.perSecond,
+        ),
+        panels.timeseries(
+          'Chatty pods, by port',
+          'Flow events a second by sender and the port that it talks to; replies and what is dropped are not counted. Cilium aggregates them: an event per connection every 5 s and for each TCP flag, whatever the bytes. A pod or a port that nobody expects is the one to ask about.',
+          [{ expr: 'topk(20, sum by (source_namespace, source_pod, protocol, port) (rate(hubble_port_distribution_total{source_namespace=~"$namespace", source_pod=~"$pod", %(where)s}[%(w)s])) > 0)' % (f { where: panels.where(c, ['cluster']) }), legend: '{{source_namespace}}/{{source_pod}} {{protocol}} {{port}}' }],
+          'ops',
         ),
         panels.timeseries(
           'Connection tracking map in use',
@@ -306,6 +366,12 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
           'Flows that Hubble counts',
           'A node at zero that forwards packets is invisible to every panel above.',
           [{ expr: 'node:hubble_flows_processed:rate%(w)s{%(where)s}' % (f { where: whereNode }), legend: '{{%(node)s}}' % f }],
+          'ops',
+        ),
+        panels.timeseries(
+          'Flows that Hubble counts, by namespace',
+          'By who sends. A namespace with running pods and no line is invisible to every panel above: pods in the host\'s network, or flow without labelsContext.',
+          [{ expr: 'topk(20, namespace:hubble_flows_processed:rate%(w)s{%(where)s})' % (f { where: where }), legend: '{{namespace}}' }],
           'ops',
         ),
         panels.timeseries(

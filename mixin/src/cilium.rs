@@ -4,6 +4,10 @@
 
 use std::ops::Range;
 
+use serde_json::Value;
+
+use crate::yaml::Kind;
+
 /// Where Hubble's static metrics are listed.
 pub const METRICS: &str = "hubble.metrics.enabled";
 
@@ -25,6 +29,9 @@ pub const METRIC_NAMES: [&str; 12] = [
     "sctp",
     "tcp",
 ];
+
+/// Metrics that exclude each other: the old one and what took its place.
+pub const CONFLICTS: [(&str, &str); 1] = [("http", "httpV2")];
 
 /// What `labelsContext` may name.
 pub const CONTEXT_LABELS: [&str; 13] = [
@@ -60,9 +67,6 @@ pub fn consequence(path: &str) -> &'static str {
             "helm template and GitOps fail, since they do not know the operator's API"
         }
         "bpf.events.drop.enabled" => "hubble_drop_total stays 0",
-        "dashboards.enabled" | "hubble.metrics.dashboards.enabled" => {
-            "Cilium's own dashboards are not installed; Chandra's do not need them"
-        }
         _ if path.ends_with(".labels.release") => {
             "the Prometheus Operator has to select this label instead"
         }
@@ -128,6 +132,18 @@ impl<'a> Metric<'a> {
         self.options.iter().rev().find(same)
     }
 
+    /// The labels that the other has by `labelsContext` and this has not.
+    pub fn lacks_labels(&self, other: &Metric<'a>) -> Vec<&'a str> {
+        let labels = |metric: &Metric<'a>| -> Vec<&'a str> {
+            let option = metric.option("labelsContext").into_iter();
+            option.flat_map(|option| option.values.clone()).collect()
+        };
+        let own = labels(self);
+        let mut wanted = labels(other);
+        wanted.retain(|label| !own.contains(label));
+        wanted
+    }
+
     /// What has to be inserted where in the entry's text, so that it says what the other says too.
     pub fn lacks(&self, other: &Metric<'_>) -> Vec<(usize, String)> {
         let mut found = Vec::new();
@@ -175,6 +191,77 @@ pub fn inserted(entry: &str, insertions: &[(usize, String)]) -> String {
         text.insert_str(*at, insertion);
     }
     text
+}
+
+/// `drop:labelsContext=a,b` as an entry of hubble.metrics.dynamic.config.content.
+pub fn as_dynamic(entry: &str) -> String {
+    let metric = Metric::parse(entry);
+    let options: Vec<String> = metric
+        .options
+        .iter()
+        .map(|option| {
+            format!(
+                "{{name: {}, values: [{}]}}",
+                option.name,
+                option.values.join(", ")
+            )
+        })
+        .collect();
+    match options.is_empty() {
+        true => format!("{{name: {}}}", metric.name),
+        false => format!(
+            "{{name: {}, contextOptions: [{}]}}",
+            metric.name,
+            options.join(", ")
+        ),
+    }
+}
+
+/// An entry of hubble.metrics.dynamic.config.content, as hubble.metrics.enabled would have it.
+pub fn as_static(entry: &Value) -> String {
+    let mut text = entry["name"].as_str().unwrap_or_default().to_owned();
+    let options = entry["contextOptions"].as_array().into_iter().flatten();
+    for (index, option) in options.enumerate() {
+        let separator = if index == 0 { ':' } else { ';' };
+        let values = option["values"].as_array().into_iter().flatten();
+        let values: Vec<&str> = values.filter_map(Value::as_str).collect();
+        let name = option["name"].as_str().unwrap_or_default();
+        text.push_str(&format!("{separator}{name}={}", values.join(",")));
+    }
+    text
+}
+
+/// The list that `--set key={a,b}` means, in a values file: as text (`"{a,b}"`), or as a map without values (`{a, b}`).
+///
+/// Commas part it, a backslash takes the next character as it is, and quotes are part of the text: Helm, pkg/strvals.
+/// `kind` is the node's, `text` what is written there.
+pub fn set_list(kind: &Kind, text: &str) -> Option<Vec<String>> {
+    let inner = match kind {
+        Kind::Scalar { value, .. } => value.as_str()?.trim(),
+        Kind::Map {
+            flow: true,
+            entries,
+        } if !entries.is_empty() && entries.iter().all(|entry| entry.value.is_null()) => {
+            text.trim()
+        }
+        _ => return None,
+    };
+    let inner = inner.strip_prefix('{')?.strip_suffix('}')?;
+    if inner.contains(['{', '}', '#', '\n']) || inner.trim().is_empty() {
+        return None;
+    }
+    let mut items = vec![String::new()];
+    let mut chars = inner.chars();
+    while let Some(c) = chars.next() {
+        match (c, items.last_mut()) {
+            ('\\', Some(item)) => item.extend(chars.next()),
+            (',', _) => items.push(String::new()),
+            (c, Some(item)) => item.push(c),
+            (_, None) => {}
+        }
+    }
+    let items = items.iter().map(|item| item.trim().to_owned());
+    Some(items.filter(|item| !item.is_empty()).collect())
 }
 
 #[cfg(test)]

@@ -2,19 +2,21 @@
 //! What does Helm accept in a values file without a word? Keys that nobody reads, words that mean nothing, lists that a later
 //! file replaces, and settings without which Chandra's rules and panels stay empty.
 
+mod cilium;
+
 use std::{collections::BTreeMap, fmt, path::PathBuf};
 
 use serde_json::{Value, json};
 
 use crate::{
     Failure,
-    cilium::{self, CONTEXT_LABELS, ENCRYPTION_TYPES, METRIC_NAMES, METRICS, Metric},
+    cilium::{ENCRYPTION_TYPES, METRICS, Metric, set_list},
     keys::Spec,
     yaml::{Document, Kind, Node, join},
 };
 
 /// How bad a finding is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub enum Severity {
     /// It does not do what is written there.
     Error,
@@ -47,8 +49,10 @@ pub struct Finding {
     pub severity: Severity,
     /// The path of the key.
     pub path: String,
-    /// What is wrong, and what to do.
+    /// What is wrong, and what happens.
     pub message: String,
+    /// What to write instead.
+    pub fix: String,
 }
 
 impl fmt::Display for Finding {
@@ -60,10 +64,11 @@ impl fmt::Display for Finding {
             severity,
             path,
             message,
+            fix,
         } = self;
         write!(
             out,
-            "{}:{line}:{column}: {severity}: {path}: {message}",
+            "{}:{line}:{column}: {severity}: {path}: {message}; {fix}",
             file.display()
         )
     }
@@ -79,6 +84,7 @@ impl Finding {
             "severity": self.severity.to_string(),
             "path": self.path,
             "message": self.message,
+            "fix": self.fix,
         })
     }
 }
@@ -92,7 +98,12 @@ pub struct Rules<'a> {
     pub cilium: bool,
     /// What Chandra renders for the chart.
     pub ours: &'a Value,
+    /// The name of the user's Prometheus Operator's release, if it was said.
+    pub release: Option<&'a str>,
 }
+
+/// What stood right below `encryption.strictMode` before 1.19.
+const OLD_STRICT_MODE: [&str; 3] = ["enabled", "cidr", "allowRemoteNodeIdentities"];
 
 /// Judges files in the order in which Helm gets them.
 ///
@@ -125,7 +136,7 @@ pub fn lint(files: &[(PathBuf, String)], rules: Rules<'_>) -> Result<Vec<Finding
     }
     linter.replaced_lists();
     if rules.cilium {
-        linter.needed();
+        linter.cilium();
     }
     let mut found = linter.found;
     let order = |finding: &Finding| files.iter().position(|(file, _)| *file == finding.file);
@@ -149,42 +160,65 @@ struct Linter<'a> {
 }
 
 impl<'a> Linter<'a> {
-    fn say(&mut self, at: At<'_>, severity: Severity, path: &str, message: String) {
+    fn say(
+        &mut self,
+        at: At<'_>,
+        severity: Severity,
+        path: &str,
+        message: impl Into<String>,
+        fix: impl Into<String>,
+    ) {
         let (line, column) = at.node.map_or((1, 1), |node| (node.line, node.column));
+        self.say_at(
+            (at.file, line, column),
+            severity,
+            path,
+            message.into(),
+            fix.into(),
+        );
+    }
+
+    fn say_at(
+        &mut self,
+        (file, line, column): (usize, usize, usize),
+        severity: Severity,
+        path: &str,
+        message: String,
+        fix: String,
+    ) {
         self.found.push(Finding {
-            file: self.files[at.file].0.clone(),
+            file: self.files[file].0.clone(),
             line,
             column,
             severity,
             path: path.to_owned(),
             message,
+            fix,
         });
     }
 
     fn file(&mut self, index: usize) {
         let document = &self.documents[index];
         for twice in &document.duplicates {
-            self.found.push(Finding {
-                file: self.files[index].0.clone(),
-                line: twice.line,
-                column: twice.column,
-                severity: Severity::Error,
-                path: twice.path.clone(),
-                message: format!(
+            self.say_at(
+                (index, twice.line, twice.column),
+                Severity::Error,
+                &twice.path,
+                format!(
                     "stands in line {} too, which Helm does not read",
                     twice.first
                 ),
-            });
+                "leave one of them".to_owned(),
+            );
         }
         if let Some(line) = document.more {
-            self.found.push(Finding {
-                file: self.files[index].0.clone(),
-                line,
-                column: 1,
-                severity: Severity::Error,
-                path: "---".to_owned(),
-                message: "a second document, and Helm reads only the first".to_owned(),
-            });
+            self.say_at(
+                (index, line, 1),
+                Severity::Error,
+                "---",
+                "a second document, and Helm reads only the first".to_owned(),
+                "take out the line with ---, or make it a file of its own".to_owned(),
+            );
         }
         if let Some(root) = &document.root {
             self.keys(index, root, root, self.rules.keys, &mut Vec::new());
@@ -227,48 +261,44 @@ impl<'a> Linter<'a> {
             }
             (Spec::Map(_), _) => {
                 let message = format!("is {}, and the chart wants a map", what(&resolved.kind));
-                self.say(at, Severity::Error, &shown, message);
+                self.say(at, Severity::Error, &shown, message, "write a map");
             }
             (Spec::Leaf { types, words, .. }, kind) => {
                 let value = document.value_at(node).unwrap_or_default();
+                let word = At {
+                    file,
+                    node: Some(resolved),
+                };
                 if !types.is_empty() && !types.iter().any(|known| is_a(&value, known)) {
                     let message = format!(
                         "is {}, and the chart wants {}: Helm refuses it",
                         what(kind),
                         article(types)
                     );
-                    self.say(at, Severity::Error, &shown, message);
-                } else if let (Value::String(word), false) = (&value, words.is_empty())
-                    && !words.contains(word)
+                    let written = self.files[file].1.get(resolved.span.clone());
+                    let fix = match written.and_then(|text| set_list(kind, text)) {
+                        Some(list) if types.iter().any(|known| known == "array") => {
+                            format!("write {}", json!(list))
+                        }
+                        _ => format!("write {}", article(types)),
+                    };
+                    self.say(at, Severity::Error, &shown, message, fix);
+                } else if let (Value::String(text), false) = (&value, words.is_empty())
+                    && !words.contains(text)
                 {
                     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-                    let message = not_one_of(word, &words);
-                    self.say(
-                        At {
-                            file,
-                            node: Some(resolved),
-                        },
-                        Severity::Error,
-                        &shown,
-                        message,
-                    );
-                } else if let (Value::String(word), true) =
+                    let message = not_one_of(text, &words);
+                    self.say(word, Severity::Error, &shown, message, one_of(text, &words));
+                } else if let (Value::String(text), true) =
                     (&value, self.rules.cilium && shown == "encryption.type")
-                    && !ENCRYPTION_TYPES.contains(&word.as_str())
+                    && !ENCRYPTION_TYPES.contains(&text.as_str())
                 {
                     let message = format!(
-                        "{}: nothing is encrypted",
-                        not_one_of(word, &ENCRYPTION_TYPES)
+                        "{}, so nothing is encrypted",
+                        not_one_of(text, &ENCRYPTION_TYPES)
                     );
-                    self.say(
-                        At {
-                            file,
-                            node: Some(resolved),
-                        },
-                        Severity::Error,
-                        &shown,
-                        message,
-                    );
+                    let fix = one_of(text, &ENCRYPTION_TYPES);
+                    self.say(word, Severity::Error, &shown, message, fix);
                 }
                 self.strict_mode(at, &shown, false);
             }
@@ -277,30 +307,22 @@ impl<'a> Linter<'a> {
 
     /// The layout before 1.19.
     fn strict_mode(&mut self, at: At<'_>, path: &str, removed: bool) {
-        let old = ["enabled", "cidr", "allowRemoteNodeIdentities"];
-        let Some(key) = path
-            .strip_prefix("encryption.strictMode.")
-            .filter(|key| old.contains(key))
-        else {
+        let key = path.strip_prefix("encryption.strictMode.");
+        let Some(key) = key.filter(|key| OLD_STRICT_MODE.contains(key)) else {
             return;
         };
-        let instead = format!("use encryption.strictMode.egress.{key}");
-        match removed {
-            true => self.say(
-                at,
+        let (severity, message) = match removed {
+            true => (
                 Severity::Error,
-                path,
-                format!(
-                    "was removed in 1.20 and renders to nothing, so nothing is strict: {instead}"
-                ),
+                "was removed in 1.20 and renders to nothing, so nothing is strict",
             ),
-            false => self.say(
-                at,
+            false => (
                 Severity::Warning,
-                path,
-                format!("is deprecated in 1.19 and removed in 1.20: {instead}"),
+                "is deprecated in 1.19 and removed in 1.20",
             ),
-        }
+        };
+        let fix = format!("write encryption.strictMode.egress.{key}");
+        self.say(at, severity, path, message, fix);
     }
 
     fn unknown(&mut self, file: usize, key: &Node, value: &Node, path: &[String]) {
@@ -316,22 +338,20 @@ impl<'a> Linter<'a> {
             file,
             node: Some(key),
         };
-        let removed = ["enabled", "cidr", "allowRemoteNodeIdentities"];
-        let strict = shown
-            .strip_prefix("encryption.strictMode.")
-            .is_some_and(|key| removed.contains(&key));
-        if self.rules.cilium && strict {
+        let key = shown.strip_prefix("encryption.strictMode.");
+        if self.rules.cilium && key.is_some_and(|key| OLD_STRICT_MODE.contains(&key)) {
             return self.strict_mode(at, &shown, true);
         }
-        let suggestion = match self.suggestion(path) {
-            Some(path) => format!("; did you mean {path}?"),
-            None => String::new(),
+        let fix = match self.suggestion(path) {
+            Some(path) => format!("did you mean {path}?"),
+            None => "take it out, or look the key up in the chart's values.yaml".to_owned(),
         };
         self.say(
             at,
             Severity::Error,
             &shown,
-            format!("the chart does not read this key{suggestion}"),
+            "the chart does not read this key",
+            fix,
         );
     }
 
@@ -363,79 +383,6 @@ impl<'a> Linter<'a> {
         only.then(|| shown(best))
     }
 
-    /// The entries of hubble.metrics.enabled in one file.
-    fn metrics(&mut self, file: usize) {
-        let document = &self.documents[file];
-        let Some(Found {
-            node: Some(node), ..
-        }) = self.in_file(file, METRICS)
-        else {
-            return;
-        };
-        let Kind::List { items, .. } = &document.resolve(node).kind else {
-            return;
-        };
-        let mut seen: BTreeMap<String, usize> = BTreeMap::new();
-        for item in items {
-            let at = At {
-                file,
-                node: Some(item),
-            };
-            let value = document.value_at(item).unwrap_or_default();
-            let Some(text) = value.as_str() else {
-                let message = format!(
-                    "an entry is {}, and has to be text, as in drop:sourceContext=pod",
-                    what(&document.resolve(item).kind)
-                );
-                self.say(at, Severity::Error, METRICS, message);
-                continue;
-            };
-            let metric = Metric::parse(text);
-            if text.contains(char::is_whitespace) {
-                self.say(
-                    at,
-                    Severity::Error,
-                    METRICS,
-                    format!("{text:?} has a space, which ends an entry"),
-                );
-            }
-            if !METRIC_NAMES.contains(&metric.name) {
-                let (severity, hint) = match nearest(metric.name, METRIC_NAMES.into_iter()) {
-                    Some(near) => (Severity::Error, format!("; did you mean {near}?")),
-                    None => (Severity::Warning, String::new()),
-                };
-                let message = format!("Hubble knows no metric {}{hint}", metric.name);
-                self.say(at, severity, METRICS, message);
-            }
-            if let Some(first) = seen.insert(metric.name.to_owned(), item.line) {
-                let message = format!(
-                    "{} stands in line {first} too: unite their options",
-                    metric.name
-                );
-                self.say(at, Severity::Error, METRICS, message);
-            }
-            for label in metric
-                .option("labelsContext")
-                .iter()
-                .flat_map(|option| &option.values)
-            {
-                if CONTEXT_LABELS.contains(label) {
-                    continue;
-                }
-                let (severity, hint) = match nearest(label, CONTEXT_LABELS.into_iter()) {
-                    Some(near) => (Severity::Error, format!("; did you mean {near}?")),
-                    None => (Severity::Warning, String::new()),
-                };
-                self.say(
-                    at,
-                    severity,
-                    METRICS,
-                    format!("labelsContext knows no {label}{hint}"),
-                );
-            }
-        }
-    }
-
     /// Lists of one file that a later one replaces.
     fn replaced_lists(&mut self) {
         let mut lists: BTreeMap<String, (usize, usize, Vec<Value>)> = BTreeMap::new();
@@ -462,7 +409,7 @@ impl<'a> Linter<'a> {
                         false => Severity::Warning,
                     };
                     let message = format!(
-                        "replaces the list of {from} and loses {}: Helm does not merge lists; repeat it here",
+                        "replaces the list of {from} and loses {}: Helm does not merge lists",
                         lost.join(", ")
                     );
                     self.say(
@@ -473,6 +420,7 @@ impl<'a> Linter<'a> {
                         severity,
                         &path,
                         message,
+                        "repeat it here",
                     );
                 }
                 if items.is_empty() && node.is_null() && !lists.contains_key(&path) {
@@ -480,116 +428,6 @@ impl<'a> Linter<'a> {
                 }
                 lists.insert(path, (file, node.line, items));
             }
-        }
-    }
-
-    /// What Chandra's rules and panels need of the chart, all files together.
-    fn needed(&mut self) {
-        let dynamic = self.is_true("hubble.metrics.dynamic.enabled");
-        let hubble = self.is_true("hubble.enabled");
-        let agent = self.is_true("prometheus.enabled");
-        let mut wanted = Vec::new();
-        leaves(self.rules.ours, "", &mut wanted);
-        for (path, _) in wanted
-            .iter()
-            .filter(|(_, value)| **value == Value::Bool(true))
-        {
-            let pointless = path.starts_with("hubble.") && path != "hubble.enabled" && !hubble
-                || path.starts_with("prometheus.") && path != "prometheus.enabled" && !agent
-                || path.ends_with(".trustCRDsExist")
-                    && !self.is_true("prometheus.serviceMonitor.enabled");
-            // Cilium's own dashboards are a gift, not a need.
-            if pointless || path.ends_with("dashboards.enabled") || self.is_true(path) {
-                continue;
-            }
-            let severity = match path.as_str() {
-                "hubble.enabled" | "prometheus.enabled" | "bpf.events.drop.enabled" => {
-                    Severity::Warning
-                }
-                _ => Severity::Info,
-            };
-            let found = self.effective(path);
-            let is = match found.node.is_some() {
-                true => format!("is {}", found.value),
-                false => format!("is not set, and the chart's default is {}", found.value),
-            };
-            self.say(
-                found.at(),
-                severity,
-                path,
-                format!("{is}: {}", cilium::consequence(path)),
-            );
-        }
-
-        let found = self.effective(METRICS);
-        let static_list: Vec<String> = texts(&found.value);
-        let (path, list) = match dynamic {
-            false => (METRICS, static_list.clone()),
-            true => {
-                let content = self
-                    .effective("hubble.metrics.dynamic.config.content")
-                    .value;
-                (
-                    "hubble.metrics.dynamic.config.content",
-                    content
-                        .as_array()
-                        .into_iter()
-                        .flatten()
-                        .map(as_static)
-                        .collect(),
-                )
-            }
-        };
-        if dynamic && !static_list.is_empty() {
-            let message = "is set together with hubble.metrics.dynamic.enabled: the agent refuses to start with both".to_owned();
-            self.say(found.at(), Severity::Error, METRICS, message);
-        }
-        if !hubble {
-            return;
-        }
-        let found = self.effective(path);
-        if dynamic && !self.is_true("hubble.metrics.dynamic.config.createConfigMap") {
-            let message = "the chart does not write the dynamic metrics, so this cannot say whether drop, flow and dns are among them";
-            return self.say(found.at(), Severity::Info, path, message.to_owned());
-        }
-        for want in texts(&self.rules.ours["hubble"]["metrics"]["enabled"]) {
-            let want = Metric::parse(&want);
-            let series = match want.name {
-                "drop" => "hubble_drop_total",
-                "flow" => "hubble_flows_processed_total",
-                "dns" => "hubble_dns_*",
-                name => name,
-            };
-            let own = list
-                .iter()
-                .map(|text| Metric::parse(text))
-                .find(|own| own.name == want.name);
-            let message = match own {
-                None => format!("has no {}: there is no {series}", want.name),
-                Some(own) => {
-                    let labels = |metric: &Metric<'_>| -> Vec<String> {
-                        let option = metric.option("labelsContext").into_iter();
-                        option
-                            .flat_map(|o| &o.values)
-                            .map(|v| (*v).to_owned())
-                            .collect()
-                    };
-                    let own = labels(&own);
-                    let lacks: Vec<String> = labels(&want)
-                        .into_iter()
-                        .filter(|label| !own.contains(label))
-                        .collect();
-                    match lacks.is_empty() {
-                        true => continue,
-                        false => format!(
-                            "{} lacks labelsContext={}: {series} cannot tell whose packets they are",
-                            want.name,
-                            lacks.join(",")
-                        ),
-                    }
-                }
-            };
-            self.say(found.at(), Severity::Warning, path, message);
         }
     }
 
@@ -675,43 +513,23 @@ struct Found<'a> {
 }
 
 impl<'a> Found<'a> {
+    /// What is there, as messages begin.
+    fn says(&self) -> String {
+        let value = match &self.value {
+            Value::String(text) if !text.is_empty() => text.clone(),
+            other => other.to_string(),
+        };
+        match self.node.is_some() {
+            true => format!("is {value}"),
+            false => format!("is not set, and the chart's default is {value}"),
+        }
+    }
+
     fn at(&self) -> At<'a> {
         At {
             file: self.file,
             node: self.key,
         }
-    }
-}
-
-fn texts(value: &Value) -> Vec<String> {
-    let list = value.as_array().into_iter().flatten();
-    list.filter_map(|item| item.as_str().map(str::to_owned))
-        .collect()
-}
-
-/// An entry of hubble.metrics.dynamic.config.content, as hubble.metrics.enabled would have it.
-fn as_static(entry: &Value) -> String {
-    let mut text = entry["name"].as_str().unwrap_or_default().to_owned();
-    let options = entry["contextOptions"].as_array().into_iter().flatten();
-    for (index, option) in options.enumerate() {
-        let separator = if index == 0 { ':' } else { ';' };
-        let name = option["name"].as_str().unwrap_or_default();
-        text.push_str(&format!(
-            "{separator}{name}={}",
-            texts(&option["values"]).join(",")
-        ));
-    }
-    text
-}
-
-fn leaves<'a>(value: &'a Value, path: &str, found: &mut Vec<(String, &'a Value)>) {
-    match value {
-        Value::Object(map) => {
-            for (key, value) in map {
-                leaves(value, &join(path, key), found);
-            }
-        }
-        leaf => found.push((path.to_owned(), leaf)),
     }
 }
 
@@ -788,11 +606,14 @@ fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a s
 }
 
 fn not_one_of(word: &str, words: &[&str]) -> String {
-    let hint = match nearest(word, words.iter().copied()) {
-        Some(near) => format!("; did you mean {near}?"),
-        None => String::new(),
-    };
-    format!("{word:?} is none of {}{hint}", words.join(", "))
+    format!("{word:?} is none of {}", words.join(", "))
+}
+
+fn one_of(word: &str, words: &[&str]) -> String {
+    match nearest(word, words.iter().copied()) {
+        Some(near) => format!("did you mean {near}?"),
+        None => "write one of them".to_owned(),
+    }
 }
 
 fn is_a(value: &Value, name: &str) -> bool {

@@ -11,7 +11,7 @@ use std::{
 
 use chandra_mixin::{
     Failure, keys,
-    lint::{self, Severity},
+    lint::{self, Finding, Severity},
     merge,
     ours::Chart,
     render, write,
@@ -64,7 +64,7 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
     },
-    /// Say what Helm accepts in values files without a word; exit with 1 if there are errors
+    /// Say what Helm accepts in values files without a word; exit with 1 if there is something to say
     Lint {
         /// Values files in the order in which Helm gets them; `-` is stdin
         #[arg(required = true)]
@@ -75,9 +75,15 @@ enum Command {
         /// The chart's version; the newest that is known here if there is none
         #[arg(long, value_name = "VERSION")]
         version: Option<String>,
-        /// Another chart's folder, or its values.yaml, instead of the keys that are known here
-        #[arg(long = "values", value_name = "PATH")]
-        keys: Option<PathBuf>,
+        /// The chart's folder, or its values.yaml, instead of the keys that are known here
+        #[arg(long, value_name = "PATH")]
+        chart_dir: Option<PathBuf>,
+        /// The name of your Prometheus Operator's Helm release, by which it selects monitors
+        #[arg(long, value_name = "NAME")]
+        release: Option<String>,
+        /// Leave out what is less than this
+        #[arg(long, value_name = "SEVERITY", default_value = "info")]
+        severity: Severity,
         /// Print findings as JSON
         #[arg(long)]
         json: bool,
@@ -105,9 +111,21 @@ fn main() -> ExitCode {
             values,
             chart,
             version,
-            keys,
+            chart_dir,
+            release,
+            severity,
             json,
-        } => linted(&values, &chart, version.as_deref(), keys.as_deref(), json),
+        } => judged(
+            &values,
+            &chart,
+            version.as_deref(),
+            chart_dir.as_deref(),
+            release.as_deref(),
+        )
+        .and_then(|mut found| {
+            found.retain(|finding| finding.severity <= severity);
+            said(&found, json)
+        }),
         Command::Keys { chart } => keys::list(&chart).and_then(|list| print(&list)),
     };
     match done {
@@ -167,21 +185,21 @@ fn merged(
     Ok(ExitCode::SUCCESS)
 }
 
-fn linted(
+fn judged(
     values: &[PathBuf],
     chart: &str,
     version: Option<&str>,
-    keys: Option<&Path>,
-    json: bool,
-) -> Result<ExitCode, Failure> {
+    chart_dir: Option<&Path>,
+    release: Option<&str>,
+) -> Result<Vec<Finding>, Failure> {
     let cilium = chart == "cilium";
-    let spec = match keys {
+    let spec = match chart_dir {
         Some(path) => keys::of_chart(path)?,
         None => {
             let chart = Chart::find(chart, version)?;
             chart.keys.ok_or_else(|| {
                 Failure::Unknown(format!(
-                    "the keys of {} are not known here: name its folder with --values",
+                    "the keys of {} are not known here: name its folder with --chart-dir",
                     chart.name
                 ))
             })?
@@ -199,22 +217,23 @@ fn linted(
         keys: &spec,
         cilium,
         ours: &ours,
+        release,
     };
-    let found = lint::lint(&files, rules)?;
+    lint::lint(&files, rules)
+}
+
+fn said(found: &[Finding], json: bool) -> Result<ExitCode, Failure> {
     let text = match json {
         true => {
-            let list: Vec<Value> = found.iter().map(lint::Finding::json).collect();
+            let list: Vec<Value> = found.iter().map(Finding::json).collect();
             format!("{:#}\n", Value::Array(list))
         }
         false => found.iter().map(|finding| format!("{finding}\n")).collect(),
     };
     print(&text)?;
-    match found
-        .iter()
-        .any(|finding| finding.severity == Severity::Error)
-    {
-        true => Ok(ExitCode::FAILURE),
-        false => Ok(ExitCode::SUCCESS),
+    match found.is_empty() {
+        true => Ok(ExitCode::SUCCESS),
+        false => Ok(ExitCode::FAILURE),
     }
 }
 

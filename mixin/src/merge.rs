@@ -243,7 +243,7 @@ impl Editor<'_> {
             .into_iter()
             .flatten()
             .filter_map(Value::as_str)
-            .map(dynamic_entry)
+            .map(cilium::as_dynamic)
             .collect();
         let line = self.line_of(&["hubble", "metrics", "dynamic", "enabled"]);
         self.plan.kept.insert(METRICS.to_owned());
@@ -889,28 +889,4 @@ fn flow_fields(map: &Map<String, Value>) -> String {
         .iter()
         .map(|(key, value)| format!("{}: {}", Value::from(key.as_str()), flow(value)));
     fields.collect::<Vec<_>>().join(", ")
-}
-
-/// `drop:labelsContext=a,b` as an entry of hubble.metrics.dynamic.config.content.
-fn dynamic_entry(entry: &str) -> String {
-    let metric = Metric::parse(entry);
-    let options: Vec<String> = metric
-        .options
-        .iter()
-        .map(|option| {
-            format!(
-                "{{name: {}, values: [{}]}}",
-                option.name,
-                option.values.join(", ")
-            )
-        })
-        .collect();
-    match options.is_empty() {
-        true => format!("{{name: {}}}", metric.name),
-        false => format!(
-            "{{name: {}, contextOptions: [{}]}}",
-            metric.name,
-            options.join(", ")
-        ),
-    }
 }

@@ -36,8 +36,7 @@ fn every_fixture_has_the_findings_that_are_committed() {
         for version in ["1.19", "1.20"] {
             let output = lint(&folder, &["--version", version, &format!("{name}.yaml")]);
             let code = output.status.code().expect("it ends");
-            let errors = said(&output).lines().any(|line| line.contains(": error: "));
-            assert_eq!(code, i32::from(errors), "{name}");
+            assert_eq!(code, i32::from(!said(&output).is_empty()), "{name}");
             all.push_str(&format!(
                 "cilium {version}\n{}exit code {code}\n",
                 said(&output)
@@ -48,7 +47,7 @@ fn every_fixture_has_the_findings_that_are_committed() {
 }
 
 #[test]
-fn what_is_rendered_has_no_findings() {
+fn what_is_rendered_only_has_to_be_taken_up_by_the_agents() {
     let folder = root();
     for version in ["1.19", "1.20"] {
         for file in ["helm-values/cilium.yaml", "helm-values/cilium-sidecar.yaml"] {
@@ -56,10 +55,21 @@ fn what_is_rendered_has_no_findings() {
                 &folder,
                 &["--version", version, "helm-values/cilium.yaml", file],
             );
+            let text = said(&output);
             assert!(
-                output.status.success() && said(&output).is_empty(),
-                "{}",
-                said(&output)
+                text.lines().count() == 1 && text.contains(": info: rollOutCiliumPods: "),
+                "{text}"
+            );
+            let folder = TempDir::new().expect("a folder");
+            fs::write(folder.path().join("my.yaml"), "rollOutCiliumPods: true\n").expect("written");
+            let own = folder.path().join("my.yaml").display().to_string();
+            let output = lint(
+                &root(),
+                &["--version", version, file, "helm-values/cilium.yaml", &own],
+            );
+            assert_eq!(
+                (output.status.code(), said(&output)),
+                (Some(0), String::new())
             );
         }
     }
@@ -82,7 +92,7 @@ fn a_typo_is_shown_with_what_was_meant() {
         ),
         (
             "encryption: {type: wire-guard}\n",
-            "my.yaml:1:20: error: encryption.type: \"wire-guard\" is none of ipsec, wireguard, ztunnel; did you mean wireguard?: nothing is encrypted",
+            "my.yaml:1:20: error: encryption.type: \"wire-guard\" is none of ipsec, wireguard, ztunnel, so nothing is encrypted; did you mean wireguard?",
         ),
         (
             "encryption:\n  type: WireGuard\n",
@@ -90,7 +100,7 @@ fn a_typo_is_shown_with_what_was_meant() {
         ),
         (
             "encryption:\n  nodeEncryption: 'yes'\n",
-            "my.yaml:2:3: error: encryption.nodeEncryption: is the text \"yes\", and the chart wants a boolean: Helm refuses it",
+            "my.yaml:2:3: error: encryption.nodeEncryption: is the text \"yes\", and the chart wants a boolean: Helm refuses it; write a boolean",
         ),
         (
             "hubble: [a]\n",
@@ -110,11 +120,32 @@ fn a_typo_is_shown_with_what_was_meant() {
         ),
         (
             "hubble: {metrics: {enabled: ['drop x', drop, drop]}}\n",
-            "drop stands in line 1 too: unite their options",
+            "drop stands in line 1 too: Hubble registers it twice, and the agent stops; unite their options in one entry",
         ),
         (
             "hubble: {metrics: {enabled: [1]}}\n",
-            "an entry is the number 1",
+            "an entry is the number 1, and Hubble reads text: it has no such metric; write text, as in drop:sourceContext=pod",
+        ),
+        (
+            "hubble: {metrics: {enabled: [{name: drop, contextOptions: [{name: sourceContext, values: [pod]}]}]}}\n",
+            "an entry is a map, and Hubble reads text: it has no such metric; write drop:sourceContext=pod",
+        ),
+        (
+            "hubble: {metrics: {enabled: ['drop: labelsContext=source_namespace']}}\n",
+            "has a space, which ends an entry; write drop:labelsContext=source_namespace",
+        ),
+        (
+            "hubble: {metrics: {enabled: [http, httpV2]}}\n",
+            "http and httpV2 exclude each other: Hubble exports no metrics; write httpV2 alone",
+        ),
+        // As `--set` has lists.
+        (
+            "hubble:\n  metrics:\n    enabled: \"{dns,drop:labelsContext=source_ip\\\\,source_pod}\"\n",
+            "and the chart wants a list or null: Helm refuses it; write [\"dns\",\"drop:labelsContext=source_ip,source_pod\"]",
+        ),
+        (
+            "hubble:\n  metrics:\n    enabled: {dns, drop}\n",
+            "is a map, and the chart wants a list or null: Helm refuses it; write [\"dns\",\"drop\"]",
         ),
     ] {
         let said = found("1.19", text);
@@ -196,6 +227,213 @@ fn what_rules_and_panels_need_is_missed() {
     }
 }
 
+/// What is on whoever reads it: Hubble's metrics, monitors and agents that are restarted.
+const FINE: &str = "prometheus: {enabled: true, serviceMonitor: {enabled: true, trustCRDsExist: true, interval: 30s, labels: {release: prom}}}
+hubble: {metrics: {serviceMonitor: {enabled: true, interval: 30s, labels: {release: prom}}, enabled: ['dns:labelsContext=source_namespace,destination_namespace',
+  'drop:labelsContext=source_namespace,destination_namespace,traffic_direction', 'flow:labelsContext=source_namespace,destination_namespace',
+  'policy:labelsContext=source_namespace,destination_namespace', 'port-distribution:labelsContext=source_namespace,source_pod']}}
+rollOutCiliumPods: true
+";
+
+#[test]
+fn what_makes_encryption_dear_or_its_sessions_short_is_named_with_what_to_write() {
+    let settings: [(&str, &str, &str, &str); 10] = [
+        (
+            "wireguard",
+            "",
+            "warning: routingMode: is not set, and the chart's default is \"\": each packet is wrapped into VXLAN",
+            "write routingMode: native",
+        ),
+        (
+            "ipsec",
+            "routingMode: tunnel\n",
+            "warning: routingMode: is tunnel: each packet is wrapped into VXLAN",
+            "write routingMode: native",
+        ),
+        (
+            "wireguard",
+            "encryption: {nodeEncryption: true}\n",
+            "warning: encryption.nodeEncryption: is true: traffic between nodes",
+            "write encryption.nodeEncryption: false",
+        ),
+        (
+            "wireguard",
+            "bpf: {hostLegacyRouting: true}\n",
+            "info: bpf.hostLegacyRouting: is true: what is decrypted",
+            "write bpf.hostLegacyRouting: false",
+        ),
+        (
+            "wireguard",
+            "cni: {chainingMode: aws-cni}\n",
+            "warning: cni.enableRouteMTUForCNIChaining: is not set, and the chart's default is false: pods of the chained",
+            "write cni.enableRouteMTUForCNIChaining: true",
+        ),
+        (
+            "ipsec",
+            "cleanState: true\n",
+            "error: cleanState: is true: each start of an agent deletes",
+            "write cleanState: false",
+        ),
+        (
+            "wireguard",
+            "daemon: {runPath: /tmp/cilium}\n",
+            "warning: daemon.runPath: is /tmp/cilium: the node's WireGuard key",
+            "write daemon.runPath: /var/run/cilium",
+        ),
+        (
+            "wireguard",
+            "encryption: {wireguard: {persistentKeepalive: 5s}}\n",
+            "info: encryption.wireguard.persistentKeepalive: is 5s: each node holds a session",
+            "write encryption.wireguard.persistentKeepalive: 0s",
+        ),
+        (
+            "ipsec",
+            "encryption: {ipsec: {keyWatcher: false}}\n",
+            "warning: encryption.ipsec.keyWatcher: is false: an agent takes a rotated key only when",
+            "write encryption.ipsec.keyWatcher: true",
+        ),
+        (
+            "ipsec",
+            "encryption: {ipsec: {keyRotationDuration: 30s}}\n",
+            "warning: encryption.ipsec.keyRotationDuration: is 30s: the old key goes",
+            "write encryption.ipsec.keyRotationDuration: 5m",
+        ),
+    ];
+    let folder = TempDir::new().expect("a folder");
+    let judged = |kind: &str, enabled: bool, text: &str| {
+        let base = format!("{FINE}encryption: {{enabled: {enabled}, type: {kind}}}\n");
+        fs::write(folder.path().join("base.yaml"), base).expect("written");
+        fs::write(folder.path().join("my.yaml"), text).expect("written");
+        said(&lint(
+            folder.path(),
+            &["--version", "1.19", "base.yaml", "my.yaml"],
+        ))
+    };
+    for (kind, text, message, fix) in settings {
+        let found = judged(kind, true, text);
+        let line = found.lines().find(|line| line.contains(message));
+        let line = line.unwrap_or_else(|| panic!("{text}: no {message:?} in\n{found}"));
+        assert!(line.contains(fix), "{text}: no {fix:?} in {line}");
+        // Nothing but the overlay, and this.
+        let known = usize::from(!line.contains(": routingMode: ")) + 1;
+        assert_eq!(found.lines().count(), known, "{text}: {found}");
+        assert_eq!(judged(kind, false, text), "", "{text}");
+    }
+    for (kind, text) in [
+        ("wireguard", "routingMode: native\n"),
+        (
+            "ipsec",
+            "routingMode: native\nencryption: {nodeEncryption: true, ipsec: {keyRotationDuration: 1h}, wireguard: {persistentKeepalive: 9s}}\n",
+        ),
+        (
+            "wireguard",
+            "gke: {enabled: true}\nencryption: {ipsec: {keyWatcher: false}, wireguard: {persistentKeepalive: 0s}}\n",
+        ),
+        (
+            "wireguard",
+            "routingMode: native\ncni: {chainingMode: none}\nbpf: {hostLegacyRouting: false}\n",
+        ),
+        (
+            "wireguard",
+            "routingMode: native\ncni: {chainingMode: aws-cni, enableRouteMTUForCNIChaining: true}\n",
+        ),
+    ] {
+        assert_eq!(judged(kind, true, text), "", "{text}");
+    }
+}
+
+#[test]
+fn monitors_are_judged_by_who_selects_them_and_how_often_they_are_scraped() {
+    let folder = TempDir::new().expect("a folder");
+    fs::write(folder.path().join("base.yaml"), FINE).expect("written");
+    let judged = |text: &str, args: &[&str]| {
+        fs::write(folder.path().join("my.yaml"), text).expect("written");
+        said(&lint(
+            folder.path(),
+            &[args, &["base.yaml", "my.yaml"]].concat(),
+        ))
+    };
+    assert_eq!(judged("", &[]), "");
+    assert_eq!(judged("", &["--release", "prom"]), "");
+    let all = judged("", &["--release", "kps"]);
+    assert_eq!(
+        all.matches(
+            "is prom, and your operator's release is kps: a Prometheus selects one of them"
+        )
+        .count(),
+        2,
+        "{all}"
+    );
+    let other = judged(
+        "hubble: {metrics: {serviceMonitor: {labels: {release: kps}}}}\n",
+        &[],
+    );
+    assert!(
+        other.contains("warning: ") && other.contains("is kps, and another monitor's is prom")
+            || other.contains("is prom, and another monitor's is kps"),
+        "{other}"
+    );
+    let none = judged(
+        "operator: {prometheus: {serviceMonitor: {enabled: true}}}\n",
+        &[],
+    );
+    assert!(none.contains("info: operator.prometheus.serviceMonitor.labels: has no release: a Prometheus that selects release: prom does not find it; write operator.prometheus.serviceMonitor.labels.release: prom"), "{none}");
+    let own = judged(
+        "prometheus: {serviceMonitor: {labels: {release: null, team: ai}}}\nhubble: {metrics: {serviceMonitor: {labels: {release: null, team: ai}}}}\n",
+        &[],
+    );
+    assert_eq!(own, "");
+
+    let often = judged("prometheus: {serviceMonitor: {interval: 10s}}\n", &[]);
+    assert!(
+        often.contains(
+            "info: prometheus.serviceMonitor.interval: is 10s: 1000 nodes are 100 scrapes a second"
+        ) && often.contains("write prometheus.serviceMonitor.interval: 30s"),
+        "{often}"
+    );
+    let default = judged(
+        "hubble: {metrics: {serviceMonitor: {interval: null}}}\n",
+        &[],
+    );
+    assert!(!default.contains("interval"), "{default}");
+    let envoy = judged(
+        "envoy: {prometheus: {serviceMonitor: {enabled: true, labels: {release: prom}}}}\n",
+        &[],
+    );
+    assert!(
+        envoy.contains(
+            "envoy.prometheus.serviceMonitor.interval: is not set, and the chart's default is 10s"
+        ),
+        "{envoy}"
+    );
+}
+
+#[test]
+fn agents_that_nobody_restarts_are_told_and_findings_can_be_left_out() {
+    let folder = TempDir::new().expect("a folder");
+    fs::write(folder.path().join("base.yaml"), FINE).expect("written");
+    fs::write(
+        folder.path().join("my.yaml"),
+        "rollOutCiliumPods: false\nbpf:\n  events:\n    policyVerdict: {enabled: false}\n",
+    )
+    .expect("written");
+    let output = lint(folder.path(), &["base.yaml", "my.yaml"]);
+    assert_eq!(
+        said(&output),
+        "my.yaml:1:1: info: rollOutCiliumPods: is false: agents keep the metrics and settings that they have until they are restarted; after the upgrade run kubectl -n kube-system rollout restart daemonset/cilium, or write rollOutCiliumPods: true\n\
+         my.yaml:4:21: info: bpf.events.policyVerdict.enabled: is false: hubble_policy_verdicts_total stays 0; write bpf.events.policyVerdict.enabled: true, or take policy out of hubble.metrics.enabled\n"
+    );
+    assert_eq!(output.status.code(), Some(1));
+    let output = lint(
+        folder.path(),
+        &["--severity", "warning", "base.yaml", "my.yaml"],
+    );
+    assert_eq!(
+        (output.status.code(), said(&output)),
+        (Some(0), String::new())
+    );
+}
+
 #[test]
 fn a_later_file_that_replaces_a_list_is_told() {
     let folder = TempDir::new().expect("a folder");
@@ -212,7 +450,7 @@ fn a_later_file_that_replaces_a_list_is_told() {
     write("c.yaml", "prometheus:\n  enabled: true\n");
     let said = said(&lint(folder.path(), &["a.yaml", "b.yaml", "c.yaml"]));
     for expected in [
-        "b.yaml:3:5: error: hubble.metrics.enabled: replaces the list of a.yaml:3 and loses tcp, drop:sourceContext=pod: Helm",
+        "b.yaml:3:5: error: hubble.metrics.enabled: replaces the list of a.yaml:3 and loses tcp, drop:sourceContext=pod: Helm does not merge lists; repeat it here",
         "b.yaml:4:1: warning: tolerations: replaces the list of a.yaml:4",
         "error: extraArgs: replaces the list of a.yaml:5 and loses --x: Helm",
     ] {
@@ -239,10 +477,18 @@ fn findings_are_json_too_and_another_chart_can_be_named() {
     );
     let output = lint(
         folder.path(),
-        &["--chart", "other", "--values", "chart", "--json", "my.yaml"],
+        &[
+            "--chart",
+            "other",
+            "--chart-dir",
+            "chart",
+            "--json",
+            "my.yaml",
+        ],
     );
     assert_eq!(output.status.code(), Some(1), "{}", said(&output));
     let list: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(list[0]["fix"], "did you mean image.tag?");
     let paths: Vec<_> = list
         .as_array()
         .expect("a list")
@@ -289,11 +535,14 @@ fn what_is_no_values_file_is_refused_in_one_line() {
         ),
         (
             &["--chart", "prometheus", "my.yaml"],
-            "the keys of prometheus are not known here: name its folder with --values",
+            "the keys of prometheus are not known here: name its folder with --chart-dir",
         ),
-        (&["--values", "nowhere", "my.yaml"], "cannot read nowhere"),
         (
-            &["--values", "cilium.tgz", "my.yaml"],
+            &["--chart-dir", "nowhere", "my.yaml"],
+            "cannot read nowhere",
+        ),
+        (
+            &["--chart-dir", "cilium.tgz", "my.yaml"],
             "cilium.tgz: is an archive: unpack it",
         ),
     ] {

@@ -253,12 +253,24 @@ for (const node of NODES) {
       hubble(node, { reason, protocol: 'TCP', source_namespace: traffic_direction === 'egress' ? namespace : 'kube-system', destination_namespace: traffic_direction === 'egress' ? '' : namespace, traffic_direction }),
       rate,
     );
-  drop('POLICY_DENIED', 'batch', 'egress', (t) => (policy(t) ? 0.13 : 0.004));
-  drop('POLICY_DENIED', 'inference', 'ingress', () => 0.008);
+  // With policy verdict events, as they are by default: a refused packet is a drop and a verdict, and both are counted.
+  const refuse = (namespace, direction, rate) => {
+    drop('POLICY_DENIED', namespace, direction, (t) => 2 * rate(t));
+    const [source_namespace, destination_namespace] = direction === 'egress' ? [namespace, ''] : ['kube-system', namespace];
+    counter('hubble_policy_verdicts_total', hubble(node, { direction, match: 'none', action: 'dropped', source_namespace, destination_namespace }), rate);
+    counter('hubble_flows_processed_total', hubble(node, { protocol: 'TCP', type: 'PolicyVerdict', subtype: '', verdict: 'DROPPED', source_namespace, destination_namespace }), rate);
+  };
+  refuse('batch', 'egress', (t) => (policy(t) ? 0.13 : 0.004));
+  refuse('inference', 'ingress', () => 0.008);
   drop('UNSUPPORTED_L3_PROTOCOL', 'inference', 'egress', () => 0.006);
   drop('STALE_OR_UNROUTABLE_IP', 'training', 'egress', (t) => (crash(t) ? 0.09 : 0.015));
   drop('UNSUPPORTED_L3_PROTOCOL', 'monitoring', 'egress', () => 0.01);
-  counter('hubble_flows_processed_total', hubble(node, { protocol: 'TCP', type: 'Trace', subtype: 'to-endpoint', verdict: 'FORWARDED' }), () => 2400);
+  for (const namespace of NAMESPACES) {
+    const pair = { source_namespace: namespace, destination_namespace: namespace === 'monitoring' ? 'inference' : namespace };
+    counter('hubble_flows_processed_total', hubble(node, { protocol: 'TCP', type: 'Trace', subtype: 'to-endpoint', verdict: 'FORWARDED', ...pair }), () => 480);
+    counter('hubble_policy_verdicts_total', hubble(node, { direction: 'egress', match: 'l3-l4', action: 'forwarded', ...pair }), () => 3);
+  }
+  counter('hubble_policy_verdicts_total', hubble(node, { direction: 'ingress', match: 'none', action: 'audit', source_namespace: 'training', destination_namespace: 'render' }), (t) => (crash(t) ? 0.05 : 0.01));
   for (const source of ['perf_event_ring_buffer', 'hubble_ring_buffer'])
     counter('hubble_lost_events_total', hubble(node, { source }), (t) => (source === 'perf_event_ring_buffer' && node === 'gpu-3' && contention(t) ? 9 : 0.5));
   for (const namespace of NAMESPACES) {
@@ -276,10 +288,17 @@ for (const node of NODES) {
       exact('hubble_dns_responses_total', hubble(node, { rcode, ...answers }), (t) => asked * (share * (1 - lost(t)) + (rcode === 'Server Failure' && namespace === 'training' && resolver(t) ? 0.06 : 0)));
   }
   counter('cilium_forward_count_total', agent(node, { direction: 'EGRESS' }), () => 61000);
+  for (const map_name of ['ipcache_v2', 'lxc', 'ct4_global'])
+    for (const [outcome, rate] of [['success', 4], ['fail', 0]])
+      counter('cilium_bpf_map_ops_total', agent(node, { map_name, operation: 'update', outcome }), (t) => rate + (outcome === 'fail' && map_name === 'ipcache_v2' && storm(t) && rebuilt(node) ? 0.4 : 0));
   counter('cilium_drop_count_total', agent(node, { reason: 'Policy denied', direction: 'EGRESS' }), () => 0.1);
   for (const [map_name, share] of [['ct4_global', 0.46], ['ct_any4_global', 0.22]])
     gauge('cilium_bpf_map_pressure', agent(node, { map_name }), (t, i) => share * load(node + map_name, i, 0.02));
 }
+
+const PORTS = [[gateway, 8000, 90], [models[0], 6379, 4], [models[1], 6379, 5], [workers[0], 29500, 12], [workers[2], 29500, 11], [others[0], 443, 2], [others[1], 22, 0.4]];
+for (const [p, port, rate] of PORTS)
+  counter('hubble_port_distribution_total', hubble(p.node, { protocol: 'TCP', port, source_namespace: p.labels.namespace, source_pod: p.labels.pod }), (t) => rate * (port === 22 && crash(t) ? 40 : 1));
 
 // --- requests --------------------------------------------------------------------------------------------------------
 
