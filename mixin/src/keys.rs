@@ -13,7 +13,10 @@ use std::{
 
 use serde_json::{Map, Value, json};
 
-use crate::{Failure, yaml::Document};
+use crate::{
+    Failure,
+    yaml::{Document, split},
+};
 
 /// The key lists in this program: chart, version, list.
 static EMBEDDED: [(&str, &str, &str); 2] = [
@@ -132,6 +135,13 @@ impl Spec {
                 Value::Array(leaf)
             }
         }
+    }
+
+    /// Whether null at a path (`a.b.c`) is what the chart has there anyhow.
+    pub fn deletes_nothing(&self, path: &str) -> bool {
+        let path = split(path);
+        let path: Vec<&str> = path.iter().map(String::as_str).collect();
+        self.at(&path).is_some_and(Self::is_empty)
     }
 
     /// The spec at a path, if the chart has one. Below a map for the user's own keys there is none.

@@ -13,6 +13,7 @@ pub mod merge;
 pub mod ours;
 pub mod proof;
 pub mod render;
+pub mod wanted;
 pub mod write;
 pub mod yaml;
 
@@ -73,6 +74,7 @@ impl Failure {
         Self::Values(path.to_owned(), problem)
     }
 
+    /// A file that is not what it is taken for.
     pub(crate) fn bad(path: &Path, message: &str) -> Self {
         Self::File(path.to_owned(), message.to_owned())
     }

@@ -116,6 +116,7 @@ pub fn lint(files: &[(PathBuf, String)], rules: Rules<'_>) -> Result<Vec<Finding
         let broken = |problem| Failure::values(file, problem);
         let document = Document::parse(text).map_err(broken)?;
         if let Some(root) = &document.root
+            && !root.is_null()
             && !matches!(root.kind, Kind::Map { .. })
         {
             return Err(broken(

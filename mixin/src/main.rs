@@ -14,10 +14,13 @@ use chandra_mixin::{
     lint::{self, Finding, Severity},
     merge,
     ours::Chart,
-    render, write,
+    render,
+    wanted::set_release,
+    write,
 };
 use clap::{Parser, Subcommand};
 use serde_json::Value;
+use similar::TextDiff;
 
 /// The user's mistake: a flag, a file or a place to write to.
 const USAGE: u8 = 2;
@@ -45,9 +48,11 @@ enum Command {
         check: bool,
     },
     /// Add Chandra's Helm values to a values file of yours; nothing of yours is lost, and what stays against ours is said
+    ///
+    /// Of several files the last is added to: the others stay as they are, and Helm gets them first as before.
     Merge {
-        /// Your values file; `-` is stdin
-        values: PathBuf,
+        #[command(flatten)]
+        values: Values,
         /// The chart that it is for: cilium, kube-prometheus-stack or prometheus
         #[arg(long, value_name = "NAME", default_value = "cilium")]
         chart: String,
@@ -57,18 +62,23 @@ enum Command {
         /// Add the exporter as a container of the Cilium agent's pod too
         #[arg(long)]
         sidecar: bool,
+        /// The name of your Prometheus Operator's Helm release, by which it selects monitors
+        #[arg(long, value_name = "NAME")]
+        release: Option<String>,
         /// Jsonnet that is added to the mixin, as for render
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
         /// The file to write; stdout if there is none
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
+        /// Print what would change instead, as a patch; write nothing
+        #[arg(long, conflicts_with = "out")]
+        diff: bool,
     },
     /// Say what Helm accepts in values files without a word; exit with 1 if there is something to say
     Lint {
-        /// Values files in the order in which Helm gets them; `-` is stdin
-        #[arg(required = true)]
-        values: Vec<PathBuf>,
+        #[command(flatten)]
+        values: Values,
         /// The chart that they are for
         #[arg(long, value_name = "NAME", default_value = "cilium")]
         chart: String,
@@ -95,6 +105,35 @@ enum Command {
     },
 }
 
+/// The user's values files
+#[derive(clap::Args)]
+struct Values {
+    /// Your values files in the order in which Helm gets them; `-` is stdin
+    #[arg(
+        value_name = "VALUES",
+        required_unless_present = "files",
+        conflicts_with = "files"
+    )]
+    values: Vec<PathBuf>,
+    /// The same, as Helm has it
+    #[arg(short = 'f', long = "values", value_name = "FILE", id = "files")]
+    files: Vec<PathBuf>,
+}
+
+impl Values {
+    fn read(&self) -> Result<Vec<(PathBuf, String)>, Failure> {
+        let paths = self.values.iter().chain(&self.files);
+        paths.map(|path| read(path)).collect()
+    }
+}
+
+/// What is done with merged values.
+enum Target {
+    Stdout,
+    File(PathBuf),
+    Diff,
+}
+
 fn main() -> ExitCode {
     let done = match Args::parse().command {
         Command::Render { config, out, check } => rendered(config.as_deref(), &out, check),
@@ -103,10 +142,22 @@ fn main() -> ExitCode {
             chart,
             version,
             sidecar,
+            release,
             config,
             out,
-        } => Chart::find(&chart, version.as_deref())
-            .and_then(|chart| merged(&values, &chart, sidecar, config.as_deref(), out.as_deref())),
+            diff,
+        } => Chart::find(&chart, version.as_deref()).and_then(|chart| {
+            let mut ours = chart.values(config.as_deref(), sidecar)?;
+            if let Some(release) = release {
+                set_release(&mut ours, &release);
+            }
+            let target = match (out, diff) {
+                (Some(out), _) => Target::File(out),
+                (None, true) => Target::Diff,
+                (None, false) => Target::Stdout,
+            };
+            merged(&values, &chart, &ours, &target)
+        }),
         Command::Lint {
             values,
             chart,
@@ -157,26 +208,28 @@ fn rendered(config: Option<&Path>, out: &Path, check: bool) -> Result<ExitCode, 
 }
 
 fn merged(
-    values: &Path,
+    values: &Values,
     chart: &Chart,
-    sidecar: bool,
-    config: Option<&Path>,
-    out: Option<&Path>,
+    ours: &Value,
+    target: &Target,
 ) -> Result<ExitCode, Failure> {
-    let (name, text) = read(values)?;
-    let ours = chart.values(config, sidecar)?;
-    let merged = merge::merge(&text, &ours, chart.keys.as_ref())
-        .map_err(|problem| Failure::values(&name, problem))?;
-    match out {
-        Some(out) => write::file(out, &merged.text)?,
-        None => {
+    let files = values.read()?;
+    let merged = merge::merge(&files, ours, chart.keys.as_ref())?;
+    match (target, files.last()) {
+        (Target::File(out), _) => write::file(out, &merged.text)?,
+        (Target::Diff, Some((name, text))) => {
+            let name = name.display().to_string();
+            let diff = TextDiff::from_lines(text.as_str(), merged.text.as_str());
+            print(&diff.unified_diff().header(&name, &name).to_string())?;
+        }
+        _ => {
             print(&merged.text)?;
         }
     }
     for note in &merged.notes {
         say(&format!(
             "{}:{}: {}: {}",
-            name.display(),
+            files[note.file].0.display(),
             note.line,
             note.path,
             note.text
@@ -186,7 +239,7 @@ fn merged(
 }
 
 fn judged(
-    values: &[PathBuf],
+    values: &Values,
     chart: &str,
     version: Option<&str>,
     chart_dir: Option<&Path>,
@@ -209,10 +262,7 @@ fn judged(
         true => Chart::find(chart, None)?.values(None, false)?,
         false => Value::Null,
     };
-    let files = values
-        .iter()
-        .map(|path| read(path))
-        .collect::<Result<Vec<_>, _>>()?;
+    let files = values.read()?;
     let rules = lint::Rules {
         keys: &spec,
         cilium,

@@ -2,16 +2,21 @@
 //! How do our values come into a user's file without a byte of theirs being lost? Text is inserted at places that the
 //! parser names, never rewritten; then the result is read again and has to be what [`proof`] wants, or nothing is written.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
 
 use granit_parser::ScalarStyle;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::{
-    cilium::{self, METRICS, Metric},
+    Failure,
+    cilium::{self, METRICS, Metric, set_list},
     keys::Spec,
     proof,
-    yaml::{Document, Entry, Kind, Node, Problem, join},
+    wanted::{Fate, Layer, Wanted, becomes, clash, differs, fate, stays, want_kind},
+    yaml::{Document, Entry, Kind, Node, Problem, join, split},
 };
 
 /// A merged file.
@@ -21,11 +26,15 @@ pub struct Merged {
     pub text: String,
     /// What the user may want to know, in the order of the file.
     pub notes: Vec<Note>,
+    /// What of ours is in all files together, but for what notes say stays as it is.
+    pub ours: Value,
 }
 
 /// What was left as it was, or changed within a line of the user's.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Note {
+    /// The file's number, in Helm's order.
+    pub file: usize,
     /// From 1.
     pub line: usize,
     /// The path of the key.
@@ -50,17 +59,60 @@ struct Plan {
     kept: BTreeSet<String>,
     /// Paths of nulls, and of empty ones, that became lists or maps.
     filled: BTreeSet<String>,
+    /// Paths of what was written as `--set` has lists, and the list that it means.
+    lists: BTreeMap<String, Vec<String>>,
 }
 
-/// Merges our values into a user's file.
+/// Merges our values into the last of a user's files, which Helm gets in this order.
 ///
 /// # Errors
 ///
-/// A place that cannot be edited without touching something else, and input that Helm would not read as it is written.
-pub fn merge(text: &str, ours: &Value, keys: Option<&Spec>) -> Result<Merged, Problem> {
-    let document = readable(text)?;
-    let before = document.value()?;
-    let plan = plan(text, &document, &before, ours, keys)?;
+/// [`Failure::Values`] and [`Failure::File`]: a place that cannot be edited without touching something else, and input that
+/// Helm would not read as it is written.
+pub fn merge(
+    files: &[(PathBuf, String)],
+    ours: &Value,
+    keys: Option<&Spec>,
+) -> Result<Merged, Failure> {
+    let mut layers = Vec::new();
+    for (name, text) in files {
+        let broken = |problem| Failure::values(name, problem);
+        let document = readable(text).map_err(broken)?;
+        let value = match document.value().map_err(broken)? {
+            Value::Null => Value::Object(Map::new()),
+            value => value,
+        };
+        layers.push(Layer {
+            name: name.clone(),
+            document,
+            value,
+        });
+    }
+    let wanted = Wanted::of(&layers, ours, keys)?;
+    let (Some(last), Some((name, text))) = (layers.last(), files.last()) else {
+        return Err(Failure::Unknown("there is no values file".to_owned()));
+    };
+    let (text, mut notes) = into(text, last, &wanted, keys, layers.len() - 1)
+        .map_err(|problem| Failure::values(name, problem))?;
+    notes.extend(wanted.notes);
+    Ok(Merged {
+        text,
+        notes: notes.into_iter().collect(),
+        ours: wanted.all,
+    })
+}
+
+/// Merges what is wanted into a file.
+fn into(
+    text: &str,
+    layer: &Layer,
+    wanted: &Wanted,
+    keys: Option<&Spec>,
+    file: usize,
+) -> Result<(String, BTreeSet<Note>), Problem> {
+    let ours = &wanted.last;
+    let mut plan = plan(text, &layer.document, ours, keys, file)?;
+    plan.kept.extend(wanted.kept.iter().cloned());
     let merged = applied(text, &plan.edits);
 
     let unsafe_at = |what: &str| Problem {
@@ -73,6 +125,17 @@ pub fn merge(text: &str, ours: &Value, keys: Option<&Spec>) -> Result<Merged, Pr
     let after_document = Document::parse(&merged)
         .map_err(|problem| unsafe_at(&format!("the file ({})", problem.message)))?;
     let after = after_document.value()?;
+    // What was written as a list of `--set` is the list that it means.
+    let mut before = layer.value.clone();
+    for (path, list) in &plan.lists {
+        let keys = split(path);
+        let place = keys
+            .iter()
+            .fold(Some(&mut before), |value, key| value?.get_mut(key));
+        if let Some(place) = place {
+            *place = json!(list);
+        }
+    }
     let wrong = proof::lost(&before, &after, "", &plan.filled)
         .or_else(|| proof::missing(ours, &after, "", &plan.kept))
         .or_else(|| proof::foreign(&after, Some(&before), Some(ours), ""));
@@ -80,16 +143,13 @@ pub fn merge(text: &str, ours: &Value, keys: Option<&Spec>) -> Result<Merged, Pr
         return Err(unsafe_at(&path));
     }
     // What is merged stays as it is when it is merged again.
-    if let Some(edit) = self::plan(&merged, &after_document, &after, ours, keys)?
+    if let Some(edit) = self::plan(&merged, &after_document, ours, keys, file)?
         .edits
         .first()
     {
         return Err(unsafe_at(edit.text.trim()));
     }
-    Ok(Merged {
-        text: merged,
-        notes: plan.notes.into_iter().collect(),
-    })
+    Ok((merged, plan.notes))
 }
 
 fn readable(text: &str) -> Result<Document, Problem> {
@@ -112,7 +172,8 @@ fn readable(text: &str) -> Result<Document, Problem> {
         });
     }
     match &document.root {
-        Some(root) if !matches!(root.kind, Kind::Map { .. }) => {
+        // `null` is what `helm get values` prints where there are none.
+        Some(root) if !root.is_null() && !matches!(root.kind, Kind::Map { .. }) => {
             Err(root.problem("values are a map: Helm refuses anything else"))
         }
         _ => Ok(document),
@@ -122,14 +183,15 @@ fn readable(text: &str) -> Result<Document, Problem> {
 fn plan(
     text: &str,
     document: &Document,
-    before: &Value,
     ours: &Value,
     keys: Option<&Spec>,
+    file: usize,
 ) -> Result<Plan, Problem> {
     let mut editor = Editor {
         text,
         document,
         keys,
+        file,
         eol: if text
             .split_inclusive('\n')
             .next()
@@ -147,12 +209,21 @@ fn plan(
     if let Some(root) = &document.root {
         editor.measure(root);
     }
-    let mut ours = ours.clone();
-    editor.dynamic(before, &mut ours);
-    match (&document.root, &ours) {
+    match (&document.root, ours) {
+        (Some(root), Value::Object(map)) if root.is_null() => {
+            if !map.is_empty() {
+                // With its line, if nothing else is on it.
+                let line = text[root.span.end..].split_inclusive('\n').next();
+                let line = line.filter(|rest| rest.trim().is_empty());
+                let end = root.span.end + line.map_or(0, str::len);
+                editor.remove(root.span.start..end);
+                let lines = editor.block(ours, 0);
+                editor.lines_at(document.end.max(end), &lines);
+            }
+        }
         (Some(root), Value::Object(ours)) => editor.map(root, ours, "")?,
         (None, Value::Object(map)) if !map.is_empty() => {
-            let lines = editor.block(&ours, 0);
+            let lines = editor.block(ours, 0);
             editor.lines_at(document.end, &lines);
         }
         _ => {}
@@ -179,6 +250,8 @@ struct Editor<'a> {
     text: &'a str,
     document: &'a Document,
     keys: Option<&'a Spec>,
+    /// The file's number, for notes.
+    file: usize,
     /// The file's line ending.
     eol: &'static str,
     /// The file's indentation, and whether its lists stand deeper than their keys.
@@ -226,50 +299,13 @@ impl Editor<'_> {
         }
     }
 
-    /// The agent does not start with static and dynamic metrics, so to dynamic ones nothing is added.
-    fn dynamic(&mut self, before: &Value, ours: &mut Value) {
-        let metrics = |values: &Value| values["hubble"]["metrics"].clone();
-        if metrics(before)["dynamic"]["enabled"] != Value::Bool(true) {
-            return;
-        }
-        let Some(list) = ours["hubble"]["metrics"]
-            .as_object_mut()
-            .and_then(|map| map.remove("enabled"))
-        else {
-            return;
-        };
-        let content: Vec<String> = list
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter_map(Value::as_str)
-            .map(cilium::as_dynamic)
-            .collect();
-        let line = self.line_of(&["hubble", "metrics", "dynamic", "enabled"]);
-        self.plan.kept.insert(METRICS.to_owned());
+    fn note(&mut self, line: usize, path: &str, text: String) {
         self.plan.notes.insert(Note {
+            file: self.file,
             line,
-            path: "hubble.metrics.dynamic.enabled".to_owned(),
-            text: format!(
-                "true stays, so nothing is added to {METRICS}: the agent refuses to start with both; put into hubble.metrics.dynamic.config.content: {}",
-                content.join(", ")
-            ),
+            path: path.to_owned(),
+            text,
         });
-    }
-
-    fn line_of(&self, path: &[&str]) -> usize {
-        let mut line = 1;
-        let mut node = self.document.root.as_ref();
-        for key in path {
-            let fields = node.and_then(|node| self.document.fields(node).ok());
-            let field = fields
-                .into_iter()
-                .flatten()
-                .find(|field| field.name == *key);
-            node = field.map(|field| field.value);
-            line = field.map_or(line, |field| field.key.line);
-        }
-        line
     }
 
     fn map(&mut self, node: &Node, ours: &Map<String, Value>, path: &str) -> Result<(), Problem> {
@@ -323,6 +359,12 @@ impl Editor<'_> {
         if empty && wanted && written_out && node.line == entry.key.line {
             return self.fill(parent, entry, want, path);
         }
+        if let Value::Array(want) = want
+            && let Some(list) = self.text.get(node.span.clone())
+            && let Some(list) = set_list(&node.kind, list)
+        {
+            return self.list_of_set(parent, entry, &list, want, path);
+        }
         match (&node.kind, want) {
             (Kind::Map { .. }, Value::Object(want)) => self.map(node, want, path),
             (Kind::List { .. }, Value::Array(want)) => self.list(entry, want, path),
@@ -331,7 +373,9 @@ impl Editor<'_> {
                     value: Value::Null, ..
                 },
                 Value::Object(_) | Value::Array(_),
-            ) if self.deletes_nothing(path) => self.fill(parent, entry, want, path),
+            ) if self.keys.is_some_and(|keys| keys.deletes_nothing(path)) => {
+                self.fill(parent, entry, want, path)
+            }
             _ => self.scalar(node, want, path),
         }
     }
@@ -348,33 +392,14 @@ impl Editor<'_> {
         if value == want {
             return Ok(());
         }
-        let wanted = match want {
-            Value::Object(_) | Value::Array(_) => want_kind(want).to_owned(),
-            scalar => scalar.to_string(),
-        };
-        // Helm refuses text where the chart's schema has a boolean; any other word of the user's is theirs.
-        if !value.is_null()
-            && (want.is_object() || want.is_array() || want.is_boolean() != value.is_boolean())
-        {
+        if clash(value, want) {
             return Err(node.problem(&format!(
                 "{path} is {value}, and the chart wants {}",
                 want_kind(want)
             )));
         }
-        let null = if value.is_null() {
-            " and deletes the chart's default"
-        } else {
-            ""
-        };
         self.plan.kept.insert(path.to_owned());
-        self.plan.notes.insert(Note {
-            line: node.line,
-            path: path.to_owned(),
-            text: format!(
-                "{value} stays{null} (Chandra has {wanted}): {}",
-                cilium::consequence(path)
-            ),
-        });
+        self.note(node.line, path, stays(value, want, path));
         Ok(())
     }
 
@@ -442,13 +467,6 @@ impl Editor<'_> {
         self.insert_lines(node, self.next_line(node.span.end), &lines)
     }
 
-    /// Whether null is what the chart has there anyhow.
-    fn deletes_nothing(&self, path: &str) -> bool {
-        let path: Vec<&str> = path.split('.').collect();
-        let spec = self.keys.and_then(|keys| keys.at(&path));
-        spec.is_some_and(Spec::is_empty)
-    }
-
     /// A list or map in the place of null, or of an empty one.
     fn fill(
         &mut self,
@@ -495,29 +513,26 @@ impl Editor<'_> {
         if let Some((name, line)) = self.document.used(node) {
             self.shared = Some((name.to_owned(), line));
         }
+        let values: Vec<Value> = items
+            .iter()
+            .map(|item| self.document.value_at(item))
+            .collect::<Result<_, _>>()?;
+        if path == METRICS {
+            self.entries(items, &values);
+        }
         let mut added = Vec::new();
         for want in want {
-            let name = proof::identity(path, want);
-            let mut found = None;
-            for item in items {
-                let value = self.document.value_at(item)?;
-                if path == METRICS && !value.is_string() {
-                    return Err(item.problem(&format!(
-                        "{path}: an entry is text, as in drop:sourceContext=pod"
-                    )));
+            match fate(path, &values, want) {
+                Fate::New => added.push(want.clone()),
+                Fate::Same => {}
+                Fate::Lacks(index, lacks) => {
+                    self.metric(node, &items[index], &values[index], &lacks)?
                 }
-                if proof::identity(path, &value) == name {
-                    found = Some((item, value));
-                    break;
+                Fate::Differs(index, different) => {
+                    let path = proof::item_path(path, &proof::identity(path, want));
+                    self.note(items[index].line, &path, differs(&different));
+                    self.plan.kept.insert(path);
                 }
-            }
-            match found {
-                None => added.push(want.clone()),
-                Some((_, have)) if have == *want => {}
-                Some((item, Value::String(have))) if path == METRICS => {
-                    self.metric(node, item, &have, want.as_str().unwrap_or_default())?;
-                }
-                Some((item, have)) => self.differs(item, &have, want, path, &name),
             }
         }
         if !added.is_empty() {
@@ -527,38 +542,74 @@ impl Editor<'_> {
         Ok(())
     }
 
-    /// An item of the user's with the name of one of ours.
-    fn differs(&mut self, item: &Node, have: &Value, want: &Value, path: &str, name: &str) {
-        let different: Vec<String> = match (have, want) {
-            (Value::Object(have), Value::Object(want)) => {
-                let keys: BTreeSet<&String> = have.keys().chain(want.keys()).collect();
-                let different = keys
-                    .into_iter()
-                    .filter(|key| have.get(*key) != want.get(*key));
-                different.cloned().collect()
+    /// Entries of hubble.metrics.enabled that the agent cannot take, which merging does not mend.
+    fn entries(&mut self, items: &[Node], values: &[Value]) {
+        let mut seen: BTreeMap<&str, usize> = BTreeMap::new();
+        for (item, value) in items.iter().zip(values) {
+            let Some(text) = value.as_str() else {
+                let instead = match value["name"].is_string() {
+                    true => format!("write {}", cilium::as_static(value)),
+                    false => "an entry is text, as in drop:sourceContext=pod".to_owned(),
+                };
+                self.note(
+                    item.line,
+                    METRICS,
+                    format!("what is no text stays, and Hubble cannot read it: {instead}"),
+                );
+                continue;
+            };
+            let name = Metric::parse(text).name;
+            if let Some(first) = seen.insert(name, item.line) {
+                self.note(
+                    item.line,
+                    METRICS,
+                    format!("{name} stays here and in line {first}: Hubble registers it twice, and the agent stops; unite them"),
+                );
             }
-            _ => vec!["its value".to_owned()],
-        };
-        let path_of_item = proof::item_path(path, name);
-        self.plan.kept.insert(path_of_item.clone());
-        self.plan.notes.insert(Note {
-            line: item.line,
-            path: path_of_item,
-            text: format!(
-                "stays as it is; Chandra's differs in {}",
-                different.join(", ")
-            ),
-        });
+        }
+    }
+
+    /// `enabled: "{a,b}"`, which is what `--set` takes, becomes the list that it means.
+    fn list_of_set(
+        &mut self,
+        parent: &Node,
+        entry: &Entry,
+        list: &[String],
+        want: &[Value],
+        path: &str,
+    ) -> Result<(), Problem> {
+        let mut united: Vec<Value> = list.iter().map(|text| json!(text)).collect();
+        for want in want {
+            match fate(path, &united, want) {
+                Fate::New => united.push(want.clone()),
+                Fate::Lacks(index, lacks) => {
+                    let have = united[index].as_str().unwrap_or_default();
+                    united[index] = json!(cilium::inserted(have, &lacks));
+                }
+                Fate::Same | Fate::Differs(..) => {}
+            }
+        }
+        self.note(
+            entry.value.line,
+            path,
+            "was a list as --set has them, which Helm refuses here, and is one of YAML now"
+                .to_owned(),
+        );
+        self.plan.lists.insert(path.to_owned(), list.to_vec());
+        self.fill(parent, entry, &Value::Array(united), path)
     }
 
     /// The options of one metric, united within its line.
-    fn metric(&mut self, list: &Node, item: &Node, have: &str, want: &str) -> Result<(), Problem> {
-        let insertions = Metric::parse(have).lacks(&Metric::parse(want));
-        if insertions.is_empty() {
-            return Ok(());
-        }
+    fn metric(
+        &mut self,
+        list: &Node,
+        item: &Node,
+        have: &Value,
+        insertions: &[(usize, String)],
+    ) -> Result<(), Problem> {
+        let have = have.as_str().unwrap_or_default();
         let name = Metric::parse(have).name;
-        let united = cilium::inserted(have, &insertions);
+        let united = cilium::inserted(have, insertions);
         let by_hand = || {
             item.problem(&format!(
                 "{METRICS}: write {name} as {united:?} in one line"
@@ -573,6 +624,15 @@ impl Editor<'_> {
                 style: ScalarStyle::SingleQuoted | ScalarStyle::DoubleQuoted,
                 ..
             } => (1, self.text.get(item.span.start + 1..item.span.end - 1)),
+            // A block of one line, below its header.
+            Kind::Scalar {
+                style: ScalarStyle::Literal | ScalarStyle::Folded,
+                ..
+            } => {
+                let block = self.text.get(item.span.clone()).unwrap_or_default();
+                let indent = block.len() - block.trim_start().len();
+                (indent, Some(block.trim()))
+            }
             _ => return Err(by_hand()),
         };
         if written != Some(have) {
@@ -583,17 +643,13 @@ impl Editor<'_> {
         if wrap {
             self.edit(item, item.span.start, "\"".to_owned())?;
         }
-        for (at, text) in &insertions {
+        for (at, text) in insertions {
             self.edit(item, item.span.start + quote + at, text.clone())?;
         }
         if wrap {
             self.edit(item, item.span.end, "\"".to_owned())?;
         }
-        self.plan.notes.insert(Note {
-            line: item.line,
-            path: METRICS.to_owned(),
-            text: format!("{have} becomes {united}, which gives its series more labels"),
-        });
+        self.note(item.line, METRICS, becomes(have, &united));
         Ok(())
     }
 
@@ -859,15 +915,6 @@ fn kind(node: &Node) -> &'static str {
         Kind::List { .. } => "a list",
         Kind::Map { .. } => "a map",
         Kind::Alias(_) => "an alias",
-    }
-}
-
-fn want_kind(value: &Value) -> &'static str {
-    match value {
-        Value::Object(_) => "a map",
-        Value::Array(_) => "a list",
-        Value::Bool(_) => "true or false",
-        _ => "a scalar",
     }
 }
 

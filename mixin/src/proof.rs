@@ -20,6 +20,8 @@ pub fn identity(path: &str, item: &Value) -> String {
             Some((flag, _)) => flag.to_owned(),
             None => text.clone(),
         },
+        // Hubble reads text, so a map is none of its metrics.
+        Value::Object(_) if path == METRICS => item.to_string(),
         Value::Object(map) => {
             // A volume may be mounted twice, a path only once.
             let key = match path.ends_with("VolumeMounts") {

@@ -262,6 +262,25 @@ impl Document {
         Ok(fields)
     }
 
+    /// How many keys of a path there are, and the line of the last of them; 1 where there is none.
+    pub fn place(&self, path: &[impl AsRef<str>]) -> (usize, usize) {
+        let mut found = (0, 1);
+        let mut node = self.root.as_ref();
+        for key in path {
+            let fields = node.and_then(|node| self.fields(node).ok());
+            let field = fields
+                .into_iter()
+                .flatten()
+                .find(|field| field.name == key.as_ref());
+            let Some(field) = field else {
+                break;
+            };
+            found = (found.0 + 1, field.key.line);
+            node = Some(field.value);
+        }
+        found
+    }
+
     /// Whether something uses the anchor of this node, and where.
     pub fn used(&self, node: &Node) -> Option<(&str, usize)> {
         let anchor = self.anchors.get(&node.anchor?)?;
@@ -480,6 +499,22 @@ pub fn join(path: &str, key: &str) -> String {
     }
 }
 
+/// The keys of a path that [`join`] wrote.
+pub fn split(path: &str) -> Vec<String> {
+    let mut keys = Vec::new();
+    let mut rest = path;
+    while !rest.is_empty() {
+        let quoted = rest.strip_prefix('"').and_then(|rest| rest.split_once('"'));
+        let (key, after) = match quoted {
+            Some((key, after)) => (key, after.strip_prefix('.').unwrap_or(after)),
+            None => rest.split_once('.').unwrap_or((rest, "")),
+        };
+        keys.push(key.to_owned());
+        rest = after;
+    }
+    keys
+}
+
 /// What Helm's reader makes of a scalar.
 fn meaning(text: &str, style: ScalarStyle, tag: Option<&Tag>, nothing: bool) -> Value {
     if nothing && style == ScalarStyle::Plain {
@@ -596,6 +631,18 @@ mod tests {
         }
         let bomb = Document::parse(&bomb).expect("YAML");
         assert!(bomb.value().is_err());
+    }
+
+    #[test]
+    fn a_path_is_split_as_it_was_joined() {
+        let keys = ["serverFiles", "alerting_rules.yml", "groups"];
+        let path = keys
+            .iter()
+            .fold(String::new(), |path, key| join(&path, key));
+        assert_eq!(path, "serverFiles.\"alerting_rules.yml\".groups");
+        assert_eq!(split(&path), keys);
+        assert_eq!(split("a.b"), ["a", "b"]);
+        assert!(split("").is_empty());
     }
 
     #[test]

@@ -13,7 +13,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use chandra_mixin::{keys::Spec, merge::merge, ours::Chart, proof, yaml::Document};
+use chandra_mixin::{
+    Failure,
+    keys::Spec,
+    merge::{self, Merged},
+    ours::Chart,
+    proof,
+    yaml::Document,
+};
 use common::{fixtures, golden, root, said};
 use proptest::{prelude::*, sample::select};
 use serde_json::{Value, json};
@@ -34,6 +41,13 @@ fn ours() -> &'static (Value, Spec) {
         let values = chart.values(None, false).expect("rendered");
         (values, chart.keys.expect("embedded"))
     })
+}
+
+/// One file with ours for Cilium.
+fn merge(text: &str) -> Result<Merged, Failure> {
+    let (ours, keys) = ours();
+    let files = [("my.yaml".into(), text.to_owned())];
+    merge::merge(&files, ours, Some(keys))
 }
 
 /// Whether a text is another one with insertions only.
@@ -84,7 +98,8 @@ fn every_fixture_becomes_what_is_committed() {
             .collect();
         let mut after = text.split('\n');
         for (index, line) in before.split('\n').enumerate() {
-            let known = name == "flow" || name == "anchors" || told.contains(&(index + 1));
+            let written_anew = ["flow", "anchors", "set-map", "nothing"];
+            let known = written_anew.contains(&&*name) || told.contains(&(index + 1));
             let nothing = ["~", "[]", "{}"].iter().any(|word| line.contains(word));
             let last = index + 1 == before.split('\n').count();
             if !known && !nothing && !last {
@@ -96,7 +111,7 @@ fn every_fixture_becomes_what_is_committed() {
             }
         }
         assert!(
-            is_within(&without_nothings(&before), &text),
+            name.starts_with("set-") || is_within(&without_nothings(&before), &text),
             "{name}: something of the user's is gone"
         );
         let twice = TempDir::new().expect("a folder");
@@ -120,7 +135,7 @@ fn a_file_is_written_whole_in_its_own_place_and_stdin_is_read() {
     );
     let merged = fs::read_to_string(&path).expect("readable");
     assert!(
-        merged.starts_with(text) && merged.contains("- flow\n"),
+        merged.starts_with(text) && merged.contains("- flow:labelsContext="),
         "{merged}"
     );
 
@@ -184,12 +199,8 @@ fn other_charts_are_merged_too() {
             .expect("a list")
             .clone()
     };
-    let merged = Document::parse(&text)
-        .expect("YAML")
-        .value()
-        .expect("values");
     let expected = [vec![json!({"name": "mine", "rules": []})], groups(&ours)].concat();
-    assert_eq!(groups(&merged), expected);
+    assert_eq!(groups(&values(&text)), expected);
 
     let output = chandra_mixin(
         folder.path(),
@@ -203,6 +214,233 @@ fn other_charts_are_merged_too() {
         ],
     );
     assert!(output.status.success(), "{}", said(&output));
+}
+
+/// Files in a folder, and merging them.
+fn merged_files(files: &[(&str, &str)], args: &[&str]) -> (TempDir, Output) {
+    let folder = TempDir::new().expect("a folder");
+    for (name, text) in files {
+        fs::write(folder.path().join(name), text).expect("written");
+    }
+    let output = chandra_mixin(folder.path(), &[&["merge"], args].concat());
+    (folder, output)
+}
+
+fn values(text: &str) -> Value {
+    let document = Document::parse(text).expect("YAML");
+    document.value().expect("values")
+}
+
+#[test]
+fn of_several_files_the_last_gets_what_the_earlier_ones_lack() {
+    let base = "hubble:
+  metrics:
+    # ours since 2021
+    enabled: [tcp, 'drop:sourceContext=pod']
+    serviceMonitor: {enabled: true, labels: {release: prom}}
+prometheus: {enabled: false}
+bpf: {events: {drop: {enabled: true}}}
+";
+    let prod = "# production\ncluster: {name: prod}\n";
+    let files = [("base.yaml", base), ("prod.yaml", prod)];
+    for args in [
+        &["base.yaml", "prod.yaml"][..],
+        &["-f", "base.yaml", "-f", "prod.yaml"],
+    ] {
+        let (folder, output) = merged_files(&files, &[args, &["--out", "merged.yaml"]].concat());
+        assert!(output.status.success(), "{}", said(&output));
+        let text = fs::read_to_string(folder.path().join("merged.yaml")).expect("written");
+        assert!(text.starts_with(prod), "{text}");
+        let last = values(&text);
+        // Helm replaces lists, so the base's stands here again; maps and what is set already does not.
+        let enabled = [
+            "tcp",
+            "drop:sourceContext=pod;labelsContext=source_namespace,destination_namespace,traffic_direction",
+            "dns:labelsContext=source_namespace,destination_namespace",
+            "flow:labelsContext=source_namespace,destination_namespace",
+            "policy:labelsContext=source_namespace,destination_namespace",
+            "port-distribution:labelsContext=source_namespace,source_pod",
+        ];
+        let expected = json!({
+            "cluster": {"name": "prod"},
+            "hubble": {"enabled": true, "metrics": {"enabled": enabled, "serviceMonitor": {"interval": "30s"}}},
+            "prometheus": {"serviceMonitor": {"enabled": true, "interval": "30s", "labels": {"release": "prom"}, "trustCRDsExist": true}},
+        });
+        assert_eq!(last, expected);
+        let notes: Vec<String> = said(&output).lines().map(str::to_owned).collect();
+        for (line, part) in notes.iter().zip([
+            "base.yaml:4: hubble.metrics.enabled: drop:sourceContext=pod becomes drop:sourceContext=pod;labelsContext=",
+            "base.yaml:5: prometheus.serviceMonitor.labels.release: is prom, as here",
+            "base.yaml:6: prometheus.enabled: false stays (Chandra has true): the agent exports no metrics",
+        ]) {
+            assert!(line.starts_with(part), "{notes:#?}");
+        }
+        assert_eq!(notes.len(), 3, "{notes:#?}");
+        let again = chandra_mixin(folder.path(), &["merge", "base.yaml", "merged.yaml"]);
+        assert!(again.stdout == text.as_bytes(), "{}", said(&again));
+    }
+
+    // The last file's word counts, whatever stands before it.
+    let (_folder, output) = merged_files(
+        &[
+            (
+                "a.yaml",
+                "hubble: {metrics: {enabled: [tcp]}}\nextraContainers: [{name: chandra, image: mine}]\n",
+            ),
+            ("b.yaml", "hubble:\n  metrics:\n    enabled: [icmp]\n"),
+        ],
+        &["a.yaml", "b.yaml"],
+    );
+    let enabled =
+        values(&String::from_utf8_lossy(&output.stdout))["hubble"]["metrics"]["enabled"].clone();
+    assert_eq!(
+        (&enabled[0], enabled.as_array().map(Vec::len)),
+        (&json!("icmp"), Some(6))
+    );
+
+    for (files, expected) in [
+        (
+            [("a.yaml", "hubble: {metrics: on}\n"), ("b.yaml", "")],
+            "a.yaml: line 1: hubble.metrics is true, and the chart wants a map",
+        ),
+        (
+            [("a.yaml", "- a\n"), ("b.yaml", "")],
+            "a.yaml:1:1: values are a map",
+        ),
+        (
+            [("a.yaml", "a: 1\n---\nb: 1\n"), ("b.yaml", "")],
+            "a.yaml:3:1: a second document",
+        ),
+    ] {
+        let (folder, output) = merged_files(&files, &["a.yaml", "b.yaml", "--out", "out.yaml"]);
+        assert_eq!(
+            (output.status.code(), said(&output).lines().count()),
+            (Some(2), 1),
+            "{}",
+            said(&output)
+        );
+        assert!(said(&output).contains(expected), "{}", said(&output));
+        assert!(!folder.path().join("out.yaml").exists());
+    }
+}
+
+#[test]
+fn a_diff_is_a_patch_that_makes_the_merged_file() {
+    for name in ["comments", "crlf", "multi-indent", "set-text"] {
+        let text = fs::read_to_string(root().join(format!("mixin/tests/values/{name}.yaml")))
+            .expect("there");
+        let (folder, output) = merged_files(
+            &[("my.yaml", &text)],
+            &["--version", "1.19", "--diff", "my.yaml"],
+        );
+        assert!(output.status.success(), "{}", said(&output));
+        assert_eq!(
+            fs::read_to_string(folder.path().join("my.yaml")).expect("there"),
+            text,
+            "nothing is written"
+        );
+        fs::write(folder.path().join("my.patch"), &output.stdout).expect("written");
+        let apply = Command::new("git")
+            .current_dir(folder.path())
+            .args(["apply", "-p0", "--whitespace=nowarn", "my.patch"])
+            .output()
+            .expect("git runs");
+        assert!(apply.status.success(), "{name}: {}", said(&apply));
+        let merged = fs::read_to_string(folder.path().join("my.yaml")).expect("there");
+        let expected = root().join(format!("mixin/tests/values/expected/{name}.merged.yaml"));
+        assert!(
+            merged == fs::read_to_string(expected).expect("committed"),
+            "{name}: {merged}"
+        );
+        let again = chandra_mixin(
+            folder.path(),
+            &["merge", "--version", "1.19", "--diff", "my.yaml"],
+        );
+        assert!(again.stdout.is_empty(), "{name}: {}", said(&again));
+    }
+}
+
+#[test]
+fn monitors_get_the_release_that_selects_them() {
+    let of = |text: &str, args: &[&str]| {
+        let (_folder, output) = merged_files(&[("my.yaml", text)], &[args, &["my.yaml"]].concat());
+        assert!(output.status.success(), "{}", said(&output));
+        let values = values(&String::from_utf8_lossy(&output.stdout));
+        let label = |path: &str| {
+            values
+                .pointer(&format!("{path}/serviceMonitor/labels/release"))
+                .cloned()
+        };
+        (label("/prometheus"), label("/hubble/metrics"))
+    };
+    let both = |name: &str| (Some(json!(name)), Some(json!(name)));
+    assert_eq!(of("", &[]), both("kube-prometheus-stack"));
+    assert_eq!(of("", &["--release", "kps"]), both("kps"));
+    let envoy = "envoy: {prometheus: {serviceMonitor: {enabled: true, labels: {release: mon}}}}\n";
+    assert_eq!(of(envoy, &[]), both("mon"));
+    assert_eq!(of(envoy, &["--release", "kps"]), both("mon"));
+    // Two of them: nobody knows.
+    let two = format!(
+        "{envoy}operator: {{prometheus: {{serviceMonitor: {{labels: {{release: other}}}}}}}}\n"
+    );
+    assert_eq!(of(&two, &[]), both("kube-prometheus-stack"));
+}
+
+#[test]
+fn rules_that_the_operators_chart_would_ignore_are_taken_over() {
+    let mine = "additionalPrometheusRules:  # since 2020
+- name: mine
+  additionalLabels: {team: ai}
+  groups: [{name: g, rules: [{alert: A, expr: up == 0}]}]
+- name: chandra-tcp
+  groups: []
+";
+    let args = ["--chart", "kube-prometheus-stack", "my.yaml"];
+    let (folder, output) = merged_files(&[("my.yaml", mine)], &args);
+    assert!(output.status.success(), "{}", said(&output));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.starts_with(mine), "{text}");
+    let rules = &values(&text)["additionalPrometheusRulesMap"];
+    assert_eq!(
+        rules["mine"],
+        json!({"additionalLabels": {"team": "ai"}, "groups": [{"name": "g", "rules": [{"alert": "A", "expr": "up == 0"}]}]})
+    );
+    assert!(rules["chandra-tcp"]["groups"][0]["name"] == "chandra-tcp.rules");
+    let note = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        note.starts_with("my.yaml:1: additionalPrometheusRules: the chart ignores it as soon as"),
+        "{note}"
+    );
+    fs::write(folder.path().join("my.yaml"), &text).expect("written");
+    let again = chandra_mixin(folder.path(), &[&["merge"], &args[..]].concat());
+    assert!(
+        again.stdout == text.as_bytes() && again.stderr.is_empty(),
+        "{}",
+        said(&again)
+    );
+
+    let (_folder, output) = merged_files(
+        &[("my.yaml", "additionalPrometheusRules: [{groups: []}]\n")],
+        &args,
+    );
+    assert_eq!(
+        (output.status.code(), said(&output).lines().count()),
+        (Some(2), 1)
+    );
+    // Where the map is there already, the list is dead, and stays so.
+    let (_folder, output) = merged_files(
+        &[(
+            "my.yaml",
+            "additionalPrometheusRules: [{name: dead}]\nadditionalPrometheusRulesMap: {live: {groups: []}}\n",
+        )],
+        &args,
+    );
+    assert!(
+        !values(&String::from_utf8_lossy(&output.stdout))["additionalPrometheusRulesMap"]
+            .as_object()
+            .expect("a map")
+            .contains_key("dead")
+    );
 }
 
 #[test]
@@ -273,14 +511,9 @@ fn what_cannot_be_merged_is_refused_in_one_line() {
         "my.yaml:1:29: hubble.metrics.enabled is a map, and the chart wants a list",
     );
     refused(
-        "hubble:\n  metrics:\n    enabled:\n    -\n",
+        "hubble:\n  metrics:\n    enabled:\n    - \"dr\\u006fp\"\n",
         &[],
-        "hubble.metrics.enabled: an entry is text",
-    );
-    refused(
-        "hubble:\n  metrics:\n    enabled:\n    - |-\n      drop\n",
-        &[],
-        "my.yaml:5:7: hubble.metrics.enabled: write drop as",
+        "my.yaml:4:7: hubble.metrics.enabled: write drop as",
     );
     refused(
         "m: &m [drop]\nhubble:\n  metrics:\n    enabled: *m\n",
@@ -302,6 +535,8 @@ fn what_cannot_be_merged_is_refused_in_one_line() {
         &["merge"][..],
         &["merge", "nowhere.yaml"],
         &["merge", "--what", "my.yaml"],
+        &["merge", "--diff", "--out", "x.yaml", "my.yaml"],
+        &["merge", "-f", "my.yaml", "my.yaml"],
         &["lint"],
     ] {
         assert_eq!(
@@ -322,13 +557,12 @@ fn what_cannot_be_merged_is_refused_in_one_line() {
 
 #[test]
 fn a_huge_file_is_merged_in_a_moment() {
-    let (ours, keys) = ours();
     let mut text = "hubble:\n  metrics:\n    enabled:\n    - tcp\nextraConfig:\n".to_owned();
     for index in 0..20_000 {
         text.push_str(&format!("  key-{index}: 'value {index}' # {index}\n"));
     }
     let start = Instant::now();
-    let merged = merge(&text, ours, Some(keys)).expect("merged");
+    let merged = merge(&text).expect("merged");
     assert!(
         start.elapsed() < Duration::from_secs(60),
         "{:?}",
@@ -389,6 +623,24 @@ fn unique(fields: Vec<(&'static str, Tree)>) -> Vec<(&'static str, Tree)> {
         .into_iter()
         .filter(|(key, _)| seen.insert(*key))
         .collect()
+}
+
+/// The same with the keys of its maps in another order.
+fn shuffled(tree: Tree) -> BoxedStrategy<Tree> {
+    match tree {
+        Tree::Scalar(_) => Just(tree).boxed(),
+        Tree::List(items) => {
+            let items: Vec<_> = items.into_iter().map(shuffled).collect();
+            items.prop_map(Tree::List).boxed()
+        }
+        Tree::Map(fields) => {
+            let fields: Vec<_> = fields
+                .into_iter()
+                .map(|(key, tree)| shuffled(tree).prop_map(move |tree| (key, tree)))
+                .collect();
+            fields.prop_shuffle().prop_map(Tree::Map).boxed()
+        }
+    }
 }
 
 /// What a user may have at a path of ours, with other keys around it.
@@ -631,32 +883,47 @@ proptest! {
         let (ours, _) = ours();
         (around(ours, ""), prop::collection::vec(any::<u8>(), 64))
     }) {
-        let (ours, keys) = ours();
         let text = written(&tree, &choices);
         let document = Document::parse(&text).map_err(|problem| TestCaseError::fail(format!("{problem:?}\n{text}")))?;
         let before = document.value().expect("values");
-        match merge(&text, ours, Some(keys)) {
+        match merge(&text) {
             Ok(merged) => {
                 let after = Document::parse(&merged.text).expect("YAML").value().expect("values");
                 let kept = merged.notes.iter().map(|note| note.path.clone()).filter(|path| path != "hubble.metrics.enabled").collect();
                 let filled = BTreeSet::from(["hubble.metrics.enabled", "prometheus.serviceMonitor.labels", "hubble.metrics.serviceMonitor.labels"].map(str::to_owned));
                 prop_assert_eq!(proof::lost(&before, &after, "", &filled), None, "{}\n---\n{}", text, merged.text);
-                prop_assert_eq!(proof::missing(ours, &after, "", &kept), None, "{}\n---\n{}", text, merged.text);
-                prop_assert_eq!(proof::foreign(&after, Some(&before), Some(ours), ""), None, "{}\n---\n{}", text, merged.text);
+                prop_assert_eq!(proof::missing(&merged.ours, &after, "", &kept), None, "{}\n---\n{}", text, merged.text);
+                prop_assert_eq!(proof::foreign(&after, Some(&before), Some(&merged.ours), ""), None, "{}\n---\n{}", text, merged.text);
                 prop_assert!(is_within(&without_nothings(&text), &merged.text), "{}\n---\n{}", text, merged.text);
-                let again = merge(&merged.text, ours, Some(keys)).expect("merged twice");
+                let again = merge(&merged.text).expect("merged twice");
                 prop_assert_eq!(again.text, merged.text);
             }
             // A block scalar in the place of a boolean, or of an entry.
-            Err(problem) if problem.message.contains("and the chart wants") || problem.message.contains("in one line") => {}
-            Err(problem) => prop_assert!(false, "{:?}\n{}", problem, text),
+            Err(problem) if problem.to_string().contains("and the chart wants") || problem.to_string().contains("in one line") => {}
+            Err(problem) => prop_assert!(false, "{problem}\n{text}"),
+        }
+    }
+
+    #[test]
+    fn the_order_of_keys_makes_no_difference((tree, shuffled, style) in {
+        let (ours, _) = ours();
+        let trees = around(ours, "").prop_flat_map(|tree| (Just(tree.clone()), shuffled(tree)));
+        (trees, select(vec![[0_u8], [1]])).prop_map(|((tree, shuffled), style)| (tree, shuffled, style))
+    }) {
+        // One style for all of it.
+        let results = [&tree, &shuffled].map(|tree| merge(&written(tree, &style)));
+        if let [Ok(one), Ok(other)] = results {
+            prop_assert_eq!(values(&one.text), values(&other.text));
+            let told = |merged: &Merged| -> BTreeSet<String> {
+                merged.notes.iter().map(|note| format!("{}: {}", note.path, note.text)).collect()
+            };
+            prop_assert_eq!(told(&one), told(&other));
         }
     }
 
     #[test]
     fn whatever_comes_in_is_merged_or_refused(text in "([a-z]{0,3}|hubble|metrics|enabled|[-:{}\\[\\],&*#|>'\"~ \n\t]|: |- |\n  |\r\n|é){0,24}") {
-        let (ours, keys) = ours();
-        if let Ok(merged) = merge(&text, ours, Some(keys)) {
+        if let Ok(merged) = merge(&text) {
             prop_assert!(is_within(&without_nothings(&text), &merged.text), "{:?}\n---\n{}", text, merged.text);
         }
     }
