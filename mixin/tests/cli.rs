@@ -153,7 +153,9 @@ fn overrides_reach_rules_texts_and_panels() {
         "{dashboard}"
     );
     assert!(read("manifests/prometheusrule-tcp.yaml").contains("team: ai"));
-    assert!(!read("helm-values/cilium.yaml").contains("release:"));
+    let values = read("helm-values/cilium.yaml");
+    assert!(values.contains("\n        team: ai\n") && !values.contains("\n        release:"));
+    assert!(values.contains("\n#   team: ai here"), "{values}");
 }
 
 #[test]
@@ -171,6 +173,71 @@ fn alerts_and_panels_link_to_where_the_runbooks_are_served() {
     let text = fs::read_to_string(root().join("dashboards/chandra-path.json")).expect("committed");
     assert!(text.contains("NcclStraggler (`docs/runbooks/nccl.md#ncclstraggler`)"));
     assert!(!text.contains("](docs/"));
+}
+
+#[test]
+fn what_the_readmes_show_is_what_is_printed() {
+    for (page, commands) in [("README.md", 2), ("mixin/README.md", 2)] {
+        let text = fs::read_to_string(root().join(page)).expect("there");
+        let mut shown = 0;
+        for block in text.split("\n```").skip(1).step_by(2) {
+            let folder = TempDir::new().expect("a folder");
+            for (name, text) in tree(&root().join("mixin/tests/readme")) {
+                fs::write(folder.path().join(name), text).expect("written");
+            }
+            let steps = block.split("\n$ ").skip(1);
+            for (command, expected) in steps.map(|step| step.split_once('\n').unwrap_or((step, "")))
+            {
+                let Some(args) = command.strip_prefix("chandra-mixin ") else {
+                    continue;
+                };
+                let args: Vec<&str> = args.split(' ').collect();
+                let printed = said(&chandra_mixin(folder.path(), &args));
+                assert_eq!(printed.trim_end(), expected.trim_end(), "{page}: {command}");
+                shown += 1;
+            }
+        }
+        assert_eq!(shown, commands, "{page}");
+    }
+}
+
+#[test]
+fn no_page_upgrades_a_chart_to_whatever_is_newest() {
+    let mut commands = 0;
+    for folder in [
+        "",
+        "docs",
+        "docs/runbooks",
+        "mixin",
+        "mixin/helm",
+        "helm-values",
+        "deploy",
+        "deploy/chart",
+    ] {
+        for entry in fs::read_dir(root().join(folder)).expect("readable") {
+            let path = entry.expect("readable").path();
+            let ending = path.extension().and_then(|ending| ending.to_str());
+            if !matches!(ending, Some("md" | "yaml" | "libsonnet")) {
+                continue;
+            }
+            let text = fs::read_to_string(&path).expect("text");
+            for line in text.lines().filter(|line| line.contains("helm upgrade")) {
+                let place = format!("{}: {line}", path.display());
+                // A folder has one version, `repository/chart` has them all.
+                let words: Vec<&str> = line.split_whitespace().collect();
+                let repository = words.iter().any(|word| {
+                    let name = word.split_once('/');
+                    name.is_some_and(|(name, _)| {
+                        ["cilium", "prometheus-community", "open-telemetry"].contains(&name)
+                    })
+                });
+                assert!(!line.contains("--reuse-values"), "{place}");
+                assert!(!repository || words.contains(&"--version"), "{place}");
+                commands += usize::from(repository);
+            }
+        }
+    }
+    assert!(commands >= 6, "only {commands} were found");
 }
 
 /// One clear message with its place, exit code 2, and nothing written.

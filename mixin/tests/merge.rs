@@ -114,6 +114,22 @@ fn every_fixture_becomes_what_is_committed() {
             name.starts_with("set-") || is_within(&without_nothings(&before), &text),
             "{name}: something of the user's is gone"
         );
+        // Nothing that was right for the chart is wrong now.
+        let folder = TempDir::new().expect("a folder");
+        fs::write(folder.path().join(&file), &text).expect("written");
+        for version in ["1.19", "1.20"] {
+            let errors = |folder: &Path| -> BTreeSet<String> {
+                let args = ["lint", "--severity", "error", "--version", version, &file];
+                let found = said(&chandra_mixin(folder, &args));
+                let place = |line: &str| line.splitn(4, ':').last().map(str::to_owned);
+                found.lines().filter_map(place).collect()
+            };
+            let (before, after) = (
+                errors(path.parent().expect("a folder")),
+                errors(folder.path()),
+            );
+            assert!(after.is_subset(&before), "{name}: {after:#?}");
+        }
         let twice = TempDir::new().expect("a folder");
         fs::write(twice.path().join(&file), &text).expect("written");
         let again = chandra_mixin(twice.path(), &args);
