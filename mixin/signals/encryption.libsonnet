@@ -128,6 +128,12 @@ local text = import '../lib/text.libsonnet';
           [panels.above(e.EncryptionCpuHigh.threshold)],
         ),
         panels.timeseries(
+          'Encrypted traffic by pod',
+          'Bytes a second, before encryption.',
+          [{ expr: 'topk(10, pod:chandra_encryption_bytes:rate%(w)s{%(where)s})' % p, legend: legend }],
+          'Bps',
+        ),
+        panels.timeseries(
           "The node's softirq and system CPU beside it",
           'Encryption runs in these. If it is most of them, it is what the node is busy with. Needs node_exporter.',
           [
@@ -141,12 +147,6 @@ local text = import '../lib/text.libsonnet';
           "Changes that the kernel refused, by map. All the time: a full map, or an agent that writes the same peers and endpoints again and again, which softirq and system CPU show as well. A few while an agent starts are normal.",
           [{ expr: 'topk(10, node_map:cilium_bpf_map_ops_failed:rate%(w)s{%(whereNode)s})' % p, legend: '{{%(node)s}} {{map_name}}' % f }],
           'ops',
-        ),
-        panels.timeseries(
-          'Encrypted traffic by pod',
-          'Bytes a second, before encryption.',
-          [{ expr: 'topk(10, pod:chandra_encryption_bytes:rate%(w)s{%(where)s})' % p, legend: legend }],
-          'Bps',
         ),
         panels.timeseries(
           'CPU time per byte',

@@ -131,7 +131,7 @@ fn into(
         let keys = split(path);
         let place = keys
             .iter()
-            .fold(Some(&mut before), |value, key| value?.get_mut(key));
+            .try_fold(&mut before, |value, key| value.get_mut(key));
         if let Some(place) = place {
             *place = json!(list);
         }
@@ -210,16 +210,14 @@ fn plan(
         editor.measure(root);
     }
     match (&document.root, ours) {
-        (Some(root), Value::Object(map)) if root.is_null() => {
-            if !map.is_empty() {
-                // With its line, if nothing else is on it.
-                let line = text[root.span.end..].split_inclusive('\n').next();
-                let line = line.filter(|rest| rest.trim().is_empty());
-                let end = root.span.end + line.map_or(0, str::len);
-                editor.remove(root.span.start..end);
-                let lines = editor.block(ours, 0);
-                editor.lines_at(document.end.max(end), &lines);
-            }
+        (Some(root), Value::Object(map)) if root.is_null() && !map.is_empty() => {
+            // With its line, if nothing else is on it.
+            let line = text[root.span.end..].split_inclusive('\n').next();
+            let line = line.filter(|rest| rest.trim().is_empty());
+            let end = root.span.end + line.map_or(0, str::len);
+            editor.remove(root.span.start..end);
+            let lines = editor.block(ours, 0);
+            editor.lines_at(document.end.max(end), &lines);
         }
         (Some(root), Value::Object(ours)) => editor.map(root, ours, "")?,
         (None, Value::Object(map)) if !map.is_empty() => {
