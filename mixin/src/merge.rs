@@ -15,7 +15,7 @@ use crate::{
     cilium::{self, METRICS, Metric, set_list},
     keys::Spec,
     proof,
-    wanted::{Fate, Layer, Wanted, becomes, clash, differs, fate, stays, want_kind},
+    wanted::{Fate, Layer, Wanted, becomes, clash, differs, fate, stays, united, want_kind},
     yaml::{Document, Entry, Kind, Node, Problem, join, split},
 };
 
@@ -576,23 +576,19 @@ impl Editor<'_> {
         want: &[Value],
         path: &str,
     ) -> Result<(), Problem> {
-        let mut united: Vec<Value> = list.iter().map(|text| json!(text)).collect();
-        for want in want {
-            match fate(path, &united, want) {
-                Fate::New => united.push(want.clone()),
-                Fate::Lacks(index, lacks) => {
-                    let have = united[index].as_str().unwrap_or_default();
-                    united[index] = json!(cilium::inserted(have, &lacks));
-                }
-                Fate::Same | Fate::Differs(..) => {}
-            }
-        }
+        let have: Vec<Value> = list.iter().map(|text| json!(text)).collect();
+        let (united, remarks) = united(path, &have, want);
+        let line = entry.value.line;
         self.note(
-            entry.value.line,
+            line,
             path,
             "was a list as --set has them, which Helm refuses here, and is one of YAML now"
                 .to_owned(),
         );
+        for remark in remarks {
+            self.note(line, &remark.path, remark.text);
+            self.plan.kept.extend(remark.kept.then_some(remark.path));
+        }
         self.plan.lists.insert(path.to_owned(), list.to_vec());
         self.fill(parent, entry, &Value::Array(united), path)
     }

@@ -90,6 +90,42 @@ pub(crate) fn fate(path: &str, have: &[Value], want: &Value) -> Fate {
     }
 }
 
+/// What is said of a list with ours.
+pub(crate) struct Remark {
+    pub path: String,
+    pub text: String,
+    /// Whether the user's word stands against ours there.
+    pub kept: bool,
+}
+
+/// A list of the user's with ours.
+pub(crate) fn united(path: &str, have: &[Value], want: &[Value]) -> (Vec<Value>, Vec<Remark>) {
+    let mut list = have.to_vec();
+    let mut remarks = Vec::new();
+    for want in want {
+        match fate(path, &list, want) {
+            Fate::New => list.push(want.clone()),
+            Fate::Same => {}
+            Fate::Lacks(index, lacks) => {
+                let have = list[index].as_str().unwrap_or_default().to_owned();
+                let united = cilium::inserted(&have, &lacks);
+                remarks.push(Remark {
+                    path: path.to_owned(),
+                    text: becomes(&have, &united),
+                    kept: false,
+                });
+                list[index] = Value::String(united);
+            }
+            Fate::Differs(_, different) => remarks.push(Remark {
+                path: proof::item_path(path, &proof::identity(path, want)),
+                text: differs(&different),
+                kept: true,
+            }),
+        }
+    }
+    (list, remarks)
+}
+
 /// What is said of an item that stays as it is.
 pub(crate) fn differs(different: &[String]) -> String {
     format!(
@@ -306,7 +342,11 @@ impl Wanted {
                 (_, _, Some(_)) => false,
                 (Value::Array(want), Value::Array(have), None) => {
                     let place = files.place(&path);
-                    let united = self.united(have, want, &path, place);
+                    let (united, remarks) = united(&path, have, want);
+                    for remark in remarks {
+                        self.note(place, &remark.path, remark.text);
+                        self.kept.extend(remark.kept.then_some(remark.path));
+                    }
                     let there = united == *have;
                     *want = united;
                     there
@@ -339,34 +379,6 @@ impl Wanted {
             }
         }
         Ok(())
-    }
-
-    /// An earlier file's list with ours.
-    fn united(
-        &mut self,
-        have: &[Value],
-        want: &[Value],
-        path: &str,
-        place: (usize, usize),
-    ) -> Vec<Value> {
-        let mut list = have.to_vec();
-        for want in want {
-            match fate(path, &list, want) {
-                Fate::New => list.push(want.clone()),
-                Fate::Same => {}
-                Fate::Lacks(index, lacks) => {
-                    let have = list[index].as_str().unwrap_or_default().to_owned();
-                    let united = cilium::inserted(&have, &lacks);
-                    self.note(place, path, becomes(&have, &united));
-                    list[index] = Value::String(united);
-                }
-                Fate::Differs(_, different) => {
-                    let path = proof::item_path(path, &proof::identity(path, want));
-                    self.keep(place, path, differs(&different));
-                }
-            }
-        }
-        list
     }
 }
 
