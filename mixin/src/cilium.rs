@@ -247,7 +247,7 @@ pub fn set_list(kind: &Kind, text: &str) -> Option<Vec<String>> {
         _ => return None,
     };
     let inner = inner.strip_prefix('{')?.strip_suffix('}')?;
-    if inner.contains(['{', '}', '#', '\n']) || inner.trim().is_empty() {
+    if inner.contains(['{', '}', '#', '\n']) {
         return None;
     }
     let mut items = vec![String::new()];

@@ -211,13 +211,24 @@ fn plan(
     }
     match (&document.root, ours) {
         (Some(root), Value::Object(map)) if root.is_null() && !map.is_empty() => {
+            if root.anchor.is_some() || root.tagged {
+                return Err(hard(root, "the file"));
+            }
             // With its line, if nothing else is on it.
             let line = text[root.span.end..].split_inclusive('\n').next();
-            let line = line.filter(|rest| rest.trim().is_empty());
-            let end = root.span.end + line.map_or(0, str::len);
-            editor.remove(root.span.start..end);
+            let line = line.unwrap_or_default();
+            let next = root.span.end + line.len();
             let lines = editor.block(ours, 0);
-            editor.lines_at(document.end.max(end), &lines);
+            match line.trim().is_empty() {
+                true => {
+                    editor.lines_at(root.span.start, &lines);
+                    editor.remove(root.span.start..next);
+                }
+                false => {
+                    editor.remove(root.span.start..root.span.end);
+                    editor.lines_at(document.end.max(next), &lines);
+                }
+            }
         }
         (Some(root), Value::Object(ours)) => editor.map(root, ours, "")?,
         (None, Value::Object(map)) if !map.is_empty() => {

@@ -541,6 +541,11 @@ fn what_cannot_be_merged_is_refused_in_one_line() {
         &[],
         "prometheus.serviceMonitor.labels.release has to be added, but the map comes from elsewhere",
     );
+    refused(
+        "!!null null\n",
+        &[],
+        "my.yaml:1:8: the file is written in a way",
+    );
     // A line break at the end would become part of the text.
     refused(
         "dashboards:\n  enabled: true\nextraConfig:\n  a: |\n    text",
@@ -585,6 +590,40 @@ fn a_huge_file_is_merged_in_a_moment() {
         start.elapsed()
     );
     assert!(is_within(&text, &merged.text));
+}
+
+#[test]
+fn a_file_without_values_keeps_what_is_said_in_it() {
+    for (text, expected) in [
+        ("null\n", "bpf:\n"),
+        ("~", "bpf:\n"),
+        (
+            "null # as helm get values prints it\n# more\n",
+            " # as helm get values prints it\nbpf:\n",
+        ),
+        ("# nothing yet\n", "# nothing yet\nbpf:\n"),
+        ("---\n", "---\nbpf:\n"),
+        ("--- null\n", "--- \nbpf:\n"),
+        ("", "bpf:\n"),
+    ] {
+        let merged = merge(text).expect(text).text;
+        assert!(merged.starts_with(expected), "{text:?}: {merged}");
+        assert_eq!(
+            text.matches('#').count(),
+            merged.matches('#').count(),
+            "{merged}"
+        );
+        assert_eq!(merge(&merged).expect("merged").text, merged);
+    }
+    let merged = merge("hubble: {metrics: {enabled: \"{}\"}}\n")
+        .expect("merged")
+        .text;
+    assert_eq!(
+        values(&merged)["hubble"]["metrics"]["enabled"]
+            .as_array()
+            .map(Vec::len),
+        Some(5)
+    );
 }
 
 /// A tree of a user's, and how it is written.
