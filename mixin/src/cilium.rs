@@ -4,9 +4,10 @@
 
 use std::ops::Range;
 
+use granit_parser::ScalarStyle;
 use serde_json::Value;
 
-use crate::yaml::Kind;
+use crate::yaml::{Entry, Kind};
 
 /// Where Hubble's static metrics are listed.
 pub const METRICS: &str = "hubble.metrics.enabled";
@@ -233,17 +234,29 @@ pub fn as_static(entry: &Value) -> String {
 
 /// The list that `--set key={a,b}` means, in a values file: as text (`"{a,b}"`), or as a map without values (`{a, b}`).
 ///
-/// Commas part it, a backslash takes the next character as it is, and quotes are part of the text: Helm, pkg/strvals.
-/// `kind` is the node's, `text` what is written there.
+/// Commas part it, and a backslash takes the next character as it is: Helm, pkg/strvals. `kind` is the node's, `text` what is
+/// written there.
 pub fn set_list(kind: &Kind, text: &str) -> Option<Vec<String>> {
+    let bare = |entry: &Entry| {
+        let plain = matches!(
+            entry.key.kind,
+            Kind::Scalar {
+                style: ScalarStyle::Plain,
+                ..
+            }
+        );
+        plain && entry.value.is_null() && entry.value.span.is_empty()
+    };
     let inner = match kind {
-        Kind::Scalar { value, .. } => value.as_str()?.trim(),
+        Kind::Scalar {
+            value: Value::String(text),
+            style: ScalarStyle::SingleQuoted | ScalarStyle::DoubleQuoted,
+            ..
+        } => text.trim(),
         Kind::Map {
             flow: true,
             entries,
-        } if !entries.is_empty() && entries.iter().all(|entry| entry.value.is_null()) => {
-            text.trim()
-        }
+        } if !entries.is_empty() && entries.iter().all(bare) => text.trim(),
         _ => return None,
     };
     let inner = inner.strip_prefix('{')?.strip_suffix('}')?;

@@ -144,6 +144,15 @@ impl Spec {
         self.at(&path).is_some_and(Self::is_empty)
     }
 
+    /// The keys of a chart that has nothing at these paths, and of which no more is known.
+    pub fn empty(paths: &[&[&str]]) -> Self {
+        let mut spec = Self::Map(BTreeMap::new());
+        for path in paths {
+            spec.read_by_template(path);
+        }
+        spec
+    }
+
     /// The spec at a path, if the chart has one. Below a map for the user's own keys there is none.
     pub fn at(&self, path: &[&str]) -> Option<&Self> {
         match (self, path) {
@@ -156,7 +165,7 @@ impl Spec {
     /// Whether the chart's default is nothing, so that `null` deletes nothing.
     pub fn is_empty(&self) -> bool {
         match self {
-            Self::Map(map) => map.is_empty(),
+            Self::Map(map) => map.values().all(Self::is_empty),
             Self::Leaf { default, .. } => match default {
                 Value::Null => true,
                 Value::Array(list) => list.is_empty(),
@@ -324,12 +333,11 @@ fn templates(folder: &Path) -> Result<Vec<PathBuf>, Failure> {
     }
     let entries = fs::read_dir(folder).map_err(|error| Failure::io("read", folder, error))?;
     for entry in entries {
-        let path = entry
-            .map_err(|error| Failure::io("read", folder, error))?
-            .path();
-        match path.is_dir() {
-            true => found.extend(templates(&path)?),
-            false => found.push(path),
+        let entry = entry.map_err(|error| Failure::io("read", folder, error))?;
+        // A link to a folder may lead back here.
+        match entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            true => found.extend(templates(&entry.path())?),
+            false => found.push(entry.path()),
         }
     }
     Ok(found)

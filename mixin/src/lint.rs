@@ -12,7 +12,8 @@ use crate::{
     Failure,
     cilium::{ENCRYPTION_TYPES, METRICS, Metric, set_list},
     keys::Spec,
-    yaml::{Document, Kind, Node, join},
+    wanted::over,
+    yaml::{Document, Kind, Node, join, split},
 };
 
 /// How bad a finding is.
@@ -112,6 +113,7 @@ const OLD_STRICT_MODE: [&str; 3] = ["enabled", "cidr", "allowRemoteNodeIdentitie
 /// [`Failure::Values`] for what Helm cannot read.
 pub fn lint(files: &[(PathBuf, String)], rules: Rules<'_>) -> Result<Vec<Finding>, Failure> {
     let mut documents = Vec::new();
+    let mut all = json!({});
     for (file, text) in files {
         let broken = |problem| Failure::values(file, problem);
         let document = Document::parse(text).map_err(broken)?;
@@ -123,12 +125,16 @@ pub fn lint(files: &[(PathBuf, String)], rules: Rules<'_>) -> Result<Vec<Finding
                 root.problem("values are a map: Helm refuses anything else"),
             ));
         }
-        document.value().map_err(broken)?;
+        let value = document.value().map_err(broken)?;
+        if value.is_object() {
+            all = over(&all, &value);
+        }
         documents.push(document);
     }
     let mut linter = Linter {
         files,
         documents: &documents,
+        all,
         rules,
         found: Vec::new(),
     };
@@ -156,6 +162,8 @@ struct At<'a> {
 struct Linter<'a> {
     files: &'a [(PathBuf, String)],
     documents: &'a [Document],
+    /// All files together, as Helm lays them over each other.
+    all: Value,
     rules: Rules<'a>,
     found: Vec<Finding>,
 }
@@ -393,16 +401,23 @@ impl<'a> Linter<'a> {
             if let Some(root) = &document.root {
                 collect_lists(document, root, "", &mut own);
             }
+            // A null or another scalar takes a list's place too, or that of a map around it.
+            for path in lists.keys() {
+                if let (depth, Some(field)) = document.place(&split(path)) {
+                    let kind = &document.resolve(field.value).kind;
+                    if depth > 0 && matches!(kind, Kind::Scalar { .. }) {
+                        own.push((path.clone(), field.key, Vec::new()));
+                    }
+                }
+            }
             for (path, node, items) in own {
-                let lost: Vec<String> = match lists.get(&path) {
-                    None => Vec::new(),
-                    Some((.., earlier)) => earlier
-                        .iter()
-                        .filter(|item| !kept(&path, item, &items))
-                        .map(|item| short(&path, item))
-                        .collect(),
+                let Some((from, line, earlier)) = lists.get(&path) else {
+                    lists.insert(path, (file, node.line, items));
+                    continue;
                 };
-                if let (false, Some((from, line, _))) = (lost.is_empty(), lists.get(&path)) {
+                let lost = earlier.iter().filter(|item| !kept(&path, item, &items));
+                let lost: Vec<String> = lost.map(|item| short(&path, item)).collect();
+                if !lost.is_empty() {
                     let from = format!("{}:{line}", self.files[*from].0.display());
                     let last = path.rsplit('.').next().unwrap_or_default();
                     let severity = match path == METRICS || last.starts_with("extra") {
@@ -413,19 +428,11 @@ impl<'a> Linter<'a> {
                         "replaces the list of {from} and loses {}: Helm does not merge lists",
                         lost.join(", ")
                     );
-                    self.say(
-                        At {
-                            file,
-                            node: Some(node),
-                        },
-                        severity,
-                        &path,
-                        message,
-                        "repeat it here",
-                    );
-                }
-                if items.is_empty() && node.is_null() && !lists.contains_key(&path) {
-                    continue;
+                    let at = At {
+                        file,
+                        node: Some(node),
+                    };
+                    self.say(at, severity, &path, message, "repeat it here");
                 }
                 lists.insert(path, (file, node.line, items));
             }
@@ -436,81 +443,46 @@ impl<'a> Linter<'a> {
         self.effective(path).value == Value::Bool(true)
     }
 
-    /// What is in force at a path, and where that is written.
+    /// What is in force at a path, and where that is written. Null on the way deletes everything below.
     fn effective(&self, path: &str) -> Found<'a> {
-        let mut nearest = None;
-        for file in (0..self.documents.len()).rev() {
-            match self.in_file(file, path) {
-                Some(found) if found.whole => return found,
-                Some(found) => {
-                    nearest.get_or_insert(found);
-                }
-                None => {}
-            }
+        let path = split(path);
+        let mut value = Some(&self.all);
+        for key in &path {
+            value = match value {
+                Some(Value::Object(map)) => map.get(key),
+                // What is no map has nothing in it.
+                Some(_) => Some(&Value::Null),
+                None => None,
+            };
         }
-        let keys: Vec<&str> = path.split('.').collect();
-        let value = match self.rules.keys.at(&keys) {
+        let keys: Vec<&str> = path.iter().map(String::as_str).collect();
+        let default = match self.rules.keys.at(&keys) {
             Some(Spec::Leaf { default, .. }) => default.clone(),
             _ => Value::Null,
         };
-        let near = nearest.map_or((self.documents.len() - 1, None), |found: Found<'_>| {
-            (found.file, found.key)
-        });
+        let places = self.documents.iter().enumerate();
+        let deepest = places
+            .map(|(file, document)| (document.place(&path), file))
+            .max_by_key(|((depth, _), file)| (*depth, *file));
+        let (file, key) = match deepest {
+            Some(((depth, Some(field)), file)) if depth > 0 => (file, Some(field.key)),
+            _ => (self.documents.len() - 1, None),
+        };
         Found {
-            file: near.0,
-            key: near.1,
-            node: None,
-            value,
-            whole: false,
-        }
-    }
-
-    /// What a file says at a path. Null on the way deletes everything below.
-    fn in_file(&self, file: usize, path: &str) -> Option<Found<'a>> {
-        let document = &self.documents[file];
-        let mut node = document.root.as_ref()?;
-        let mut key = None;
-        let mut rest = path.split('.').peekable();
-        while let Some(name) = rest.next() {
-            let fields = document.fields(node).ok()?;
-            let Some(field) = fields.iter().find(|field| field.name == name) else {
-                return key.map(|key| Found {
-                    file,
-                    key: Some(key),
-                    node: None,
-                    value: Value::Null,
-                    whole: false,
-                });
-            };
-            (key, node) = (Some(field.key), field.value);
-            let resolved = document.resolve(node);
-            if rest.peek().is_some() && !matches!(resolved.kind, Kind::Map { .. }) {
-                return Some(Found {
-                    file,
-                    key,
-                    node: Some(node),
-                    value: Value::Null,
-                    whole: true,
-                });
-            }
-        }
-        Some(Found {
             file,
             key,
-            node: Some(node),
-            value: document.value_at(node).ok()?,
-            whole: true,
-        })
+            set: value.is_some(),
+            value: value.cloned().unwrap_or(default),
+        }
     }
 }
 
 struct Found<'a> {
     file: usize,
     key: Option<&'a Node>,
-    node: Option<&'a Node>,
     value: Value,
-    /// Whether the whole path is there, and not only keys above it.
-    whole: bool,
+    /// Whether the files say so, and not the chart.
+    set: bool,
 }
 
 impl<'a> Found<'a> {
@@ -520,7 +492,7 @@ impl<'a> Found<'a> {
             Value::String(text) if !text.is_empty() => text.clone(),
             other => other.to_string(),
         };
-        match self.node.is_some() {
+        match self.set {
             true => format!("is {value}"),
             false => format!("is not set, and the chart's default is {value}"),
         }
@@ -534,7 +506,7 @@ impl<'a> Found<'a> {
     }
 }
 
-/// The lists of a file, and nulls, which are empty ones where an earlier file has a list.
+/// The lists of a file.
 fn collect_lists<'a>(
     document: &'a Document,
     node: &'a Node,
@@ -543,18 +515,13 @@ fn collect_lists<'a>(
 ) {
     for field in document.fields(node).unwrap_or_default() {
         let path = join(path, field.name);
-        let resolved = document.resolve(field.value);
-        match &resolved.kind {
+        match &document.resolve(field.value).kind {
             Kind::Map { .. } => collect_lists(document, field.value, &path, found),
             Kind::List { .. } => {
                 let value = document.value_at(field.value).unwrap_or_default();
-                found.push((
-                    path,
-                    field.key,
-                    value.as_array().cloned().unwrap_or_default(),
-                ));
+                let items = value.as_array().cloned().unwrap_or_default();
+                found.push((path, field.key, items));
             }
-            _ if resolved.is_null() => found.push((path, field.value, Vec::new())),
             Kind::Scalar { .. } | Kind::Alias(_) => {}
         }
     }

@@ -17,6 +17,7 @@ use chandra_mixin::{
     render,
     wanted::set_release,
     write,
+    yaml::Problem,
 };
 use clap::{Parser, Subcommand};
 use serde_json::Value;
@@ -214,9 +215,9 @@ fn merged(
     target: &Target,
 ) -> Result<ExitCode, Failure> {
     let files = values.read()?;
-    let merged = merge::merge(&files, ours, chart.keys.as_ref())?;
+    let merged = merge::merge(&files, ours, chart.defaults.as_ref())?;
     match (target, files.last()) {
-        (Target::File(out), _) => write::file(out, &merged.text)?,
+        (Target::File(out), Some((name, _))) => write::file(out, &merged.text, name)?,
         (Target::Diff, Some((name, text))) => {
             let name = name.display().to_string();
             let diff = TextDiff::from_lines(text.as_str(), merged.text.as_str());
@@ -289,16 +290,27 @@ fn said(found: &[Finding], json: bool) -> Result<ExitCode, Failure> {
 
 /// A values file, or stdin, with the name that messages call it by.
 fn read(path: &Path) -> Result<(PathBuf, String), Failure> {
-    if path.as_os_str() != "-" {
-        let text = fs::read_to_string(path).map_err(|error| Failure::reading(path, error))?;
-        return Ok((path.to_owned(), text));
-    }
-    let name = PathBuf::from("stdin");
-    let mut text = String::new();
-    match io::stdin().read_to_string(&mut text) {
-        Ok(_) => Ok((name, text)),
-        Err(error) => Err(Failure::reading(&name, error)),
-    }
+    let (name, bytes) = match path.as_os_str() == "-" {
+        false => (path.to_owned(), fs::read(path)),
+        true => {
+            let mut bytes = Vec::new();
+            let read = io::stdin().read_to_end(&mut bytes);
+            (PathBuf::from("stdin"), read.map(|_| bytes))
+        }
+    };
+    let bytes = bytes.map_err(|error| Failure::reading(&name, error))?;
+    String::from_utf8(bytes)
+        .map_err(|error| {
+            let whole = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+            let line = whole.iter().filter(|byte| **byte == b'\n').count() + 1;
+            let problem = Problem {
+                line,
+                column: 1,
+                message: "is not UTF-8, which Helm wants".to_owned(),
+            };
+            Failure::values(&name, problem)
+        })
+        .map(|text| (name.clone(), text))
 }
 
 fn print(text: &str) -> Result<ExitCode, Failure> {

@@ -78,10 +78,14 @@ pub fn merge(
     for (name, text) in files {
         let broken = |problem| Failure::values(name, problem);
         let document = readable(text).map_err(broken)?;
-        let value = match document.value().map_err(broken)? {
+        let mut value = match document.value().map_err(broken)? {
             Value::Null => Value::Object(Map::new()),
             value => value,
         };
+        // The last file is edited, and says so.
+        if layers.len() + 1 < files.len() {
+            as_lists(&mut value, &document, text);
+        }
         layers.push(Layer {
             name: name.clone(),
             document,
@@ -102,6 +106,22 @@ pub fn merge(
     })
 }
 
+/// Takes a list of `--set` for what it means.
+fn as_lists(value: &mut Value, document: &Document, text: &str) {
+    let path = split(METRICS);
+    let list = match document.place(&path) {
+        (depth, Some(field)) if depth == path.len() => {
+            let written = text.get(field.value.span.clone());
+            written.and_then(|written| set_list(&field.value.kind, written))
+        }
+        _ => None,
+    };
+    let place = path.iter().try_fold(value, |value, key| value.get_mut(key));
+    if let (Some(list), Some(place)) = (list, place) {
+        *place = json!(list);
+    }
+}
+
 /// Merges what is wanted into a file.
 fn into(
     text: &str,
@@ -115,12 +135,16 @@ fn into(
     plan.kept.extend(wanted.kept.iter().cloned());
     let merged = applied(text, &plan.edits);
 
-    let unsafe_at = |what: &str| Problem {
-        line: 1,
-        column: 1,
-        message: format!(
-            "{what} cannot be merged without touching more than was asked: merge it by hand"
-        ),
+    let unsafe_at = |what: &str| {
+        let (_, field) = layer.document.place(&split(what));
+        let (line, column) = field.map_or((1, 1), |field| (field.key.line, field.key.column));
+        Problem {
+            line,
+            column,
+            message: format!(
+                "{what} cannot be merged without touching more than was asked: merge it by hand"
+            ),
+        }
     };
     let after_document = Document::parse(&merged)
         .map_err(|problem| unsafe_at(&format!("the file ({})", problem.message)))?;
@@ -707,7 +731,12 @@ impl Editor<'_> {
         let (Some(first), Some(last)) = (entries.first(), entries.last()) else {
             return Err(hard(node, "a map"));
         };
-        let column = first.key.column - 1;
+        // A question mark or an anchor may stand before the first key.
+        let before = self.column(first.key.span.start);
+        let start = first.key.span.start;
+        let line = self.text[..start].rfind('\n').map_or(0, |end| end + 1);
+        let mark = self.text[line..start].trim_start_matches([' ', '-', '\u{feff}']);
+        let column = before - mark.chars().count();
         let lines = self.block(&Value::Object(added.clone()), column);
         let whole = self
             .document

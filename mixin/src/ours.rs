@@ -22,6 +22,25 @@ const CHARTS: [(&str, &[&str], &str); 3] = [
     ("prometheus", &["29"], "helm-values/prometheus.yaml"),
 ];
 
+/// Where we have something and the chart's default is nothing.
+const EMPTY: [(&str, &[&[&str]]); 2] = [
+    (
+        "kube-prometheus-stack",
+        &[
+            &["additionalPrometheusRulesMap"],
+            &["grafana", "dashboardProviders"],
+            &["grafana", "dashboards"],
+        ],
+    ),
+    (
+        "prometheus",
+        &[
+            &["serverFiles", "alerting_rules.yml", "groups"],
+            &["serverFiles", "recording_rules.yml", "groups"],
+        ],
+    ),
+];
+
 /// What to do where a sidecar has no image.
 const NO_IMAGE: &str = "--sidecar needs the exporter's image, and none is published: build it (make image), push it \
     (docs/image.md), and name it by --config: { _config+:: { image: 'registry.example/chandra:0.1.0' } }";
@@ -35,6 +54,8 @@ pub struct Chart {
     pub version: &'static str,
     /// Its keys, where they are known here.
     pub keys: Option<Spec>,
+    /// Its keys as far as merging asks whether a null there deletes anything.
+    pub defaults: Option<Spec>,
     file: &'static str,
 }
 
@@ -66,10 +87,13 @@ impl Chart {
                 versions.join(", ")
             )));
         };
+        let keys = keys::embedded(name, found);
+        let empty = EMPTY.iter().find(|(known, _)| known == name);
         Ok(Self {
             name,
             version: found,
-            keys: keys::embedded(name, found),
+            defaults: keys.clone().or(empty.map(|(_, paths)| Spec::empty(paths))),
+            keys,
             file,
         })
     }

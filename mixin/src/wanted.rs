@@ -64,6 +64,9 @@ pub(crate) enum Fate {
 }
 
 pub(crate) fn fate(path: &str, have: &[Value], want: &Value) -> Fate {
+    if have.contains(want) {
+        return Fate::Same;
+    }
     let name = proof::identity(path, want);
     let same = have
         .iter()
@@ -72,7 +75,6 @@ pub(crate) fn fate(path: &str, have: &[Value], want: &Value) -> Fate {
         return Fate::New;
     };
     match (&have[index], want) {
-        (have, want) if have == want => Fate::Same,
         (Value::String(have), Value::String(want)) if path == METRICS => {
             match Metric::parse(have).lacks(&Metric::parse(want)) {
                 lacks if lacks.is_empty() => Fate::Same,
@@ -284,14 +286,14 @@ impl Wanted {
     fn rules(&mut self, layers: &[Layer], theirs: &Value) -> Result<(), Failure> {
         let (list, map) = ("additionalPrometheusRules", "additionalPrometheusRulesMap");
         let items = theirs[list].as_array().cloned().unwrap_or_default();
-        let has_map = theirs[map].as_object().is_some_and(|map| !map.is_empty());
         let Some(wanted) = self.all.get_mut(map).and_then(Value::as_object_mut) else {
             return Ok(());
         };
-        if items.is_empty() || has_map {
+        if items.is_empty() {
             return Ok(());
         }
         let (file, line) = place(layers, &[list]);
+        let mut items_by_name = Vec::new();
         for item in &items {
             let mut rest = item.as_object().cloned().unwrap_or_default();
             let Some(Value::String(name)) = rest.remove("name") else {
@@ -302,7 +304,32 @@ impl Wanted {
                     ),
                 ));
             };
-            wanted.entry(name).or_insert(Value::Object(rest));
+            items_by_name.push((name, Value::Object(rest)));
+        }
+        let own = theirs[map].as_object().filter(|map| !map.is_empty());
+        if let Some(own) = own {
+            let mut dead = items_by_name;
+            dead.retain(|(_, item)| !own.values().any(|other| other == item));
+            if !dead.is_empty() {
+                let names: Vec<String> = dead.into_iter().map(|(name, _)| name).collect();
+                let names = names.join(", ");
+                self.note(
+                    (file, line),
+                    list,
+                    format!("the chart ignores it, since {map} is set: put {names} there"),
+                );
+            }
+            return Ok(());
+        }
+        for (name, item) in items_by_name {
+            // The list may have a name twice, or one of ours; a map has it once.
+            let mut free = name.clone();
+            let mut next = 2;
+            while wanted.get(&free).is_some_and(|other| *other != item) {
+                free = format!("{name}-{next}");
+                next += 1;
+            }
+            wanted.insert(free, item);
         }
         self.note(
             (file, line),
@@ -396,8 +423,8 @@ impl Above<'_> {
 /// The last file that has a path, or the most of it, and the line of its key there.
 fn place(layers: &[Layer], path: &[impl AsRef<str>]) -> (usize, usize) {
     let of = |(file, layer): (usize, &Layer)| {
-        let (depth, line) = layer.document.place(path);
-        (depth, file, line)
+        let (depth, field) = layer.document.place(path);
+        (depth, file, field.map_or(1, |field| field.key.line))
     };
     let found = layers.iter().enumerate().map(of);
     let (_, file, line) = found.max().unwrap_or((0, 0, 1));

@@ -17,6 +17,9 @@ use crate::{
     render::{MARK, TAG},
 };
 
+/// Of files that are for whoever may read the folder.
+const MODE: u32 = 0o644;
+
 /// Writes the files below a folder, and removes generated ones of the same folders that are not among them.
 ///
 /// Each file is written beside its place first and moved there only when all are complete: a disk that fills up or a
@@ -41,7 +44,8 @@ pub fn write(out: &Path, files: &BTreeMap<String, String>) -> Result<(), Failure
         }
         let folder = path.parent().expect("files lie in folders").to_owned();
         fs::create_dir_all(&folder).map_err(|e| Failure::io("create", &folder, e))?;
-        let file = temporary(&folder, text).map_err(|e| Failure::io("write into", &folder, e))?;
+        let file =
+            temporary(&folder, text, MODE).map_err(|e| Failure::io("write into", &folder, e))?;
         complete.push((file, path));
     }
     let stale = stale(out, files)?;
@@ -55,28 +59,36 @@ pub fn write(out: &Path, files: &BTreeMap<String, String>) -> Result<(), Failure
     Ok(())
 }
 
-/// Writes one file: it is whole, or what was there before.
+/// Writes one file: it is whole, or what was there before. It keeps its mode, and a new one has that of `like`, since values
+/// may be secret. Links stay links; what is no file (a pipe, a device) is written to.
 ///
 /// # Errors
 ///
 /// [`Failure::Io`] for what cannot be written.
-pub fn file(path: &Path, text: &str) -> Result<(), Failure> {
+pub fn file(path: &Path, text: &str, like: &Path) -> Result<(), Failure> {
+    let path = &fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let there = fs::metadata(path).ok();
+    if there.as_ref().is_some_and(|there| !there.is_file()) {
+        return fs::write(path, text).map_err(|error| Failure::io("write", path, error));
+    }
+    let mode = there.or_else(|| fs::metadata(like).ok().filter(fs::Metadata::is_file));
+    let mode = mode.map_or(MODE, |mode| mode.permissions().mode() & 0o777);
     let folder = match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
-    let file = temporary(folder, text).map_err(|error| Failure::io("write into", folder, error))?;
+    let file =
+        temporary(folder, text, mode).map_err(|error| Failure::io("write into", folder, error))?;
     file.persist(path)
         .map_err(|error| Failure::io("write", path, error.error))?;
     Ok(())
 }
 
-fn temporary(folder: &Path, text: &str) -> io::Result<NamedTempFile> {
+fn temporary(folder: &Path, text: &str, mode: u32) -> io::Result<NamedTempFile> {
     let mut file = NamedTempFile::new_in(folder)?;
     file.write_all(text.as_bytes())?;
-    // Temporary files are private; these are for whoever may read the folder.
     file.as_file()
-        .set_permissions(fs::Permissions::from_mode(0o644))?;
+        .set_permissions(fs::Permissions::from_mode(mode))?;
     file.as_file().sync_all()?;
     Ok(file)
 }

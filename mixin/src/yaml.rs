@@ -13,6 +13,9 @@ use serde_json::{Map, Number, Value};
 /// More nodes than this, aliases written out, are an attack or a mistake.
 const MAX_NODES: usize = 1_000_000;
 
+/// So are nodes that lie deeper than this in each other, aliases written out. The parser itself has a limit of 255 without.
+const MAX_DEPTH: usize = 400;
+
 /// What is wrong with a file, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
@@ -39,6 +42,8 @@ pub struct Node {
     pub anchor: Option<usize>,
     /// Whether a tag stands in front of it.
     pub tagged: bool,
+    /// How many nodes it is, and how deep they lie in each other, aliases written out.
+    size: (usize, usize),
 }
 
 /// The kinds of nodes.
@@ -125,7 +130,7 @@ impl Document {
     ///
     /// # Errors
     ///
-    /// What is not YAML, or is YAML that Helm cannot read.
+    /// What is not YAML, or is YAML that Helm cannot read, and aliases that multiply to more than any values file has.
     pub fn parse(text: &str) -> Result<Self, Problem> {
         let options = granit_parser::options! {
             emit_comments: false,
@@ -176,7 +181,7 @@ impl Document {
     ///
     /// # Errors
     ///
-    /// Aliases that multiply to more than any values file has, and merge keys of what is no map.
+    /// Merge keys of what is no map.
     pub fn value(&self) -> Result<Value, Problem> {
         match &self.root {
             None => Ok(Value::Object(Map::new())),
@@ -190,24 +195,17 @@ impl Document {
     ///
     /// As [`Document::value`].
     pub fn value_at(&self, node: &Node) -> Result<Value, Problem> {
-        self.value_of(node, &mut MAX_NODES.clone())
-    }
-
-    fn value_of(&self, node: &Node, left: &mut usize) -> Result<Value, Problem> {
-        *left = left
-            .checked_sub(1)
-            .ok_or_else(|| node.problem("aliases multiply to more than a million values"))?;
         Ok(match &self.resolve(node).kind {
             Kind::Scalar { value, .. } => value.clone(),
             Kind::Alias(_) => Value::Null,
             Kind::List { items, .. } => {
-                let values = items.iter().map(|item| self.value_of(item, left));
+                let values = items.iter().map(|item| self.value_at(item));
                 Value::Array(values.collect::<Result<_, _>>()?)
             }
             Kind::Map { .. } => {
                 let mut map = Map::new();
                 for field in self.fields(node)? {
-                    map.insert(field.name.to_owned(), self.value_of(field.value, left)?);
+                    map.insert(field.name.to_owned(), self.value_at(field.value)?);
                 }
                 Value::Object(map)
             }
@@ -262,20 +260,17 @@ impl Document {
         Ok(fields)
     }
 
-    /// How many keys of a path there are, and the line of the last of them; 1 where there is none.
-    pub fn place(&self, path: &[impl AsRef<str>]) -> (usize, usize) {
-        let mut found = (0, 1);
+    /// How many keys of a path there are, and the last of them.
+    pub fn place(&self, path: &[impl AsRef<str>]) -> (usize, Option<Field<'_>>) {
+        let mut found = (0, None);
         let mut node = self.root.as_ref();
         for key in path {
             let fields = node.and_then(|node| self.fields(node).ok());
-            let field = fields
-                .into_iter()
-                .flatten()
-                .find(|field| field.name == key.as_ref());
-            let Some(field) = field else {
+            let mut fields = fields.into_iter().flatten();
+            let Some(field) = fields.find(|field| field.name == key.as_ref()) else {
                 break;
             };
-            found = (found.0 + 1, field.key.line);
+            found = (found.0 + 1, Some(field));
             node = Some(field.value);
         }
         found
@@ -314,6 +309,23 @@ impl Node {
             line: self.line,
             column: self.column,
             message: message.to_owned(),
+        }
+    }
+
+    /// Adds up what is in it.
+    fn holds<'a>(&mut self, inner: impl Iterator<Item = &'a Self>) -> Result<(), Problem> {
+        for node in inner {
+            self.size.0 += node.size.0;
+            self.size.1 = self.size.1.max(node.size.1 + 1);
+        }
+        match self.size {
+            (nodes, _) if nodes > MAX_NODES => {
+                Err(self.problem("aliases multiply to more than a million values"))
+            }
+            (_, depth) if depth > MAX_DEPTH => {
+                Err(self.problem("lists and maps lie too deep in each other"))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -397,6 +409,7 @@ impl Reader<'_> {
             column: span.start.col() + 1,
             anchor: event.anchor_id().filter(|id| *id > 0),
             tagged: event.tag().is_some(),
+            size: (1, 1),
         };
         match event {
             Event::Scalar(text, style, _, tag) => {
@@ -410,10 +423,10 @@ impl Reader<'_> {
                 let line = node.line;
                 let anchor = self.anchors.get_mut(&id);
                 let known = anchor.filter(|anchor| anchor.target.is_some());
-                known
-                    .ok_or_else(|| node.problem("an anchor that contains itself"))?
-                    .uses
-                    .push(line);
+                let anchor = known.ok_or_else(|| node.problem("an anchor that contains itself"))?;
+                anchor.uses.push(line);
+                let target = anchor.target.as_ref();
+                node.size = target.map_or(node.size, |target| target.size);
                 node.kind = Kind::Alias(id);
             }
             Event::SequenceStart(style, ..) => {
@@ -424,6 +437,7 @@ impl Reader<'_> {
                 }
                 let flow = style == StructureStyle::Flow;
                 self.end(&mut node, flow);
+                node.holds(items.iter())?;
                 node.kind = Kind::List { flow, items };
             }
             Event::MappingStart(style, ..) => {
@@ -434,19 +448,22 @@ impl Reader<'_> {
                     let name = self.name(&key)?;
                     let path = join(path, &name);
                     let value = self.node(&path, duplicates)?;
-                    if !seen.insert(name.clone()) {
-                        let first = entries.iter().find(|entry| entry.name == name);
+                    let entry = Entry { name, key, value };
+                    // Each of several `<<` counts.
+                    if !entry.merges() && !seen.insert(entry.name.clone()) {
+                        let first = entries.iter().find(|other| other.name == entry.name);
                         duplicates.push(Duplicate {
                             path,
                             first: first.map_or(0, |entry| entry.key.line),
-                            line: key.line,
-                            column: key.column,
+                            line: entry.key.line,
+                            column: entry.key.column,
                         });
                     }
-                    entries.push(Entry { name, key, value });
+                    entries.push(entry);
                 }
                 let flow = style == StructureStyle::Flow;
                 self.end(&mut node, flow);
+                node.holds(entries.iter().map(|entry| &entry.value))?;
                 node.kind = Kind::Map { flow, entries };
             }
             _ => return Err(node.problem("is not YAML that Helm reads")),
@@ -489,7 +506,7 @@ fn start_of(span: &Span) -> usize {
 
 /// A path as people write it.
 pub fn join(path: &str, key: &str) -> String {
-    let key = match key.contains('.') {
+    let key = match key.contains(|c: char| c == '.' || c.is_control()) {
         true => format!("{key:?}"),
         false => key.to_owned(),
     };
@@ -629,8 +646,18 @@ mod tests {
         for n in 1..30 {
             bomb.push_str(&format!("a{n}: &a{n} [*a{}, *a{}]\n", n - 1, n - 1));
         }
-        let bomb = Document::parse(&bomb).expect("YAML");
-        assert!(bomb.value().is_err());
+        let problem = Document::parse(&bomb).expect_err("a bomb");
+        assert!(problem.message.contains("multiply"), "{problem:?}");
+        let mut chain = "a0: &a0 {x: 1}\n".to_owned();
+        let mut merged = chain.clone();
+        for n in 1..1000 {
+            chain.push_str(&format!("a{n}: &a{n} [*a{}]\n", n - 1));
+            merged.push_str(&format!("a{n}: &a{n} {{<<: *a{}}}\n", n - 1));
+        }
+        for text in [chain, merged] {
+            let problem = Document::parse(&text).expect_err("a chain");
+            assert!(problem.message.contains("too deep"), "{problem:?}");
+        }
     }
 
     #[test]

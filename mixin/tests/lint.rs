@@ -460,6 +460,63 @@ fn a_later_file_that_replaces_a_list_is_told() {
 }
 
 #[test]
+fn a_null_or_another_word_in_a_lists_place_is_told_and_a_later_map_heals_it() {
+    let folder = TempDir::new().expect("a folder");
+    let judged = |a: &str, b: &str| {
+        fs::write(folder.path().join("a.yaml"), a).expect("written");
+        fs::write(folder.path().join("b.yaml"), b).expect("written");
+        said(&lint(folder.path(), &["a.yaml", "b.yaml"]))
+    };
+    let list = "hubble: {metrics: {enabled: [tcp, icmp]}}\n";
+    for (text, line) in [
+        ("hubble: {metrics: ~}\n", "b.yaml:1:10: "),
+        ("hubble: 5\n", "b.yaml:1:1: "),
+        ("hubble: {metrics: {enabled: '{tcp}'}}\n", "b.yaml:1:20: "),
+    ] {
+        let found = judged(list, text);
+        let expected = format!(
+            "{line}error: hubble.metrics.enabled: replaces the list of a.yaml:1 and loses tcp, icmp"
+        );
+        assert!(found.contains(&expected), "{text}: {found}");
+    }
+    let found = judged("hubble: ~\n", "hubble: {relay: {enabled: true}}\n");
+    assert!(
+        !found.contains("hubble.enabled: is null") && found.contains("has no drop"),
+        "{found}"
+    );
+    let found = judged("hubble: {relay: {enabled: true}}\n", "hubble: ~\n");
+    assert!(
+        found.contains("b.yaml:1:1: warning: hubble.enabled: is null: there are no Hubble metrics"),
+        "{found}"
+    );
+}
+
+#[test]
+fn dynamic_metrics_are_judged_as_static_ones_are() {
+    let text = "hubble:
+  metrics:
+    dynamic:
+      enabled: true
+      config:
+        createConfigMap: true
+        content:
+        - name: dropp
+        - name: flow
+        - {name: flow, contextOptions: [{name: labelsContext, values: [source_pood]}]}
+        - tcp
+";
+    let found = found("1.19", text);
+    for expected in [
+        "my.yaml:8:11: error: hubble.metrics.dynamic.config.content: Hubble knows no metric dropp; did you mean drop?",
+        "my.yaml:10:11: error: hubble.metrics.dynamic.config.content: flow stands in line 9 too",
+        "labelsContext knows no source_pood; did you mean source_pod?",
+        "my.yaml:11:11: error: hubble.metrics.dynamic.config.content: an entry is the text \"tcp\", and Hubble reads a map with a name: it has no such metric; write {name: tcp}",
+    ] {
+        assert!(found.contains(expected), "no {expected:?} in\n{found}");
+    }
+}
+
+#[test]
 fn findings_are_json_too_and_another_chart_can_be_named() {
     let folder = TempDir::new().expect("a folder");
     let write =

@@ -7,6 +7,7 @@ use std::{
     collections::BTreeSet,
     fs,
     io::Write,
+    os::unix::fs::PermissionsExt,
     path::Path,
     process::{Command, Output, Stdio},
     sync::OnceLock,
@@ -177,6 +178,42 @@ fn a_file_is_written_whole_in_its_own_place_and_stdin_is_read() {
 }
 
 #[test]
+fn a_file_keeps_its_mode_and_a_link_stays_one() {
+    let folder = TempDir::new().expect("a folder");
+    let place = |name: &str| folder.path().join(name);
+    let mode = |name: &str| {
+        fs::metadata(place(name))
+            .expect("there")
+            .permissions()
+            .mode()
+            & 0o777
+    };
+    fs::write(place("secret.yaml"), "a: 1\n").expect("written");
+    fs::set_permissions(place("secret.yaml"), fs::Permissions::from_mode(0o600)).expect("set");
+    std::os::unix::fs::symlink("secret.yaml", place("link.yaml")).expect("linked");
+    let merge = |from: &str, to: &str| {
+        let output = chandra_mixin(folder.path(), &["merge", from, "--out", to]);
+        assert!(output.status.success(), "{}", said(&output));
+    };
+    merge("secret.yaml", "new.yaml");
+    assert_eq!(mode("new.yaml"), 0o600, "as the values that it has");
+    merge("link.yaml", "link.yaml");
+    assert!(
+        fs::symlink_metadata(place("link.yaml"))
+            .expect("there")
+            .is_symlink()
+    );
+    assert_eq!(mode("secret.yaml"), 0o600);
+    assert!(
+        fs::read_to_string(place("secret.yaml"))
+            .expect("there")
+            .contains("hubble:")
+    );
+    merge("secret.yaml", "/dev/null");
+    assert!(!fs::metadata("/dev/null").expect("there").is_file());
+}
+
+#[test]
 fn overrides_reach_the_merged_values() {
     let folder = TempDir::new().expect("a folder");
     fs::write(folder.path().join("my.yaml"), "").expect("written");
@@ -217,6 +254,34 @@ fn other_charts_are_merged_too() {
     };
     let expected = [vec![json!({"name": "mine", "rules": []})], groups(&ours)].concat();
     assert_eq!(groups(&values(&text)), expected);
+
+    // Nothing written is nothing lost, and is filled.
+    for (chart, text, path) in [
+        (
+            "prometheus",
+            "serverFiles:\n  alerting_rules.yml:\n    # groups: []\n",
+            "/serverFiles/alerting_rules.yml/groups/0/name",
+        ),
+        (
+            "prometheus",
+            "serverFiles:\n  alerting_rules.yml:\n    groups:\n",
+            "/serverFiles/alerting_rules.yml/groups/0/name",
+        ),
+        (
+            "kube-prometheus-stack",
+            "additionalPrometheusRulesMap:\n",
+            "/additionalPrometheusRulesMap/chandra-tcp/groups/0/name",
+        ),
+    ] {
+        let (_folder, output) = merged_files(&[("my.yaml", text)], &["--chart", chart, "my.yaml"]);
+        assert!(
+            output.status.success() && output.stderr.is_empty(),
+            "{text}: {}",
+            said(&output)
+        );
+        let merged = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(values(&merged).pointer(path).is_some(), "{text}: {merged}");
+    }
 
     let output = chandra_mixin(
         folder.path(),
@@ -294,6 +359,22 @@ bpf: {events: {drop: {enabled: true}}}
         assert_eq!(notes.len(), 3, "{notes:#?}");
         let again = chandra_mixin(folder.path(), &["merge", "base.yaml", "merged.yaml"]);
         assert!(again.stdout == text.as_bytes(), "{}", said(&again));
+    }
+
+    // What the earlier file has twice, or as `--set` has lists, is repeated as it is meant.
+    for (earlier, entries) in [
+        ("hubble: {metrics: {enabled: [dns, 'dns:query']}}\n", 6),
+        ("hubble:\n  metrics:\n    enabled: \"{tcp,icmp}\"\n", 7),
+    ] {
+        let (_folder, output) = merged_files(
+            &[("a.yaml", earlier), ("b.yaml", "x: 1\n")],
+            &["a.yaml", "b.yaml"],
+        );
+        assert!(output.status.success(), "{}", said(&output));
+        let enabled =
+            values(&String::from_utf8_lossy(&output.stdout))["hubble"]["metrics"]["enabled"]
+                .clone();
+        assert_eq!(enabled.as_array().map(Vec::len), Some(entries), "{enabled}");
     }
 
     // The last file's word counts, whatever stands before it.
@@ -435,6 +516,32 @@ fn rules_that_the_operators_chart_would_ignore_are_taken_over() {
         said(&again)
     );
 
+    // A name twice, or one of ours, is another key of the map.
+    let twice = "additionalPrometheusRules:\n- {name: mine, groups: [{name: A}]}\n- {name: mine, groups: [{name: B}]}\n- {name: chandra-tcp, groups: [{name: C}]}\n";
+    let (folder, output) = merged_files(&[("my.yaml", twice)], &args);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let rules = &values(&text)["additionalPrometheusRulesMap"];
+    for (name, group) in [("mine", "A"), ("mine-2", "B"), ("chandra-tcp-2", "C")] {
+        assert_eq!(rules[name]["groups"][0]["name"], group, "{rules}");
+    }
+    // One that is put into the list later is not in the map, and the chart does not read it.
+    fs::write(
+        folder.path().join("my.yaml"),
+        text.replacen(
+            "- {name: mine",
+            "- {name: late, groups: [{name: D}]}\n- {name: mine",
+            1,
+        ),
+    )
+    .expect("written");
+    let again = chandra_mixin(folder.path(), &[&["merge"], &args[..]].concat());
+    assert!(again.status.success());
+    assert!(
+        String::from_utf8_lossy(&again.stderr).contains("put late there"),
+        "{}",
+        said(&again)
+    );
+
     let (_folder, output) = merged_files(
         &[("my.yaml", "additionalPrometheusRules: [{groups: []}]\n")],
         &args,
@@ -546,6 +653,30 @@ fn what_cannot_be_merged_is_refused_in_one_line() {
         &[],
         "my.yaml:1:8: the file is written in a way",
     );
+    // What is no list of `--set` is none.
+    for text in [
+        "{dns, \"drop:labelsContext=a,b\"}",
+        "{dns: null, drop: ~}",
+        "\n      {dns: 1}",
+    ] {
+        let text = format!("hubble:\n  metrics:\n    enabled: {text}\n");
+        refused(
+            &text,
+            &[],
+            "hubble.metrics.enabled is a map, and the chart wants a list",
+        );
+    }
+    refused(
+        "hubble:\n  metrics:\n    enabled: |+\n      {dns,drop}\n\n\n    x: 1\n",
+        &[],
+        "and the chart wants a list",
+    );
+    refused(
+        "hubble:\n  metrics: {enabled: [tcp, &e flow]}\nlist: [*e]\n",
+        &[],
+        "my.yaml:3:1: list cannot be merged without touching more",
+    );
+    refused("a: 1\nb: \u{1}\n", &[], "my.yaml:2:4: is not YAML");
     // A line break at the end would become part of the text.
     refused(
         "dashboards:\n  enabled: true\nextraConfig:\n  a: |\n    text",
@@ -566,8 +697,13 @@ fn what_cannot_be_merged_is_refused_in_one_line() {
             "{args:?}"
         );
     }
-    fs::write(folder.path().join("my.yaml"), [0xff, 0xfe]).expect("written");
+    fs::write(folder.path().join("my.yaml"), b"a: 1\nb: \xff\n").expect("written");
     let output = chandra_mixin(folder.path(), &["merge", "my.yaml"]);
+    assert!(
+        said(&output).contains("my.yaml:2:1: is not UTF-8"),
+        "{}",
+        said(&output)
+    );
     assert_eq!(
         (output.status.code(), said(&output).lines().count()),
         (Some(2), 1),
@@ -590,6 +726,27 @@ fn a_huge_file_is_merged_in_a_moment() {
         start.elapsed()
     );
     assert!(is_within(&text, &merged.text));
+}
+
+#[test]
+fn keys_that_stand_behind_a_mark_are_added_to() {
+    for text in [
+        "&a a: 1\nhubble: {}\n",
+        "? a\n: b\n",
+        "hubble:\n  &m metrics:\n    port: 1\n",
+    ] {
+        let merged = merge(text)
+            .unwrap_or_else(|failure| panic!("{text}: {failure}"))
+            .text;
+        assert!(is_within(&without_nothings(text), &merged), "{merged}");
+        assert_eq!(values(&merged)["hubble"]["enabled"], true, "{merged}");
+    }
+    let both = "x: &x {a: 1}\ny: &y {b: 2}\nhubble:\n  <<: *x\n  <<: *y\n";
+    let merged = values(&merge(both).expect("merged").text);
+    assert_eq!(
+        (&merged["hubble"]["a"], &merged["hubble"]["b"]),
+        (&json!(1), &json!(2))
+    );
 }
 
 #[test]

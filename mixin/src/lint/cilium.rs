@@ -12,7 +12,7 @@ use crate::{
     cilium::{
         self, CONFLICTS, CONTEXT_LABELS, METRIC_NAMES, METRICS, Metric, as_dynamic, as_static,
     },
-    yaml::{Kind, join},
+    yaml::{Kind, Node, join, split},
 };
 
 /// Monitors of what runs on every node: each of them is one more scrape of each node.
@@ -25,8 +25,11 @@ const PER_NODE: [&str; 3] = [
 /// The chart's own interval, and what rules need at most: four scrapes in a window of 5 minutes leave room for 75 s.
 const SHORT_INTERVAL: Duration = Duration::from_secs(15);
 
-/// How long agents take to follow a new IPsec key, twice: the old key has to live as long. The chart's default.
-const KEY_ROTATION: Duration = Duration::from_secs(300);
+/// Seconds: how long the old IPsec key has to live at least, since agents take up to a minute each to follow. The chart's default.
+const KEY_ROTATION: f64 = 300.0;
+
+/// Where Hubble's dynamic metrics are listed.
+const CONTENT: &str = "hubble.metrics.dynamic.config.content";
 
 /// What a list of Hubble's metrics brings, by metric.
 fn series(metric: &str) -> &str {
@@ -52,18 +55,22 @@ impl<'a> Linter<'a> {
         }
     }
 
-    /// The entries of hubble.metrics.enabled in one file.
+    /// The entries of hubble.metrics.enabled, and of hubble.metrics.dynamic.config.content, in one file.
     pub(super) fn metrics(&mut self, file: usize) {
+        for path in [METRICS, CONTENT] {
+            let keys = split(path);
+            let document = &self.documents[file];
+            if let (depth, Some(field)) = document.place(&keys)
+                && depth == keys.len()
+                && let Kind::List { items, .. } = &document.resolve(field.value).kind
+            {
+                self.entries(file, path, items);
+            }
+        }
+    }
+
+    fn entries(&mut self, file: usize, path: &'static str, items: &'a [Node]) {
         let document = &self.documents[file];
-        let Some(Found {
-            node: Some(node), ..
-        }) = self.in_file(file, METRICS)
-        else {
-            return;
-        };
-        let Kind::List { items, .. } = &document.resolve(node).kind else {
-            return;
-        };
         let mut seen: BTreeMap<String, usize> = BTreeMap::new();
         for item in items {
             let at = At {
@@ -71,37 +78,54 @@ impl<'a> Linter<'a> {
                 node: Some(item),
             };
             let value = document.value_at(item).unwrap_or_default();
-            let Some(text) = value.as_str() else {
-                let message = format!(
-                    "an entry is {}, and Hubble reads text: it has no such metric",
-                    what(&document.resolve(item).kind)
-                );
-                let fix = match value["name"].is_string() {
-                    true => format!("write {}", as_static(&value)),
-                    false => "write text, as in drop:sourceContext=pod".to_owned(),
-                };
-                self.say(at, Severity::Error, METRICS, message, fix);
-                continue;
+            let is = what(&document.resolve(item).kind);
+            let text = match (path, &value) {
+                (METRICS, Value::String(text)) => text.clone(),
+                (CONTENT, Value::Object(map)) if map.get("name").is_some_and(Value::is_string) => {
+                    as_static(&value)
+                }
+                (METRICS, _) => {
+                    let message =
+                        format!("an entry is {is}, and Hubble reads text: it has no such metric");
+                    let fix = match value["name"].is_string() {
+                        true => format!("write {}", as_static(&value)),
+                        false => "write text, as in drop:sourceContext=pod".to_owned(),
+                    };
+                    self.say(at, Severity::Error, path, message, fix);
+                    continue;
+                }
+                _ => {
+                    let message = format!(
+                        "an entry is {is}, and Hubble reads a map with a name: it has no such metric"
+                    );
+                    let fix = match value.as_str() {
+                        Some(text) => format!("write {}", as_dynamic(text)),
+                        None => "write a map, as in {name: drop}".to_owned(),
+                    };
+                    self.say(at, Severity::Error, path, message, fix);
+                    continue;
+                }
             };
-            let metric = Metric::parse(text);
-            if text.contains(char::is_whitespace) {
+            let metric = Metric::parse(&text);
+            if path == METRICS && text.contains(char::is_whitespace) {
                 let message = format!("{text:?} has a space, which ends an entry");
                 let fix = format!("write {}", text.split_whitespace().collect::<String>());
-                self.say(at, Severity::Error, METRICS, message, fix);
+                self.say(at, Severity::Error, path, message, fix);
             }
-            self.known(at, metric.name, &METRIC_NAMES, "Hubble knows no metric");
+            self.known(
+                at,
+                path,
+                metric.name,
+                &METRIC_NAMES,
+                "Hubble knows no metric",
+            );
             if let Some(first) = seen.insert(metric.name.to_owned(), item.line) {
                 let message = format!(
                     "{} stands in line {first} too: Hubble registers it twice, and the agent stops",
                     metric.name
                 );
-                self.say(
-                    at,
-                    Severity::Error,
-                    METRICS,
-                    message,
-                    "unite their options in one entry",
-                );
+                let fix = "unite their options in one entry";
+                self.say(at, Severity::Error, path, message, fix);
             }
             for (name, other) in CONFLICTS {
                 if metric.name == name && seen.contains_key(other)
@@ -110,17 +134,17 @@ impl<'a> Linter<'a> {
                     let message =
                         format!("{name} and {other} exclude each other: Hubble exports no metrics");
                     let fix = format!("write {other} alone");
-                    self.say(at, Severity::Error, METRICS, message, fix);
+                    self.say(at, Severity::Error, path, message, fix);
                 }
             }
             let labels = metric.option("labelsContext").into_iter();
             for label in labels.flat_map(|option| &option.values) {
-                self.known(at, label, &CONTEXT_LABELS, "labelsContext knows no");
+                self.known(at, path, label, &CONTEXT_LABELS, "labelsContext knows no");
             }
         }
     }
 
-    fn known(&mut self, at: At<'_>, word: &str, words: &[&str], message: &str) {
+    fn known(&mut self, at: At<'_>, path: &str, word: &str, words: &[&str], message: &str) {
         if words.contains(&word) {
             return;
         }
@@ -128,7 +152,7 @@ impl<'a> Linter<'a> {
             Some(near) => (Severity::Error, format!("did you mean {near}?")),
             None => (Severity::Warning, format!("write {}", words.join(", "))),
         };
-        self.say(at, severity, METRICS, format!("{message} {word}"), fix);
+        self.say(at, severity, path, format!("{message} {word}"), fix);
     }
 
     /// What Chandra has on and the files have not.
@@ -170,7 +194,6 @@ impl<'a> Linter<'a> {
     fn needed_metrics(&mut self) {
         let hubble = self.is_true("hubble.enabled");
         let dynamic = self.is_true("hubble.metrics.dynamic.enabled");
-        let content = "hubble.metrics.dynamic.config.content";
         let found = self.effective(METRICS);
         let is_static = found
             .value
@@ -182,13 +205,13 @@ impl<'a> Linter<'a> {
                 Severity::Error,
                 METRICS,
                 "is set together with hubble.metrics.dynamic.enabled: the agent refuses to start with both",
-                format!("write {METRICS}: null, and its entries into {content}"),
+                format!("write {METRICS}: null, and its entries into {CONTENT}"),
             );
         }
         if !hubble {
             return;
         }
-        let path = if dynamic { content } else { METRICS };
+        let path = if dynamic { CONTENT } else { METRICS };
         let found = self.effective(path);
         let entries = found.value.as_array().cloned().unwrap_or_default();
         let list: Vec<String> = match dynamic {
@@ -342,9 +365,7 @@ impl<'a> Linter<'a> {
     fn restart(&mut self) {
         let path = "rollOutCiliumPods";
         let touched = ["hubble", "prometheus", "bpf", "encryption"];
-        let touched = touched
-            .iter()
-            .any(|key| (0..self.documents.len()).any(|file| self.in_file(file, key).is_some()));
+        let touched = touched.iter().any(|key| self.all.get(key).is_some());
         if !touched || self.is_true(path) {
             return;
         }
@@ -368,10 +389,7 @@ impl<'a> Linter<'a> {
         let kind = self.effective("encryption.type").value;
         let wireguard = kind == json!("wireguard");
         let ipsec = kind == json!("ipsec");
-        let short = |value: &Value, than: Duration| {
-            let duration = value.as_str().and_then(|text| parse_duration(text).ok());
-            duration.is_some_and(|duration| duration < than)
-        };
+        let seconds = |value: &Value| value.as_str().and_then(go_duration);
         let chained = match self.effective("cni.chainingMode").value {
             Value::String(mode) => !mode.is_empty() && mode != "none",
             _ => false,
@@ -436,12 +454,7 @@ impl<'a> Linter<'a> {
             Setting {
                 path: "encryption.wireguard.persistentKeepalive",
                 severity: Severity::Info,
-                bad: &|value| {
-                    wireguard
-                        && value.as_str().is_some_and(|text| {
-                            parse_duration(text).is_ok_and(|every| !every.is_zero())
-                        })
-                },
+                bad: &|value| wireguard && seconds(value).is_some_and(|every| every > 0.0),
                 message: "each node holds a session with every other, with traffic or without: a handshake with each of them every two minutes",
                 fix: "write encryption.wireguard.persistentKeepalive: 0s, or 25s where NAT or a stateful firewall is between the nodes",
             },
@@ -455,7 +468,7 @@ impl<'a> Linter<'a> {
             Setting {
                 path: "encryption.ipsec.keyRotationDuration",
                 severity: Severity::Warning,
-                bad: &|value| ipsec && short(value, KEY_ROTATION),
+                bad: &|value| ipsec && seconds(value).is_some_and(|after| after < KEY_ROTATION),
                 message: "the old key goes before every node has the new one, and packets between them are lost",
                 fix: "write encryption.ipsec.keyRotationDuration: 5m, more in a Cluster Mesh",
             },
@@ -481,6 +494,34 @@ struct Setting<'a> {
     fix: &'static str,
 }
 
+/// Seconds of a duration as Go's `time.ParseDuration` reads it, which agents parse their flags with.
+fn go_duration(text: &str) -> Option<f64> {
+    let mut rest = text.strip_prefix('+').unwrap_or(text);
+    if rest == "0" {
+        return Some(0.0);
+    }
+    let mut seconds = 0.0;
+    while !rest.is_empty() {
+        let number = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let unit = &rest[number..];
+        let unit = &unit[..unit
+            .find(|c: char| c.is_ascii_digit() || c == '.')
+            .unwrap_or(unit.len())];
+        let factor = match unit {
+            "h" => 3600.0,
+            "m" => 60.0,
+            "s" => 1.0,
+            "ms" => 1e-3,
+            "us" | "µs" | "μs" => 1e-6,
+            "ns" => 1e-9,
+            _ => return None,
+        };
+        seconds += rest[..number].parse::<f64>().ok()? * factor;
+        rest = &rest[number + unit.len()..];
+    }
+    (!text.is_empty()).then_some(seconds)
+}
+
 fn leaves<'a>(value: &'a Value, path: &str, found: &mut Vec<(String, &'a Value)>) {
     match value {
         Value::Object(map) => {
@@ -489,5 +530,28 @@ fn leaves<'a>(value: &'a Value, path: &str, found: &mut Vec<(String, &'a Value)>
             }
         }
         leaf => found.push((path.to_owned(), leaf)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_those_of_go() {
+        for (text, seconds) in [
+            ("5m", 300.0),
+            ("1.5m", 90.0),
+            ("4m59.5s", 299.5),
+            ("1h0m0s", 3600.0),
+            ("0", 0.0),
+            ("250ms", 0.25),
+            ("+1µs", 1e-6),
+        ] {
+            assert_eq!(go_duration(text), Some(seconds), "{text}");
+        }
+        for text in ["", "30", "5 m", "m", "1d", "-5m", "1..5s", "5m3"] {
+            assert_eq!(go_duration(text), None, "{text}");
+        }
     }
 }
