@@ -117,18 +117,7 @@ pub fn lint(files: &[(PathBuf, String)], rules: Rules<'_>) -> Result<Vec<Finding
     for (file, text) in files {
         let broken = |problem| Failure::values(file, problem);
         let document = Document::parse(text).map_err(broken)?;
-        if let Some(root) = &document.root
-            && !root.is_null()
-            && !matches!(root.kind, Kind::Map { .. })
-        {
-            return Err(broken(
-                root.problem("values are a map: Helm refuses anything else"),
-            ));
-        }
-        let value = document.value().map_err(broken)?;
-        if value.is_object() {
-            all = over(&all, &value);
-        }
+        all = over(&all, &document.values().map_err(broken)?);
         documents.push(document);
     }
     let mut linter = Linter {
@@ -218,15 +207,6 @@ impl<'a> Linter<'a> {
                     twice.first
                 ),
                 "leave one of them".to_owned(),
-            );
-        }
-        if let Some(line) = document.more {
-            self.say_at(
-                (index, line, 1),
-                Severity::Error,
-                "---",
-                "a second document, and Helm reads only the first".to_owned(),
-                "take out the line with ---, or make it a file of its own".to_owned(),
             );
         }
         if let Some(root) = &document.root {

@@ -78,10 +78,7 @@ pub fn merge(
     for (name, text) in files {
         let broken = |problem| Failure::values(name, problem);
         let document = readable(text).map_err(broken)?;
-        let mut value = match document.value().map_err(broken)? {
-            Value::Null => Value::Object(Map::new()),
-            value => value,
-        };
+        let mut value = document.values().map_err(broken)?;
         // The last file is edited, and says so.
         if layers.len() + 1 < files.len() {
             as_lists(&mut value, &document, text);
@@ -188,20 +185,7 @@ fn readable(text: &str) -> Result<Document, Problem> {
             ),
         });
     }
-    if let Some(line) = document.more {
-        return Err(Problem {
-            line,
-            column: 1,
-            message: "a second document: Helm reads only the first; leave one".to_owned(),
-        });
-    }
-    match &document.root {
-        // `null` is what `helm get values` prints where there are none.
-        Some(root) if !root.is_null() && !matches!(root.kind, Kind::Map { .. }) => {
-            Err(root.problem("values are a map: Helm refuses anything else"))
-        }
-        _ => Ok(document),
-    }
+    Ok(document)
 }
 
 fn plan(

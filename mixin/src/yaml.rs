@@ -189,6 +189,28 @@ impl Document {
         }
     }
 
+    /// What Helm reads of a values file; `null` is what `helm get values` prints where there are none.
+    ///
+    /// # Errors
+    ///
+    /// What is no map, a second document, and as [`Document::value`].
+    pub fn values(&self) -> Result<Value, Problem> {
+        if let Some(line) = self.more {
+            return Err(Problem {
+                line,
+                column: 1,
+                message: "a second document: Helm reads only the first; leave one".to_owned(),
+            });
+        }
+        match &self.root {
+            Some(root) if root.is_null() => Ok(Value::Object(Map::new())),
+            Some(root) if !matches!(root.kind, Kind::Map { .. }) => {
+                Err(root.problem("values are a map: Helm refuses anything else"))
+            }
+            _ => self.value(),
+        }
+    }
+
     /// What Helm reads at a node.
     ///
     /// # Errors
