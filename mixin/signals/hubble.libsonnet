@@ -73,33 +73,29 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
         quiet: anyOf(h.harmlessReasons + h.conntrackReasons + h.unencryptedReasons),
         policy: anyOf(h.policyReasons),
       },
+      // Lines within another expression, but for the first.
+      local inner(lines) = std.strReplace(lines, '\n', '\n  '),
       // Which namespace a packet is counted for: the sender's on its way out, the receiver's on its way in. What policy
       // refuses counts once, whether its verdicts are events or not.
-      local drops = |||
-        sum by (%(cluster)s, namespace, reason) (
-          label_replace(
-            sum by (%(cluster)s, traffic_direction, source_namespace, reason) (
-              rate(hubble_drop_total{traffic_direction="egress", reason=~"%(policy)s", %(hubble)s}[%(w)s])
-              / on (%(cluster)s, %(node)s) group_left ()
-              node:hubble_policy_denial:events
-              or
-              rate(hubble_drop_total{traffic_direction="egress", %(hubble)s}[%(w)s])
-            ),
-            "namespace", "$1", "source_namespace", "(.*)"
-          )
-          or
-          label_replace(
-            sum by (%(cluster)s, traffic_direction, destination_namespace, reason) (
-              rate(hubble_drop_total{traffic_direction!="egress", reason=~"%(policy)s", %(hubble)s}[%(w)s])
-              / on (%(cluster)s, %(node)s) group_left ()
-              node:hubble_policy_denial:events
-              or
-              rate(hubble_drop_total{traffic_direction!="egress", %(hubble)s}[%(w)s])
-            ),
-            "namespace", "$1", "destination_namespace", "(.*)"
-          )
+      local charged(direction, side) = std.rstripChars(|||
+        label_replace(
+          sum by (%(cluster)s, traffic_direction, %(side)s, reason) (
+            rate(hubble_drop_total{traffic_direction%(direction)s, reason=~"%(policy)s", %(hubble)s}[%(w)s])
+            / on (%(cluster)s, %(node)s) group_left ()
+            node:hubble_policy_denial:events
+            or
+            rate(hubble_drop_total{traffic_direction%(direction)s, %(hubble)s}[%(w)s])
+          ),
+          "namespace", "$1", "%(side)s", "(.*)"
         )
-      ||| % f,
+      ||| % (f { direction: direction, side: side }), '\n'),
+      local drops = |||
+        sum by (%s, namespace, reason) (
+          %s
+          or
+          %s
+        )
+      ||| % [c.clusterLabel, inner(charged('="egress"', 'source_namespace')), inner(charged('!="egress"', 'destination_namespace'))],
       // The agent and Hubble count the same packet; where both are scraped, the one that saw more.
       local byNode(reasons) = |||
         max by (%(cluster)s, %(node)s) (
