@@ -7,10 +7,13 @@ use std::ops::Range;
 use granit_parser::ScalarStyle;
 use serde_json::Value;
 
-use crate::yaml::{Entry, Kind};
+use crate::yaml::{Entry, Kind, Node};
 
 /// Where Hubble's static metrics are listed.
 pub const METRICS: &str = "hubble.metrics.enabled";
+
+/// Where its dynamic metrics are listed.
+pub const CONTENT: &str = "hubble.metrics.dynamic.config.content";
 
 /// What `encryption.type` may be. The chart takes any word and encrypts nothing for one that it does not know.
 pub const ENCRYPTION_TYPES: [&str; 3] = ["ipsec", "wireguard", "ztunnel"];
@@ -234,9 +237,8 @@ pub fn as_static(entry: &Value) -> String {
 
 /// The list that `--set key={a,b}` means, in a values file: as text (`"{a,b}"`), or as a map without values (`{a, b}`).
 ///
-/// Commas part it, and a backslash takes the next character as it is: Helm, pkg/strvals. `kind` is the node's, `text` what is
-/// written there.
-pub fn set_list(kind: &Kind, text: &str) -> Option<Vec<String>> {
+/// Commas part it, and a backslash takes the next character as it is: Helm, pkg/strvals. `text` is the node's file.
+pub fn set_list(node: &Node, text: &str) -> Option<Vec<String>> {
     let bare = |entry: &Entry| {
         let plain = matches!(
             entry.key.kind,
@@ -247,7 +249,7 @@ pub fn set_list(kind: &Kind, text: &str) -> Option<Vec<String>> {
         );
         plain && entry.value.is_null() && entry.value.span.is_empty()
     };
-    let inner = match kind {
+    let inner = match &node.kind {
         Kind::Scalar {
             value: Value::String(text),
             style: ScalarStyle::SingleQuoted | ScalarStyle::DoubleQuoted,
@@ -256,7 +258,7 @@ pub fn set_list(kind: &Kind, text: &str) -> Option<Vec<String>> {
         Kind::Map {
             flow: true,
             entries,
-        } if !entries.is_empty() && entries.iter().all(bare) => text.trim(),
+        } if !entries.is_empty() && entries.iter().all(bare) => text.get(node.span.clone())?,
         _ => return None,
     };
     let inner = inner.strip_prefix('{')?.strip_suffix('}')?;

@@ -139,9 +139,7 @@ impl Spec {
 
     /// Whether null at a path (`a.b.c`) is what the chart has there anyhow.
     pub fn deletes_nothing(&self, path: &str) -> bool {
-        let path = split(path);
-        let path: Vec<&str> = path.iter().map(String::as_str).collect();
-        self.at(&path).is_some_and(Self::is_empty)
+        self.at(&split(path)).is_some_and(Self::is_empty)
     }
 
     /// The keys of a chart that has nothing at these paths, and of which no more is known.
@@ -154,10 +152,10 @@ impl Spec {
     }
 
     /// The spec at a path, if the chart has one. Below a map for the user's own keys there is none.
-    pub fn at(&self, path: &[&str]) -> Option<&Self> {
+    pub fn at(&self, path: &[impl AsRef<str>]) -> Option<&Self> {
         match (self, path) {
             (_, []) => Some(self),
-            (Self::Map(map), [key, rest @ ..]) => map.get(*key)?.at(rest),
+            (Self::Map(map), [key, rest @ ..]) => map.get(key.as_ref())?.at(rest),
             (Self::Leaf { .. }, _) => None,
         }
     }

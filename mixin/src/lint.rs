@@ -13,7 +13,7 @@ use crate::{
     cilium::{ENCRYPTION_TYPES, METRICS, Metric, set_list},
     keys::Spec,
     wanted::over,
-    yaml::{Document, Kind, Node, join, split},
+    yaml::{Document, Kind, Node, join, joined, split},
 };
 
 /// How bad a finding is.
@@ -226,9 +226,7 @@ impl<'a> Linter<'a> {
         path: &mut Vec<String>,
     ) {
         let document = &self.documents[file];
-        let shown = path
-            .iter()
-            .fold(String::new(), |path, key| join(&path, key));
+        let shown = joined(path);
         let resolved = document.resolve(node);
         let at = At {
             file,
@@ -264,8 +262,7 @@ impl<'a> Linter<'a> {
                         what(kind),
                         article(types)
                     );
-                    let written = self.files[file].1.get(resolved.span.clone());
-                    let fix = match written.and_then(|text| set_list(kind, text)) {
+                    let fix = match set_list(resolved, &self.files[file].1) {
                         Some(list) if types.iter().any(|known| known == "array") => {
                             format!("write {}", json!(list))
                         }
@@ -320,9 +317,7 @@ impl<'a> Linter<'a> {
         if path.len() == 1 && (path[0] == "global" || holds_anchors(document, value)) {
             return;
         }
-        let shown = path
-            .iter()
-            .fold(String::new(), |path, key| join(&path, key));
+        let shown = joined(path);
         let at = At {
             file,
             node: Some(key),
@@ -346,17 +341,12 @@ impl<'a> Linter<'a> {
 
     fn suggestion(&self, path: &[String]) -> Option<String> {
         let (name, parents) = path.split_last()?;
-        let parents: Vec<&str> = parents.iter().map(String::as_str).collect();
-        let shown = |path: &[String]| {
-            path.iter()
-                .fold(String::new(), |path, key| join(&path, key))
-        };
-        if let Some(Spec::Map(siblings)) = self.rules.keys.at(&parents)
+        if let Some(Spec::Map(siblings)) = self.rules.keys.at(parents)
             && let Some(near) = nearest(name, siblings.keys().map(String::as_str))
         {
             let mut path = path.to_vec();
             *path.last_mut()? = near.to_owned();
-            return Some(shown(&path));
+            return Some(joined(&path));
         }
         let common =
             |other: &Vec<String>| other.iter().zip(path).take_while(|(a, b)| a == b).count();
@@ -369,7 +359,7 @@ impl<'a> Linter<'a> {
             None => true,
             Some(next) => common(best) > 0 && rank(next) != rank(best),
         };
-        only.then(|| shown(best))
+        only.then(|| joined(best))
     }
 
     /// Lists of one file that a later one replaces.
@@ -435,8 +425,7 @@ impl<'a> Linter<'a> {
                 None => None,
             };
         }
-        let keys: Vec<&str> = path.iter().map(String::as_str).collect();
-        let default = match self.rules.keys.at(&keys) {
+        let default = match self.rules.keys.at(&path) {
             Some(Spec::Leaf { default, .. }) => default.clone(),
             _ => Value::Null,
         };

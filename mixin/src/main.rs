@@ -128,13 +128,6 @@ impl Values {
     }
 }
 
-/// What is done with merged values.
-enum Target {
-    Stdout,
-    File(PathBuf),
-    Diff,
-}
-
 fn main() -> ExitCode {
     let done = match Args::parse().command {
         Command::Render { config, out, check } => rendered(config.as_deref(), &out, check),
@@ -152,12 +145,7 @@ fn main() -> ExitCode {
             if let Some(release) = release {
                 set_release(&mut ours, &release);
             }
-            let target = match (out, diff) {
-                (Some(out), _) => Target::File(out),
-                (None, true) => Target::Diff,
-                (None, false) => Target::Stdout,
-            };
-            merged(&values, &chart, &ours, &target)
+            merged(&values, &chart, &ours, out.as_deref(), diff)
         }),
         Command::Lint {
             values,
@@ -212,13 +200,14 @@ fn merged(
     values: &Values,
     chart: &Chart,
     ours: &Value,
-    target: &Target,
+    out: Option<&Path>,
+    diff: bool,
 ) -> Result<ExitCode, Failure> {
     let files = values.read()?;
-    let merged = merge::merge(&files, ours, chart.defaults.as_ref())?;
-    match (target, files.last()) {
-        (Target::File(out), Some((name, _))) => write::file(out, &merged.text, name)?,
-        (Target::Diff, Some((name, text))) => {
+    let merged = merge::merge(&files, ours, chart.defaults().as_ref())?;
+    match (out, files.last()) {
+        (Some(out), Some((name, _))) => write::file(out, &merged.text, name)?,
+        (None, Some((name, text))) if diff => {
             let name = name.display().to_string();
             let diff = TextDiff::from_lines(text.as_str(), merged.text.as_str());
             print(&diff.unified_diff().header(&name, &name).to_string())?;

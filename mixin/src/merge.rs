@@ -90,10 +90,10 @@ pub fn merge(
         });
     }
     let wanted = Wanted::of(&layers, ours, keys)?;
-    let (Some(last), Some((name, text))) = (layers.last(), files.last()) else {
-        return Err(Failure::Unknown("there is no values file".to_owned()));
-    };
-    let (text, mut notes) = into(text, last, &wanted, keys, layers.len() - 1)
+    // Without any there is nothing wanted either.
+    let last = layers.len() - 1;
+    let (name, text) = &files[last];
+    let (text, mut notes) = into(text, &layers[last], &wanted, keys, last)
         .map_err(|problem| Failure::values(name, problem))?;
     notes.extend(wanted.notes);
     Ok(Merged {
@@ -106,15 +106,18 @@ pub fn merge(
 /// Takes a list of `--set` for what it means.
 fn as_lists(value: &mut Value, document: &Document, text: &str) {
     let path = split(METRICS);
-    let list = match document.place(&path) {
-        (depth, Some(field)) if depth == path.len() => {
-            let written = text.get(field.value.span.clone());
-            written.and_then(|written| set_list(&field.value.kind, written))
-        }
-        _ => None,
-    };
+    if let (depth, Some(field)) = document.place(&path)
+        && depth == path.len()
+        && let Some(list) = set_list(field.value, text)
+    {
+        put(value, &path, &list);
+    }
+}
+
+/// Puts a list in the place of what is at a path.
+fn put(value: &mut Value, path: &[String], list: &[String]) {
     let place = path.iter().try_fold(value, |value, key| value.get_mut(key));
-    if let (Some(list), Some(place)) = (list, place) {
+    if let Some(place) = place {
         *place = json!(list);
     }
 }
@@ -149,13 +152,7 @@ fn into(
     // What was written as a list of `--set` is the list that it means.
     let mut before = layer.value.clone();
     for (path, list) in &plan.lists {
-        let keys = split(path);
-        let place = keys
-            .iter()
-            .try_fold(&mut before, |value, key| value.get_mut(key));
-        if let Some(place) = place {
-            *place = json!(list);
-        }
+        put(&mut before, &split(path), list);
     }
     let wrong = proof::lost(&before, &after, "", &plan.filled)
         .or_else(|| proof::missing(ours, &after, "", &plan.kept))
@@ -377,8 +374,7 @@ impl Editor<'_> {
             return self.fill(parent, entry, want, path);
         }
         if let Value::Array(want) = want
-            && let Some(list) = self.text.get(node.span.clone())
-            && let Some(list) = set_list(&node.kind, list)
+            && let Some(list) = set_list(node, self.text)
         {
             return self.list_of_set(parent, entry, &list, want, path);
         }

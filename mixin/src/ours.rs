@@ -54,8 +54,6 @@ pub struct Chart {
     pub version: &'static str,
     /// Its keys, where they are known here.
     pub keys: Option<Spec>,
-    /// Its keys as far as merging asks whether a null there deletes anything.
-    pub defaults: Option<Spec>,
     file: &'static str,
 }
 
@@ -87,15 +85,19 @@ impl Chart {
                 versions.join(", ")
             )));
         };
-        let keys = keys::embedded(name, found);
-        let empty = EMPTY.iter().find(|(known, _)| known == name);
         Ok(Self {
             name,
             version: found,
-            defaults: keys.clone().or(empty.map(|(_, paths)| Spec::empty(paths))),
-            keys,
+            keys: keys::embedded(name, found),
             file,
         })
+    }
+
+    /// Its keys as far as merging asks whether a null there deletes anything.
+    pub fn defaults(&self) -> Option<Spec> {
+        let empty = EMPTY.iter().find(|(known, _)| *known == self.name);
+        let known = self.keys.clone();
+        known.or_else(|| empty.map(|(_, paths)| Spec::empty(paths)))
     }
 
     /// What we want in its values; with `sidecar` the exporter's container too.

@@ -8,11 +8,11 @@ use serde_json::{Map, Value};
 
 use crate::{
     Failure,
-    cilium::{self, METRICS, Metric},
+    cilium::{self, CONTENT, METRICS, Metric},
     keys::Spec,
     merge::Note,
     proof,
-    yaml::{Document, join, split},
+    yaml::{Document, join, joined, split},
 };
 
 /// One of the user's files, read.
@@ -216,11 +216,6 @@ impl Wanted {
         });
     }
 
-    fn keep(&mut self, place: (usize, usize), path: String, text: String) {
-        self.note(place, &path, text);
-        self.kept.insert(path);
-    }
-
     /// The agent does not start with static and dynamic metrics, so to dynamic ones nothing is added.
     fn dynamic(&mut self, layers: &[Layer], theirs: &Value) {
         if theirs["hubble"]["metrics"]["dynamic"]["enabled"] != Value::Bool(true) {
@@ -244,7 +239,7 @@ impl Wanted {
             place(layers, &path),
             "hubble.metrics.dynamic.enabled",
             format!(
-                "true stays, so nothing is added to {METRICS}: the agent refuses to start with both; put into hubble.metrics.dynamic.config.content: {}",
+                "true stays, so nothing is added to {METRICS}: the agent refuses to start with both; put into {CONTENT}: {}",
                 content.join(", ")
             ),
         );
@@ -271,12 +266,9 @@ impl Wanted {
         set_release(&mut self.all, name);
         let at = place(layers, path);
         for path in added {
-            let path = path
-                .iter()
-                .fold(String::new(), |path, key| join(&path, key));
             self.note(
                 at,
-                &path,
+                &joined(&path),
                 format!("is {name}, as here: a Prometheus selects monitors by one label"),
             );
         }
@@ -350,6 +342,7 @@ impl Wanted {
         path: &str,
         files: &Above<'_>,
     ) -> Result<(), Failure> {
+        let nothing = Map::new();
         let keys: Vec<String> = rest.keys().cloned().collect();
         for key in keys {
             let path = join(path, &key);
@@ -357,11 +350,12 @@ impl Wanted {
                 continue;
             };
             let there = match (want, have, last.get(&key)) {
-                (Value::Object(want), Value::Object(have), None) => {
-                    self.above(want, have, &Map::new(), &path, files)?;
-                    want.is_empty()
-                }
-                (Value::Object(want), Value::Object(have), Some(Value::Object(last))) => {
+                (
+                    Value::Object(want),
+                    Value::Object(have),
+                    last @ (None | Some(Value::Object(_))),
+                ) => {
+                    let last = last.and_then(Value::as_object).unwrap_or(&nothing);
                     self.above(want, have, last, &path, files)?;
                     want.is_empty()
                 }
@@ -395,8 +389,8 @@ impl Wanted {
                 }
                 (want, have, None) => {
                     if want != have {
-                        let text = stays(have, want, &path);
-                        self.keep(files.place(&path), path, text);
+                        self.note(files.place(&path), &path, stays(have, want, &path));
+                        self.kept.insert(path);
                     }
                     true
                 }

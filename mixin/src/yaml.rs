@@ -538,7 +538,13 @@ pub fn join(path: &str, key: &str) -> String {
     }
 }
 
-/// The keys of a path that [`join`] wrote.
+/// Keys as people write their path.
+pub fn joined(keys: &[impl AsRef<str>]) -> String {
+    let all = keys.iter();
+    all.fold(String::new(), |path, key| join(&path, key.as_ref()))
+}
+
+/// The keys of a path that [`joined`] wrote.
 pub fn split(path: &str) -> Vec<String> {
     let mut keys = Vec::new();
     let mut rest = path;
@@ -685,9 +691,7 @@ mod tests {
     #[test]
     fn a_path_is_split_as_it_was_joined() {
         let keys = ["serverFiles", "alerting_rules.yml", "groups"];
-        let path = keys
-            .iter()
-            .fold(String::new(), |path, key| join(&path, key));
+        let path = joined(&keys);
         assert_eq!(path, "serverFiles.\"alerting_rules.yml\".groups");
         assert_eq!(split(&path), keys);
         assert_eq!(split("a.b"), ["a", "b"]);

@@ -2,6 +2,8 @@
 //! The renderer as its user meets it: what it writes, what it removes, and how it refuses.
 
 mod common;
+#[path = "common/renderer.rs"]
+mod renderer;
 
 use std::{
     fs,
@@ -11,15 +13,8 @@ use std::{
 };
 
 use common::{root, said};
+use renderer::chandra_mixin;
 use tempfile::TempDir;
-
-fn chandra_mixin(folder: &Path, args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_chandra-mixin"))
-        .current_dir(folder)
-        .args(args)
-        .output()
-        .expect("it runs")
-}
 
 fn render(folder: &Path, args: &[&str]) -> Output {
     chandra_mixin(folder, &[&["render"], args].concat())

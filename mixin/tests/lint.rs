@@ -2,23 +2,17 @@
 //! What Helm accepts in silence is said: of every fixture what is committed, and of made-up files each kind of finding.
 
 mod common;
+#[path = "common/renderer.rs"]
+mod renderer;
 
-use std::{
-    fs,
-    path::Path,
-    process::{Command, Output},
-};
+use std::{fs, path::Path, process::Output};
 
 use common::{fixtures, golden, root, said};
+use renderer::chandra_mixin;
 use tempfile::TempDir;
 
 fn lint(folder: &Path, args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_chandra-mixin"))
-        .current_dir(folder)
-        .arg("lint")
-        .args(args)
-        .output()
-        .expect("it runs")
+    chandra_mixin(folder, &[&["lint"], args].concat())
 }
 
 /// What is said about one file.
@@ -571,11 +565,7 @@ fn findings_are_json_too_and_another_chart_can_be_named() {
         ]
     );
 
-    let keys = Command::new(env!("CARGO_BIN_EXE_chandra-mixin"))
-        .current_dir(folder.path())
-        .args(["keys", "chart"])
-        .output()
-        .expect("it runs");
+    let keys = chandra_mixin(folder.path(), &["keys", "chart"]);
     let keys: serde_json::Value = serde_json::from_slice(&keys.stdout).expect("JSON");
     assert_eq!(
         keys["keys"],

@@ -2,6 +2,8 @@
 //! Merging into values files of users: what comes out is committed, byte for byte, and whatever comes in, nothing is lost.
 
 mod common;
+#[path = "common/renderer.rs"]
+mod renderer;
 
 use std::{
     collections::BTreeSet,
@@ -24,16 +26,9 @@ use chandra_mixin::{
 };
 use common::{fixtures, golden, root, said};
 use proptest::{prelude::*, sample::select};
+use renderer::chandra_mixin;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-
-fn chandra_mixin(folder: &Path, args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_chandra-mixin"))
-        .current_dir(folder)
-        .args(args)
-        .output()
-        .expect("it runs")
-}
 
 fn ours() -> &'static (Value, Spec) {
     static OURS: OnceLock<(Value, Spec)> = OnceLock::new();

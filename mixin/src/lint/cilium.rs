@@ -10,9 +10,10 @@ use serde_json::{Value, json};
 use super::{At, Found, Linter, Severity, nearest, what};
 use crate::{
     cilium::{
-        self, CONFLICTS, CONTEXT_LABELS, METRIC_NAMES, METRICS, Metric, as_dynamic, as_static,
+        self, CONFLICTS, CONTENT, CONTEXT_LABELS, METRIC_NAMES, METRICS, Metric, as_dynamic,
+        as_static,
     },
-    yaml::{Kind, Node, join, split},
+    yaml::{Kind, Node, join, joined, split},
 };
 
 /// Monitors of what runs on every node: each of them is one more scrape of each node.
@@ -27,9 +28,6 @@ const SHORT_INTERVAL: Duration = Duration::from_secs(15);
 
 /// Seconds: how long the old IPsec key has to live at least, since agents take up to a minute each to follow. The chart's default.
 const KEY_ROTATION: f64 = 300.0;
-
-/// Where Hubble's dynamic metrics are listed.
-const CONTENT: &str = "hubble.metrics.dynamic.config.content";
 
 /// What a list of Hubble's metrics brings, by metric.
 fn series(metric: &str) -> &str {
@@ -285,9 +283,7 @@ impl<'a> Linter<'a> {
     fn monitors(&mut self) {
         let mut labels: Vec<(String, Found<'a>)> = Vec::new();
         for path in self.rules.keys.paths_to("serviceMonitor") {
-            let path = path
-                .iter()
-                .fold(String::new(), |path, key| join(&path, key));
+            let path = joined(&path);
             let parent = path.trim_end_matches(".serviceMonitor");
             let source = match parent {
                 "hubble.metrics" => "hubble.enabled".to_owned(),
@@ -474,9 +470,8 @@ impl<'a> Linter<'a> {
             },
         ];
         for rule in rules {
-            let keys: Vec<&str> = rule.path.split('.').collect();
             let found = self.effective(rule.path);
-            if self.rules.keys.at(&keys).is_none() || !(rule.bad)(&found.value) {
+            if self.rules.keys.at(&split(rule.path)).is_none() || !(rule.bad)(&found.value) {
                 continue;
             }
             let message = format!("{}: {}", found.says(), rule.message);
