@@ -8,14 +8,30 @@
     nodeExporterSelector: '',
     vllmSelector: '',
     httpSelector: '',
+    kubeStateMetricsSelector: '',
+    cadvisorSelector: '',
+    dcgmSelector: '',
 
     // The labels that a node and a cluster have on every target: Cilium's own ServiceMonitors call the node so, and
     // series without a cluster label are one cluster.
     nodeLabel: 'node',
     clusterLabel: 'cluster',
 
+    // Whether the clusters run Cilium, whose metrics are missed where nobody scrapes them.
+    cilium: true,
+    // How the values of Hubble's sourceContext and destinationContext are read, where a metric has no labelsContext. Take
+    // `namespace` out if yours are workload-name, pod-name or app: a lone word is then no namespace.
+    hubbleContexts: ['namespace', 'pod', 'identity'],
+
     // Namespaces where a dropped packet is an incident, a regular expression that has to match the whole name.
-    inferenceNamespaces: '(.*-)?(ai|inference|llm|ml|models?|serving|training|vllm)(-.*)?',
+    // A namespace with processes on a GPU is one of them without being named.
+    inferenceNamespaces: 'default|(.*-)?(ai|dynamo|inference|kserve|kubeflow|(kube)?ray|llm|ml|models?|nim|serving|sglang|training|triton|vllm)(-.*)?',
+
+    // Which of `kube_node_status_allocatable` (kube-state-metrics) and `DCGM_FI_DEV_GPU_UTIL` (DCGM's exporter, with the node's
+    // label on its targets) tell the nodes that have GPUs, where an exporter has to run. And which resources are GPUs: names
+    // as kube-state-metrics writes them.
+    gpuNodes: ['kube_node_status_allocatable', 'DCGM_FI_DEV_GPU_UTIL'],
+    gpuResources: '(nvidia_com_(gpu|mig_)|amd_com_gpu|gpu_intel_com_|habana_ai_gaudi).*',
 
     // Over what a rate is taken: at least four scrapes. The names of the recording rules end in it.
     window: '5m',

@@ -25,8 +25,10 @@ use serde_json::Value;
 /// Metrics of others, with the labels that they have when helm-values/ are applied.
 ///
 /// Hubble: pkg/hubble/metrics in Cilium 1.19. Agent: pkg/metrics. `cilium_ipsec_xfrm_error` is a gauge that mirrors a
-/// kernel counter. node_exporter: its cpu and uname collectors. vLLM: vllm/v1/metrics/loggers.py, with the labels of a pod
-/// that is a target. OpenTelemetry eBPF instrumentation: pkg/export/attributes/attr_defs.go, with the attributes that are selected.
+/// kernel counter. node_exporter: its cpu, netstat and uname collectors. cAdvisor: the
+/// kubelet's. vLLM: vllm/v1/metrics/loggers.py, with the labels of a pod
+/// that is a target. kube-state-metrics: internal/store/node.go, with the node's name as a label of its own. DCGM: its exporter's
+/// defaults. Hubble has `source` and `destination` where an operator set contexts. OpenTelemetry eBPF instrumentation: pkg/export/attributes/attr_defs.go, with the attributes that are selected.
 const OTHERS: &[(&str, Kind, &[&str])] = &[
     (
         "hubble_drop_total",
@@ -37,6 +39,10 @@ const OTHERS: &[(&str, Kind, &[&str])] = &[
             "source_namespace",
             "destination_namespace",
             "traffic_direction",
+            "source_pod",
+            "destination_pod",
+            "source",
+            "destination",
         ],
     ),
     (
@@ -49,6 +55,8 @@ const OTHERS: &[(&str, Kind, &[&str])] = &[
             "verdict",
             "source_namespace",
             "destination_namespace",
+            "source",
+            "destination",
         ],
     ),
     (
@@ -60,6 +68,8 @@ const OTHERS: &[(&str, Kind, &[&str])] = &[
             "action",
             "source_namespace",
             "destination_namespace",
+            "source",
+            "destination",
         ],
     ),
     (
@@ -77,6 +87,8 @@ const OTHERS: &[(&str, Kind, &[&str])] = &[
             "ips_returned",
             "source_namespace",
             "destination_namespace",
+            "source",
+            "destination",
         ],
     ),
     (
@@ -88,6 +100,8 @@ const OTHERS: &[(&str, Kind, &[&str])] = &[
             "ips_returned",
             "source_namespace",
             "destination_namespace",
+            "source",
+            "destination",
         ],
     ),
     (
@@ -131,6 +145,34 @@ const OTHERS: &[(&str, Kind, &[&str])] = &[
         Kind::Histogram,
         &["k8s_namespace_name", "k8s_pod_name"],
     ),
+    (
+        "hubble_metrics_http_handler_requests_total",
+        Kind::Counter,
+        &["code"],
+    ),
+    ("cilium_version", Kind::Gauge, &["version"]),
+    (
+        "kube_node_status_allocatable",
+        Kind::Gauge,
+        &["resource", "unit"],
+    ),
+    (
+        "container_network_transmit_packets_total",
+        Kind::Counter,
+        &["namespace", "pod", "interface"],
+    ),
+    (
+        "container_network_transmit_bytes_total",
+        Kind::Counter,
+        &["namespace", "pod", "interface"],
+    ),
+    (
+        "kube_pod_info",
+        Kind::Gauge,
+        &["namespace", "pod", "host_network"],
+    ),
+    ("node_netstat_Tcp_OutSegs", Kind::Counter, &[]),
+    ("DCGM_FI_DEV_GPU_UTIL", Kind::Gauge, &["gpu", "Hostname"]),
     ("up", Kind::Gauge, &[]),
 ];
 
@@ -693,6 +735,116 @@ fn the_check_sees_what_is_wrong() {
     ] {
         infer(expr, &catalogue, &mut BTreeSet::new()).expect(expr);
     }
+}
+
+/// The bounds of every histogram, as the golden pages have them.
+fn bounds() -> BTreeMap<String, BTreeSet<String>> {
+    let folder = root().join("exporter/tests/golden");
+    let mut all = BTreeMap::<_, BTreeSet<_>>::new();
+    for entry in fs::read_dir(folder).expect("golden pages") {
+        let page = fs::read_to_string(entry.expect("an entry").path()).expect("readable");
+        for line in page.lines().filter(|line| !line.starts_with('#')) {
+            let Some((metric, rest)) = line.split_once("_bucket{") else {
+                continue;
+            };
+            let (_, bound) = rest.split_once("le=\"").expect("a bucket has a bound");
+            let bound = bound.split('"').next().expect("quoted").to_owned();
+            all.entry(metric.to_owned()).or_default().insert(bound);
+        }
+    }
+    all
+}
+
+/// The histograms of whose quantile an expression is a value, itself or through recording rules.
+fn quantiles(expr: &Expr, records: &BTreeMap<String, Expr>, found: &mut BTreeSet<String>) {
+    struct Buckets<'a>(&'a mut BTreeSet<String>, bool);
+    impl promql_parser::util::ExprVisitor for Buckets<'_> {
+        type Error = ();
+        fn pre_visit(&mut self, expr: &Expr) -> Result<bool, ()> {
+            let name = match expr {
+                Expr::VectorSelector(selector) => selector.name.as_deref(),
+                Expr::MatrixSelector(matrix) => matrix.vs.name.as_deref(),
+                Expr::Call(call) => {
+                    self.1 |= call.func.name == "histogram_quantile";
+                    None
+                }
+                _ => None,
+            };
+            self.0.extend(name.map(str::to_owned));
+            Ok(true)
+        }
+    }
+    let mut names = BTreeSet::new();
+    let mut buckets = Buckets(&mut names, false);
+    promql_parser::util::walk_expr(&mut buckets, expr).expect("it cannot fail");
+    let is_quantile = buckets.1;
+    for name in names {
+        match name.strip_suffix("_bucket") {
+            Some(histogram) if is_quantile => {
+                found.insert(histogram.to_owned());
+            }
+            _ => {
+                if let Some(rule) = records.get(&name) {
+                    quantiles(rule, records, found);
+                }
+            }
+        }
+    }
+}
+
+/// Prometheus interpolates within a bucket: a quantile above a threshold that is no bound may be of values below it.
+#[test]
+fn quantiles_are_compared_with_the_bounds_of_their_buckets() {
+    struct Comparisons(Vec<(Expr, f64)>);
+    impl promql_parser::util::ExprVisitor for Comparisons {
+        type Error = ();
+        fn pre_visit(&mut self, expr: &Expr) -> Result<bool, ()> {
+            if let Expr::Binary(binary) = expr
+                && binary.op.is_comparison_operator()
+                && let Expr::NumberLiteral(number) = &*binary.rhs
+            {
+                self.0.push(((*binary.lhs).clone(), number.val));
+            }
+            Ok(true)
+        }
+    }
+    let bounds = bounds();
+    let tree = tree();
+    let files = tree["files"].as_object().expect("files").iter();
+    let rules: Vec<Value> = files
+        .filter(|(path, _)| path.starts_with("alerts/"))
+        .flat_map(|(_, file)| render::rules(&file["yaml"]))
+        .map(|rule| rule.body.clone())
+        .collect();
+    let expr = |rule: &Value| {
+        parser::parse(rule["expr"].as_str().expect("an expression")).expect("it parses")
+    };
+    let records = rules.iter().filter_map(|rule| {
+        let name = rule["record"].as_str()?;
+        Some((name.to_owned(), expr(rule)))
+    });
+    let records = records.collect();
+    let mut compared = 0;
+    for rule in rules.iter().filter(|rule| rule["alert"].is_string()) {
+        let mut comparisons = Comparisons(Vec::new());
+        promql_parser::util::walk_expr(&mut comparisons, &expr(rule)).expect("it cannot fail");
+        for (left, threshold) in comparisons.0 {
+            let mut histograms = BTreeSet::new();
+            quantiles(&left, &records, &mut histograms);
+            for histogram in histograms {
+                compared += 1;
+                let of = bounds
+                    .get(&histogram)
+                    .unwrap_or_else(|| panic!("{histogram} is on no golden page"));
+                assert!(
+                    of.contains(&threshold.to_string()),
+                    "{}: {threshold} is no bound of {histogram}: {of:?}",
+                    rule["alert"]
+                );
+            }
+        }
+    }
+    assert!(compared >= 4, "only {compared} quantiles are compared");
 }
 
 #[test]

@@ -23,6 +23,8 @@ function(c, rules, alerts) {
         relabel_configs: [
           { source_labels: ['__meta_kubernetes_pod_container_name'], regex: 'chandra', action: 'keep' },
           { source_labels: ['__meta_kubernetes_pod_container_port_number'], regex: '%d' % c.port, action: 'keep' },
+          // A pod that has ended, or was evicted, stays listed with its address.
+          { source_labels: ['__meta_kubernetes_pod_phase'], regex: 'Running', action: 'keep' },
           { source_labels: ['__meta_kubernetes_pod_node_name'], target_label: c.nodeLabel },
         ],
       },

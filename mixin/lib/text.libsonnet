@@ -3,13 +3,18 @@
   local key(c, label) = { cluster: c.clusterLabel, node: c.nodeLabel }[label],
   local name(c, label) = if label == 'cluster' || label == 'node' then key(c, label) else label,
 
-  node(c):: '{{ with $labels.%s }}node {{ . }}{{ else }}an unnamed node{{ end }}' % c.nodeLabel,
+  node(c, known='node', unknown='an unnamed node'):: '{{ with $labels.%s }}%s {{ . }}{{ else }}%s{{ end }}' % [c.nodeLabel, known, unknown],
 
   // The pod, or what the pod labels mean where they name none; see docs/design.md, "Special labels".
   pod(c)::
     '{{ if $labels.namespace }}Pod {{ $labels.namespace }}/{{ $labels.pod }}' +
     '{{ else if eq $labels.pod "unknown" }}An unknown pod{{ else if eq $labels.pod "other" }}A pod beyond --max-owners' +
     '{{ else }}The host itself{{ end }} on ' + $.node(c),
+
+  // The container, where each has an alert of its own. With `--pods none` it is all that names the owner.
+  container(c)::
+    '{{ if $labels.namespace }}Pod {{ $labels.namespace }}/{{ $labels.pod }}{{ with $labels.container }} ({{ . }}){{ end }}' +
+    '{{ else }}{{ $labels.container }}{{ end }} on ' + $.node(c),
 
   // A number of three digits: Prometheus' own `humanize` writes 0.1 as 100m.
   number(value):: '{{ if lt %s 1.0 }}{{ printf "%%.2g" %s }}{{ else }}{{ humanize %s }}{{ end }}' % [value, value, value],

@@ -1,5 +1,7 @@
 // Encryption: what WireGuard and IPsec cost, whose traffic it is, and sessions that are derived too often.
+local nodes = import '../lib/nodes.libsonnet';
 local panels = import '../lib/panels.libsonnet';
+local rates = import '../lib/rates.libsonnet';
 local text = import '../lib/text.libsonnet';
 
 {
@@ -7,10 +9,13 @@ local text = import '../lib/text.libsonnet';
     encryption: {
       // Sessions a minute with one peer. WireGuard derives one every two minutes while there is traffic, an IPsec key
       // rotation a few per remote node; one every 30 s is a rebuild that nobody asked for, and each costs a handshake
-      // during which packets queue.
-      EncryptionRekeyStorm: { threshold: 2, 'for': '1m', severity: 'page' },
+      // during which packets queue. `steady`: in how many fifths of the window at least. A failover establishes all of a
+      // gateway's child SAs again, six or nine sessions with one peer at once, and no more: that is one fifth, or two.
+      EncryptionRekeyStorm: { threshold: 2, steady: 3, 'for': '1m', severity: 'page' },
       // CPU seconds a second that the encryption of one pod's traffic takes: one whole core.
       EncryptionCpuHigh: { threshold: 1, 'for': '10m', severity: 'ticket' },
+      // The same of a node, of all pods that are below that: four cores that nobody asked for, and no pod stands out.
+      EncryptionNodeCpuHigh: { threshold: 4, 'for': '10m', severity: 'ticket' },
     },
   },
 
@@ -18,7 +23,7 @@ local text = import '../lib/text.libsonnet';
     encryption: {
       local c = $._config,
       local e = c.encryption,
-      local f = { w: c.window, cluster: c.clusterLabel, node: c.nodeLabel, sel: c.selector, nodeExporter: c.nodeExporterSelector, cilium: c.ciliumSelector },
+      local f = { step: '%gs' % (rates.seconds(c.window) / 5), w: c.window, cluster: c.clusterLabel, node: c.nodeLabel, sel: c.selector, nodeExporter: c.nodeExporterSelector, cilium: c.ciliumSelector },
 
       title: 'Encryption',
       question: 'What do WireGuard and IPsec cost, whose traffic is it, and are sessions derived too often?',
@@ -55,6 +60,19 @@ local text = import '../lib/text.libsonnet';
           expr: 'max by (%(cluster)s, %(node)s, interface, protocol) (rate(chandra_encryption_peer_sessions_total{%(sel)s}[%(w)s]))' % f,
         },
         {
+          // Of the peers with which sessions rose in most of the last minutes.
+          record: 'interface:chandra_encryption_peer_sessions:max_steady_rate%(w)s' % f,
+          expr: |||
+            max by (%(cluster)s, %(node)s, interface, protocol) (
+              rate(%(sessions)s[%(w)s])
+              and
+              sum_over_time((
+                %(sessions)s - (%(sessions)s offset %(step)s or %(sessions)s * 0) > bool 0
+              )[%(w)s:%(step)s]) >= %(steady)d
+            )
+          ||| % (f + e.EncryptionRekeyStorm { sessions: 'chandra_encryption_peer_sessions_total{%(sel)s}' % f }),
+        },
+        {
           record: 'interface:chandra_encryption_session_interval_seconds:p50_rate%(w)s' % f,
           expr: 'histogram_quantile(0.5, sum by (%(cluster)s, %(node)s, interface, protocol, le) (rate(chandra_encryption_session_interval_seconds_bucket{%(sel)s}[%(w)s])))' % f,
         },
@@ -63,18 +81,12 @@ local text = import '../lib/text.libsonnet';
           expr: 'sum by (%(cluster)s, %(node)s, interface, protocol, event) (rate(chandra_encryption_handshakes_total{%(sel)s}[%(w)s]))' % f,
         },
         {
-          // node_exporter does not know the node's name in Kubernetes, but its host name is the same.
           record: 'node_mode:node_cpu_seconds:rate%(w)s' % f,
-          expr: |||
-            sum by (%(cluster)s, %(node)s, mode) (
-              label_replace(
-                sum by (%(cluster)s, instance, mode) (rate(node_cpu_seconds_total{mode=~"softirq|system", %(nodeExporter)s}[%(w)s]))
-                * on (%(cluster)s, instance) group_left (nodename)
-                max by (%(cluster)s, instance, nodename) (node_uname_info{%(nodeExporter)s}),
-                "%(node)s", "$1", "nodename", "(.*)"
-              )
-            )
-          ||| % f,
+          // Several jobs may scrape one node_exporter.
+          expr: 'max by (%(cluster)s, %(node)s, mode) (\n%%s)' % f % nodes.named(
+            c,
+            'sum by (%(cluster)s, instance, mode) (max by (%(cluster)s, instance, mode, cpu) (rate(node_cpu_seconds_total{mode=~"softirq|system", %(nodeExporter)s}[%(w)s])))' % f
+          ),
         },
         {
           record: 'node_map:cilium_bpf_map_ops_failed:rate%(w)s' % f,
@@ -90,7 +102,7 @@ local text = import '../lib/text.libsonnet';
       alerts: [
         {
           alert: 'EncryptionRekeyStorm',
-          expr: 'interface:chandra_encryption_peer_sessions:max_rate%(w)s * 60 > %(threshold)g' % (f + e.EncryptionRekeyStorm),
+          expr: 'interface:chandra_encryption_peer_sessions:max_steady_rate%(w)s * 60 > %(threshold)g' % (f + e.EncryptionRekeyStorm),
           summary: tunnel + ' rebuilds its sessions all the time.',
           description: tunnel + ' derives ' + text.number('$value') + ' sessions a minute with one peer. WireGuard needs one in two minutes, IPsec a few in a key rotation; packets queue during each handshake. Pods with most encrypted traffic on this node: ' + most + '.',
         },
@@ -99,6 +111,12 @@ local text = import '../lib/text.libsonnet';
           expr: 'pod:chandra_encryption_cpu_seconds:rate%(w)s > %(threshold)g' % (f + e.EncryptionCpuHigh),
           summary: text.pod(c) + ': the encryption of its traffic takes ' + text.number('$value') + ' CPU cores.',
           description: text.pod(c) + ': encrypting and decrypting its traffic takes ' + text.number('$value') + ' CPU cores. Pods with most encrypted traffic on this node: ' + most + '.',
+        },
+        {
+          alert: 'EncryptionNodeCpuHigh',
+          expr: 'sum by (%(cluster)s, %(node)s) (pod:chandra_encryption_cpu_seconds:rate%(w)s <= %(pod)g) > %(threshold)g' % (f + e.EncryptionNodeCpuHigh { pod: e.EncryptionCpuHigh.threshold }),
+          summary: 'Encryption takes ' + text.number('$value') + ' CPU cores of ' + text.node(c) + '.',
+          description: 'On ' + text.node(c) + ', encrypting and decrypting the traffic of many pods takes ' + text.number('$value') + ' CPU cores, of each at most %(pod)g. Pods with most encrypted traffic on this node: ' % { pod: e.EncryptionCpuHigh.threshold } + most + '.',
         },
       ],
 

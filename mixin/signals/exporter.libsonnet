@@ -6,14 +6,17 @@ local text = import '../lib/text.libsonnet';
   _config+:: {
     exporter: {
       ChandraDown: { 'for': '5m', severity: 'ticket' },
+      // Nodes with GPUs on which no exporter is a target. A new node is given time to be set up.
+      ChandraNotOnGpuNode: { 'for': '30m', severity: 'ticket' },
       // A signal that should work on this host and does not; one that the host does not have is `absent`, no alert.
       ChandraSignalDown: { 'for': '5m', severity: 'ticket' },
       // Share of events that a signal saw and could not count. A scrape that could not read the maps (read_failed) is
       // no event: the next one finds them there, and a signal that cannot be read at all is ChandraSignalDown.
-      ChandraEventsLost: { threshold: 0.01, 'for': '10m', severity: 'ticket' },
+      // `floor`: events a second below which a share means nothing; this is thirty in five minutes.
+      ChandraEventsLost: { threshold: 0.01, floor: 0.1, 'for': '10m', severity: 'ticket' },
       // Share of units that a signal counted for nobody. Some are: the first seconds of a pod, a socket of a pod that
-      // has gone.
-      ChandraAttributionPoor: { threshold: 0.1, 'for': '30m', severity: 'ticket' },
+      // has gone. `floor`: as above, in units.
+      ChandraAttributionPoor: { threshold: 0.1, floor: 0.1, 'for': '30m', severity: 'ticket' },
       // Seconds since the source of pod names last answered: pods that came since have no name.
       ChandraPodsStale: { threshold: 600, 'for': '5m', severity: 'ticket' },
       // Series of one node. The design's limit for a node with 8 GPU pods.
@@ -27,19 +30,33 @@ local text = import '../lib/text.libsonnet';
       local x = c.exporter,
       local f = { w: c.window, cluster: c.clusterLabel, node: c.nodeLabel, sel: c.selector },
 
+      // What tells that a node has GPUs. kube-state-metrics has the node's name in a label of its own; DCGM's exporter is
+      // a target whose node its monitor names.
+      local gpuNodes = {
+        kube_node_status_allocatable:
+          local expr = 'kube_node_status_allocatable{resource=~"%s", %s}' % [c.gpuResources, c.kubeStateMetricsSelector];
+          'sum by (%(cluster)s, %(node)s) (%%s)' % f % (if c.nodeLabel == 'node' then expr else 'label_replace(%s, "%s", "$1", "node", "(.*)")' % [expr, c.nodeLabel]),
+        DCGM_FI_DEV_GPU_UTIL: 'count by (%(cluster)s, %(node)s) (DCGM_FI_DEV_GPU_UTIL{%(node)s!="", %(dcgm)s})' % (f { dcgm: c.dcgmSelector }),
+      },
+
       title: 'Exporter',
       question: 'Does Chandra itself work?',
 
       rules: [
         {
+          record: 'signal:chandra_attribution:rate%(w)s' % f,
+          expr: 'sum by (%(cluster)s, %(node)s, signal) (rate(chandra_attribution_total{%(sel)s}[%(w)s]))' % f,
+        },
+        {
+          record: 'signal:chandra_lost_events:rate%(w)s' % f,
+          expr: 'sum by (%(cluster)s, %(node)s, signal) (rate(chandra_lost_events_total{reason!="read_failed", %(sel)s}[%(w)s]))' % f,
+        },
+        {
           record: 'signal:chandra_lost_events:ratio_rate%(w)s' % f,
           expr: |||
-            sum by (%(cluster)s, %(node)s, signal) (rate(chandra_lost_events_total{reason!="read_failed", %(sel)s}[%(w)s]))
+            signal:chandra_lost_events:rate%(w)s
             /
-            (
-              sum by (%(cluster)s, %(node)s, signal) (rate(chandra_lost_events_total{reason!="read_failed", %(sel)s}[%(w)s]))
-              + sum by (%(cluster)s, %(node)s, signal) (rate(chandra_attribution_total{%(sel)s}[%(w)s]))
-            )
+            (signal:chandra_lost_events:rate%(w)s + signal:chandra_attribution:rate%(w)s)
           ||| % f,
         },
         {
@@ -47,7 +64,7 @@ local text = import '../lib/text.libsonnet';
           expr: |||
             sum by (%(cluster)s, %(node)s, signal) (rate(chandra_attribution_total{result="unknown", %(sel)s}[%(w)s]))
             /
-            sum by (%(cluster)s, %(node)s, signal) (rate(chandra_attribution_total{%(sel)s}[%(w)s]))
+            signal:chandra_attribution:rate%(w)s
           ||| % f,
         },
         {
@@ -74,6 +91,18 @@ local text = import '../lib/text.libsonnet';
                        '{{ else }}Prometheus has no target for Chandra: none of its signals is seen on any node.{{ end }}',
         },
         {
+          alert: 'ChandraNotOnGpuNode',
+          expr: |||
+            (
+              %(nodes)s
+            ) > 0
+            unless on (%(cluster)s, %(node)s)
+            up{%(sel)s}
+          ||| % (f { nodes: std.join('\n  or\n  ', [gpuNodes[source] for source in c.gpuNodes]) }),
+          summary: 'Chandra does not run on ' + text.node(c) + ', which has GPUs.',
+          description: text.node(c, 'Node', 'An unnamed node') + ' has {{ $value }} GPUs, and no exporter there is a target of Prometheus: none of its signals is seen. A taint that the DaemonSet does not tolerate, a node selector, or a missing monitor.',
+        },
+        {
           alert: 'ChandraSignalDown',
           expr: 'max by (%(cluster)s, %(node)s, signal) (chandra_signal_state{state="failed", %(sel)s}) == 1' % f,
           summary: 'Signal {{ $labels.signal }} of Chandra does not work on ' + text.node(c) + '.',
@@ -83,14 +112,22 @@ local text = import '../lib/text.libsonnet';
         },
         {
           alert: 'ChandraEventsLost',
-          expr: 'signal:chandra_lost_events:ratio_rate%(w)s > %(threshold)g' % (f + x.ChandraEventsLost),
+          expr: |||
+            signal:chandra_lost_events:ratio_rate%(w)s > %(threshold)g
+            and
+            signal:chandra_lost_events:rate%(w)s + signal:chandra_attribution:rate%(w)s > %(floor)g
+          ||| % (f + x.ChandraEventsLost),
           summary: 'Signal {{ $labels.signal }} of Chandra loses events on ' + text.node(c) + '.',
           description: 'Signal {{ $labels.signal }} on ' + text.node(c) + ' loses {{ $value | humanizePercentage }} of its events, so its figures are too low; by reason: ' +
                        text.list(c, 'sum by (reason) (rate(chandra_lost_events_total{%%s,reason!="read_failed",%(sel)s}[%(w)s])) > 0' % f, ['cluster', 'node', 'signal'], '{{ $row.Labels.reason }} ' + text.number('$row.Value') + '/s') + '.',
         },
         {
           alert: 'ChandraAttributionPoor',
-          expr: 'signal:chandra_attribution_unknown:ratio_rate%(w)s > %(threshold)g' % (f + x.ChandraAttributionPoor),
+          expr: |||
+            signal:chandra_attribution_unknown:ratio_rate%(w)s > %(threshold)g
+            and
+            signal:chandra_attribution:rate%(w)s > %(floor)g
+          ||| % (f + x.ChandraAttributionPoor),
           summary: 'Signal {{ $labels.signal }} of Chandra does not know whose events it counts on ' + text.node(c) + '.',
           description: 'Signal {{ $labels.signal }} on ' + text.node(c) + ' counts {{ $value | humanizePercentage }} of its events for pod="unknown": it cannot tell whose they are.',
         },

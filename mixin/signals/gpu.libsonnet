@@ -6,8 +6,9 @@ local text = import '../lib/text.libsonnet';
   _config+:: {
     gpu: {
       // Seconds from runnable to running that one in a hundred wake-ups and preemptions of a pod's GPU threads exceeds.
-      // While such a thread waits, its GPU runs dry: 50 ms is several decode steps of a token.
-      GpuRunqueueDelayHigh: { threshold: 0.05, 'for': '5m', severity: 'ticket' },
+      // While such a thread waits, its GPU runs dry: this is several decode steps of a token. The bound of a bucket (they
+      // are powers of two of a microsecond): a quantile within one is a guess.
+      GpuRunqueueDelayHigh: { threshold: 0.065536, 'for': '5m', severity: 'ticket' },
     },
   },
 
@@ -41,7 +42,7 @@ local text = import '../lib/text.libsonnet';
       alerts: [
         {
           alert: 'GpuRunqueueDelayHigh',
-          expr: 'pod:chandra_gpu_runqueue_delay_seconds:p99_rate%(w)s > %(threshold)g' % (f + c.gpu.GpuRunqueueDelayHigh),
+          expr: 'pod:chandra_gpu_runqueue_delay_seconds:p99_rate%(w)s > %(threshold).9g' % (f + c.gpu.GpuRunqueueDelayHigh),
           summary: text.pod(c) + ' waits for a CPU to drive its GPU.',
           description: text.pod(c) + ': one in a hundred times a thread that drives a GPU waits longer than {{ $value | humanizeDuration }} for a CPU, and the GPU waits with it. Seconds waited per second on this node: ' +
                        text.list(c, 'topk(5, pod:chandra_gpu_runqueue_delay_seconds:rate%(w)s{%%s} > 0)' % f, ['cluster', 'node'], text.podItem(text.number('$row.Value'))) + '.',

@@ -21,6 +21,9 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
       // twice, and hubble_drop_total counts both: send_policy_verdict_notify and then the drop in bpf/bpf_lxc.c, both
       // DROPPED with one reason by decodeVerdict in pkg/hubble/parser/threefour (1.19).
       policyReasons: ['AUTH_REQUIRED', 'POLICY_DENIED', 'POLICY_DENY'],
+      // Errors of XFRM on arrival that a wrong key or policy is the reason of: no state for the SPI, a state of another
+      // protocol, a policy that wants another state.
+      ipsecInboundErrors: ['no_state', 'state_protocol', 'template_mismatched'],
       // What a healthy cluster drops all the time: protocols that Cilium does not carry, packets to pods just gone.
       harmlessReasons: [
         'FORBIDDEN_ICMPV6_MESSAGE',
@@ -36,12 +39,19 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
       // Dropped packets a second in an inference namespace. One client that is refused sends its SYN six times in two
       // minutes, 0.05 a second: this is two of them, all the time.
       HubbleDropsHigh: { threshold: 0.1, 'for': '5m', severity: 'ticket' },
-      // Packets a second whose connection could not be entered into conntrack. There is no healthy rate: new connections
-      // fail. The maps are LRU: a full one throws out live connections first.
-      HubbleConntrackFull: { threshold: 0.1, 'for': '2m', severity: 'page' },
+      // Packets a second whose connection could not be entered into conntrack, while the map is as full as in
+      // HubbleConntrackPressure, or more than `share` of all packets that the agent forwards: new connections fail. The maps
+      // are LRU: a full one throws out live connections first.
+      HubbleConntrackFull: { threshold: 0.1, share: 0.0001, 'for': '2m', severity: 'page' },
+      // The same without either: insertions that fail one by one (EBUSY, cilium#35010).
+      HubbleConntrackInsertionsFail: { threshold: 0.1, 'for': '10m', severity: 'ticket' },
       // Share of a conntrack map in use. Cilium's garbage collector keeps a healthy one well below; from here a burst of
       // connections fills it.
       HubbleConntrackPressure: { threshold: 0.8, 'for': '10m', severity: 'ticket' },
+      // Nothing of Hubble or the agent in a cluster where Chandra runs.
+      HubbleMetricsMissing: { 'for': '15m', severity: 'ticket' },
+      // Drops or DNS queries a second of which none names a namespace.
+      HubbleNamespacesMissing: { threshold: 0.1, 'for': '15m', severity: 'ticket' },
       // Packets a second that the agent forwards while Hubble counts no flow. Every node forwards health checks, so an
       // idle one is above it too.
       HubbleFlowsMissing: { threshold: 1, 'for': '10m', severity: 'ticket' },
@@ -56,6 +66,8 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
       HubbleUnencryptedDropped: { threshold: 0.1, 'for': '5m', severity: 'ticket' },
       // Packets a second that XFRM stopped for want of a matching policy.
       HubbleIpsecPolicyBlocked: { threshold: 0.1, 'for': '5m', severity: 'ticket' },
+      // Packets a second that XFRM refused on arrival. A rotation of the key overlaps, so none is lost by it.
+      HubbleIpsecInboundErrors: { threshold: 0.1, 'for': '5m', severity: 'ticket' },
     },
   },
 
@@ -63,6 +75,13 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
     hubble: {
       local c = $._config,
       local h = c.hubble,
+      // A name in Kubernetes has no dot, colon or slash, which addresses, DNS names and reserved identities have.
+      local name = '([a-z0-9](?:[-a-z0-9]*[a-z0-9])?)',
+      local contexts = {
+        namespace: name,
+        pod: name + '/.*',
+        identity: '(?:.*,)?k8s:io[.]kubernetes[.]pod[.]namespace=([^,]+)(?:,.*)?',
+      },
       local f = {
         w: c.window,
         cluster: c.clusterLabel,
@@ -72,30 +91,23 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
         inference: c.inferenceNamespaces,
         quiet: anyOf(h.harmlessReasons + h.conntrackReasons + h.unencryptedReasons),
         policy: anyOf(h.policyReasons),
+        harmless: anyOf(h.harmlessReasons),
+        sel: c.selector,
+        context: anyOf([contexts[name] for name in c.hubbleContexts]),
       },
-      // Lines within another expression, but for the first.
-      local inner(lines) = std.strReplace(lines, '\n', '\n  '),
-      // Which namespace a packet is counted for: the sender's on its way out, the receiver's on its way in. What policy
-      // refuses counts once, whether its verdicts are events or not.
-      local charged(direction, side) = std.rstripChars(|||
+      // The rate of `metric` by the namespace of one side, `source` or `destination`, of what names one.
+      local charged(metric, matchers, side) = |||
         label_replace(
-          sum by (%(cluster)s, traffic_direction, %(side)s, reason) (
-            rate(hubble_drop_total{traffic_direction%(direction)s, reason=~"%(policy)s", %(hubble)s}[%(w)s])
-            / on (%(cluster)s, %(node)s) group_left ()
-            node:hubble_policy_denial:events
+          label_replace(
+            rate(%(metric)s{%(side)s_namespace!="", %(matchers)s}[%(w)s])
             or
-            rate(hubble_drop_total{traffic_direction%(direction)s, %(hubble)s}[%(w)s])
+            rate(%(metric)s{%(side)s_namespace="", %(side)s=~"%(context)s", %(matchers)s}[%(w)s]),
+            "namespace", "$1$2$3", "%(side)s", "%(context)s"
           ),
-          "namespace", "$1", "%(side)s", "(.*)"
+          "namespace", "$1", "%(side)s_namespace", "(.+)"
         )
-      ||| % (f { direction: direction, side: side }), '\n'),
-      local drops = |||
-        sum by (%s, namespace, reason) (
-          %s
-          or
-          %s
-        )
-      ||| % [c.clusterLabel, inner(charged('="egress"', 'source_namespace')), inner(charged('!="egress"', 'destination_namespace'))],
+      ||| % (f { metric: metric, matchers: std.join(', ', [m for m in [matchers, c.hubbleSelector] if m != '']), side: side }),
+      local within(lines) = std.rstripChars(std.strReplace('\n' + lines, '\n', '\n  '), ' '),
       // The agent and Hubble count the same packet; where both are scraped, the one that saw more.
       local byNode(reasons) = |||
         max by (%(cluster)s, %(node)s) (
@@ -120,7 +132,45 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
           record: 'node:hubble_policy_denial:events',
           expr: '1 + (sum by (%(cluster)s, %(node)s) (rate(hubble_flows_processed_total{type="PolicyVerdict", %(hubble)s}[%(w)s])) > bool 0)' % f,
         },
-        { record: 'namespace_reason:hubble_drop:rate%(w)s' % f, expr: drops },
+        {
+          // Whose packet it was and for whom, by labelsContext, or by sourceContext and destinationContext. What policy
+          // refuses counts once, whether its verdicts are events or not.
+          record: 'flow_reason:hubble_drop:rate%(w)s' % f,
+          expr: |||
+            sum by (%(cluster)s, traffic_direction, sender, receiver, reason) (
+              label_replace(label_replace(label_replace(label_replace(
+                rate(hubble_drop_total{reason=~"%(policy)s", %(hubble)s}[%(w)s])
+                / on (%(cluster)s, %(node)s) group_left ()
+                node:hubble_policy_denial:events
+                or
+                rate(hubble_drop_total{%(hubble)s}[%(w)s]),
+                "sender", "$1$2$3", "source", "%(context)s"),
+                "sender", "$1", "source_namespace", "(.+)"),
+                "receiver", "$1$2$3", "destination", "%(context)s"),
+                "receiver", "$1", "destination_namespace", "(.+)"
+              )
+            )
+          ||| % f,
+        },
+        {
+          // A packet is missed by who sent it. Refused on its way in, it is missed by the receiver too: there is the
+          // policy, or the sender has no namespace. Of an unknown direction it may be the sender's own policy. What is
+          // within one namespace counts once.
+          record: 'namespace_reason:hubble_drop:rate%(w)s' % f,
+          expr: |||
+            sum by (%(cluster)s, namespace, reason) (
+              label_replace(
+                flow_reason:hubble_drop:rate%(w)s{sender!=""} or flow_reason:hubble_drop:rate%(w)s{traffic_direction="egress"},
+                "namespace", "$1", "sender", "(.*)"
+              )
+              or
+              label_replace(
+                flow_reason:hubble_drop:rate%(w)s{traffic_direction="ingress"} or flow_reason:hubble_drop:rate%(w)s{traffic_direction!="egress", sender=""},
+                "namespace", "$1", "receiver", "(.*)"
+              )
+            )
+          ||| % f,
+        },
         { record: 'node:cilium_conntrack_drop:rate%(w)s' % f, expr: byNode(h.conntrackReasons) },
         { record: 'node:cilium_unencrypted_drop:rate%(w)s' % f, expr: byNode(h.unencryptedReasons) },
         {
@@ -134,31 +184,15 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
         {
           // By whom the packets were sent: an inference namespace that is not here is one that Hubble does not see.
           record: 'namespace:hubble_flows_processed:rate%(w)s' % f,
-          expr: |||
-            sum by (%(cluster)s, namespace) (
-              label_replace(
-                rate(hubble_flows_processed_total{source_namespace!="", %(hubble)s}[%(w)s]),
-                "namespace", "$1", "source_namespace", "(.*)"
-              )
-            )
-          ||| % f,
+          expr: 'sum by (%(cluster)s, namespace) (%%s)' % f % within(charged('hubble_flows_processed_total', '', 'source')),
         },
         {
           // Verdicts of L3 and L4, on whose pod the policy is: the sender's on the way out, the receiver's on the way in.
           record: 'namespace_direction_action:hubble_policy_verdicts:rate%(w)s' % f,
-          expr: |||
-            sum by (%(cluster)s, namespace, direction, action) (
-              label_replace(
-                rate(hubble_policy_verdicts_total{direction="egress", %(hubble)s}[%(w)s]),
-                "namespace", "$1", "source_namespace", "(.*)"
-              )
-              or
-              label_replace(
-                rate(hubble_policy_verdicts_total{direction!="egress", %(hubble)s}[%(w)s]),
-                "namespace", "$1", "destination_namespace", "(.*)"
-              )
-            )
-          ||| % f,
+          expr: 'sum by (%(cluster)s, namespace, direction, action) (%%s  or%%s)' % f % [
+            within(charged('hubble_policy_verdicts_total', 'direction="egress"', 'source')),
+            within(charged('hubble_policy_verdicts_total', 'direction!="egress"', 'destination')),
+          ],
         },
         {
           record: 'node:cilium_forward_count:rate%(w)s' % f,
@@ -178,26 +212,12 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
         },
         {
           record: 'namespace:hubble_dns_queries:rate%(w)s' % f,
-          expr: |||
-            sum by (%(cluster)s, namespace) (
-              label_replace(
-                rate(hubble_dns_queries_total{rcode="", source_namespace!="", %(hubble)s}[%(w)s]),
-                "namespace", "$1", "source_namespace", "(.*)"
-              )
-            )
-          ||| % f,
+          expr: 'sum by (%(cluster)s, namespace) (%%s)' % f % within(charged('hubble_dns_queries_total', 'rcode=""', 'source')),
         },
         {
           // A response goes to whoever asked.
           record: 'namespace_rcode:hubble_dns_responses:rate%(w)s' % f,
-          expr: |||
-            sum by (%(cluster)s, namespace, rcode) (
-              label_replace(
-                rate(hubble_dns_responses_total{destination_namespace!="", %(hubble)s}[%(w)s]),
-                "namespace", "$1", "destination_namespace", "(.*)"
-              )
-            )
-          ||| % f,
+          expr: 'sum by (%(cluster)s, namespace, rcode) (%%s)' % f % within(charged('hubble_dns_responses_total', '', 'destination')),
         },
         {
           record: 'namespace:hubble_dns_errors:ratio_rate%(w)s' % f,
@@ -224,6 +244,16 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
           ||| % f,
         },
         {
+          // Pods whose processes have a GPU open, within the last hour: a server that fails loses them.
+          record: 'namespace:chandra_gpu_processes:max1h',
+          expr: 'max by (%(cluster)s, namespace) (max_over_time(chandra_gpu_processes{namespace!="", %(sel)s}[1h]))' % f,
+        },
+        {
+          // A packet that came encrypted and was not taken. After a rotation of the key: by a peer that has another one.
+          record: 'node_error:cilium_ipsec_inbound_error:rate%(w)s' % f,
+          expr: 'sum by (%(cluster)s, %(node)s, error) (rate(cilium_ipsec_xfrm_error{type="inbound", error=~"%(inbound)s", %(cilium)s}[%(w)s]))' % (f { inbound: anyOf(h.ipsecInboundErrors) }),
+        },
+        {
           // A gauge that mirrors a kernel counter: rate takes its resets for what they are.
           record: 'node:cilium_ipsec_policy_blocked:rate%(w)s' % f,
           expr: |||
@@ -234,12 +264,26 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
         },
       ],
 
+      // The table is the reason: it is full, or a share of all packets is lost.
+      local full = std.join('\n  or\n  ', [
+        'max by (%(cluster)s, %(node)s) (node_map:cilium_bpf_map_pressure:max) > %(pressure)g',
+        'node:cilium_conntrack_drop:rate%(w)s / node:cilium_forward_count:rate%(w)s > %(share)g',
+      ]) % (f + h.HubbleConntrackFull { pressure: h.HubbleConntrackPressure.threshold }),
+      // Counted, and in no namespace.
+      local nameless(metric, counted, named) =
+        'label_replace(\n  sum by (%s) (rate(%s[%s])) > %g\n  unless on (%s)\n  (%s),\n  "metric", "%s", "", ""\n)' %
+        [c.clusterLabel, counted, c.window, h.HubbleNamespacesMissing.threshold, c.clusterLabel, named, metric],
+
       alerts: [
         {
           alert: 'HubbleDropsHigh',
           expr: |||
             sum by (%(cluster)s, namespace) (
               namespace_reason:hubble_drop:rate%(w)s{namespace=~"%(inference)s", reason!~"%(quiet)s"}
+              or
+              namespace_reason:hubble_drop:rate%(w)s{reason!~"%(quiet)s"}
+              and on (%(cluster)s, namespace)
+              namespace:chandra_gpu_processes:max1h > 0
             ) > %(threshold)g
           ||| % (f + h.HubbleDropsHigh),
           summary: 'Cilium drops packets of namespace {{ $labels.namespace }}.',
@@ -248,9 +292,28 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
         },
         {
           alert: 'HubbleConntrackFull',
-          expr: 'node:cilium_conntrack_drop:rate%(w)s > %(threshold)g' % (f + h.HubbleConntrackFull),
+          expr: |||
+            node:cilium_conntrack_drop:rate%(w)s > %(threshold)g
+            and on (%(cluster)s, %(node)s)
+            (
+              %(full)s
+            )
+          ||| % (f + h.HubbleConntrackFull { full: full }),
           summary: 'Cilium cannot track new connections on ' + text.node(c) + '.',
           description: 'On ' + text.node(c) + ', ' + text.number('$value') + ' packets a second are dropped because their connection cannot be entered into conntrack: new connections fail. Use by map: ' +
+                       text.list(c, 'node_map:cilium_bpf_map_pressure:max{%s}', ['cluster', 'node'], '{{ $row.Labels.map_name }} {{ $row.Value | humanizePercentage }}') + '.',
+        },
+        {
+          alert: 'HubbleConntrackInsertionsFail',
+          expr: |||
+            node:cilium_conntrack_drop:rate%(w)s > %(threshold)g
+            unless on (%(cluster)s, %(node)s)
+            (
+              %(full)s
+            )
+          ||| % (f + h.HubbleConntrackInsertionsFail { full: full }),
+          summary: 'Some new connections cannot be tracked on ' + text.node(c) + '.',
+          description: 'On ' + text.node(c) + ', ' + text.number('$value') + ' packets a second are dropped because their connection cannot be entered into conntrack. The map is not known to be full, and they are few: the kernel refuses an insertion into a bucket that another CPU holds. Use by map: ' +
                        text.list(c, 'node_map:cilium_bpf_map_pressure:max{%s}', ['cluster', 'node'], '{{ $row.Labels.map_name }} {{ $row.Value | humanizePercentage }}') + '.',
         },
         {
@@ -259,6 +322,42 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
           summary: 'The connection tracking table of ' + text.node(c) + ' is nearly full.',
           description: 'A connection tracking map on ' + text.node(c) + ' is {{ $value | humanizePercentage }} full; once it is, live connections are thrown out and new ones fail. Use by map: ' +
                        text.list(c, 'node_map:cilium_bpf_map_pressure:max{%s}', ['cluster', 'node'], '{{ $row.Labels.map_name }} {{ $row.Value | humanizePercentage }}') + '.',
+        },
+      ] + (if c.cilium then [{
+        alert: 'HubbleMetricsMissing',
+        // Each is there as soon as its endpoint is scraped, whatever metrics are enabled.
+        expr: |||
+          sum by (%(cluster)s) (up{%(sel)s}) > 0
+          unless on (%(cluster)s)
+          (
+            %(any)s
+          )
+        ||| % (f { any: std.join('\n  or\n  ', [
+          'group by (%s) (%s{%s})' % [c.clusterLabel, metric[0], metric[1]]
+          for metric in [
+            ['hubble_metrics_http_handler_requests_total', c.hubbleSelector],
+            ['hubble_flows_processed_total', c.hubbleSelector],
+            ['hubble_drop_total', c.hubbleSelector],
+            ['cilium_version', c.ciliumSelector],
+            ['cilium_forward_count_total', c.ciliumSelector],
+          ]
+        ]) }),
+        summary: 'Nothing of Cilium or Hubble is scraped.',
+        description: 'Chandra is scraped on {{ $value }} nodes, and neither Hubble nor the Cilium agent is on any: drops, DNS and conntrack are invisible. A ServiceMonitor without the label by which Prometheus finds its own, or metrics that are not enabled (helm-values/cilium.yaml).',
+      }] else []) + [
+        {
+          alert: 'HubbleNamespacesMissing',
+          expr: std.join('\nor\n', [
+            nameless(
+              'hubble_drop_total',
+              'hubble_drop_total{reason!~"%(harmless)s", %(hubble)s}' % f,
+              // With the labels that helm-values/cilium.yaml asks for, drops of hosts alone have no namespace either.
+              '\n    namespace_reason:hubble_drop:rate%(w)s{namespace!=""}\n    or\n    hubble_drop_total{traffic_direction!="", source_pod="", destination_pod="", %(hubble)s}\n  ' % f
+            ),
+            nameless('hubble_dns_queries_total', 'hubble_dns_queries_total{%(hubble)s}' % f, 'namespace:hubble_dns_queries:rate%(w)s' % f),
+          ]),
+          summary: 'Hubble does not say whose packets it counts in {{ $labels.metric }}.',
+          description: '{{ $labels.metric }} rises by ' + text.number('$value') + ' a second, and no series of it names a namespace: the alerts about namespaces are silent. Its entry in hubble.metrics.enabled needs labelsContext=source_namespace,destination_namespace,traffic_direction (helm-values/cilium.yaml).',
         },
         {
           alert: 'HubbleFlowsMissing',
@@ -300,6 +399,13 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
           expr: 'node:cilium_ipsec_policy_blocked:rate%(w)s > %(threshold)g' % (f + h.HubbleIpsecPolicyBlocked),
           summary: 'IPsec stops packets on ' + text.node(c) + '.',
           description: 'On ' + text.node(c) + ', ' + text.number('$value') + ' packets a second match no IPsec policy and are stopped: traffic to at least one node fails.',
+        },
+        {
+          alert: 'HubbleIpsecInboundErrors',
+          expr: 'sum by (%(cluster)s, %(node)s) (node_error:cilium_ipsec_inbound_error:rate%(w)s) > %(threshold)g' % (f + h.HubbleIpsecInboundErrors),
+          summary: 'IPsec refuses packets that reach ' + text.node(c) + '.',
+          description: 'On ' + text.node(c) + ', ' + text.number('$value') + ' packets a second arrive encrypted and are refused: at least one peer uses a key or a policy that this node has not. By error: ' +
+                       text.list(c, 'node_error:cilium_ipsec_inbound_error:rate%(w)s{%%s} > 0' % f, ['cluster', 'node'], '{{ $row.Labels.error }} ' + text.number('$row.Value') + '/s') + '.',
         },
       ],
 

@@ -1,5 +1,6 @@
 // NCCL: is the job slow because of the network, or because one rank comes late, and which?
 local panels = import '../lib/panels.libsonnet';
+local rates = import '../lib/rates.libsonnet';
 local text = import '../lib/text.libsonnet';
 
 {
@@ -9,6 +10,9 @@ local text = import '../lib/text.libsonnet';
       // straggler costs little. Said of a rank only if it is the last in more than `lastArrivals` of the collectives,
       // three in four: chance makes each of N ranks the last in 1/N.
       NcclStraggler: { threshold: 0.001, lastArrivals: 0.75, 'for': '5m', severity: 'ticket' },
+      // Seconds that the others wait for a rank of another node in each collective, on average, as the profiler plugin tells
+      // them. `share`: of what a collective takes on average; less is the shape of a ring.
+      NcclStragglerAcrossNodes: { threshold: 0.001, share: 0.1, 'for': '5m', severity: 'ticket' },
       // Seconds that a collective is under way. A step takes seconds, a checkpoint in between a minute; PyTorch's
       // watchdog ends the job after ten.
       NcclCollectiveStuck: { threshold: 120, 'for': '1m', severity: 'page' },
@@ -52,6 +56,32 @@ local text = import '../lib/text.libsonnet';
           ||| % f,
         },
         {
+          // What is judged: what the GPUs wait where the plugin tells of all ranks of a communicator on the node, what the
+          // host's calls wait elsewhere. A rank may call last and its GPU be the first.
+          record: 'communicator:chandra_nccl_judged_wait_seconds:mean%(w)s' % f,
+          expr: |||
+            communicator:chandra_nccl_wait_seconds:mean%(w)s
+            unless
+            label_replace(
+              count by (%(cluster)s, %(node)s, namespace, communicator) (rank:chandra_nccl_collectives:rate%(w)s{source="kernel"} > 0)
+              >=
+              count by (%(cluster)s, %(node)s, namespace, communicator) (rank:chandra_nccl_collectives:rate%(w)s{source="host"} > 0),
+              "source", "host", "", ""
+            )
+          ||| % f,
+        },
+        {
+          // The straggler's share in the communicators that wait for it. Once for the rank: a job has several communicators.
+          record: 'rank:chandra_nccl_straggler:ratio_rate%(w)s' % f,
+          expr: |||
+            max without (communicator, source) (
+              rank:chandra_nccl_last_arrivals:ratio_rate%(w)s > %(lastArrivals)g
+              and on (%(cluster)s, %(node)s, namespace, communicator, source)
+              communicator:chandra_nccl_judged_wait_seconds:mean%(w)s > %(threshold)g
+            )
+          ||| % (f + n.NcclStraggler),
+        },
+        {
           // How long a collective takes on the GPU of a rank, on average. Each node tells its own: no clock is compared.
           record: 'rank:chandra_nccl_collective_seconds:mean%(w)s' % f,
           expr: |||
@@ -76,16 +106,10 @@ local text = import '../lib/text.libsonnet';
           expr: 'max by (%(cluster)s, %(node)s, namespace, pod) (chandra_nccl_oldest_pending_seconds{%(sel)s})' % f,
         },
         {
-          // A rank initialises once: its series may appear with the value of its first initialisation, which increase
-          // cannot see.
+          // A rank initialises once: its series may appear with the value of its first initialisation.
           record: 'pod_phase:chandra_nccl_init_seconds:p90_increase%(init)s' % f,
-          expr: |||
-            histogram_quantile(0.9, sum by (%(cluster)s, %(node)s, namespace, pod, phase, le) (
-              (chandra_nccl_init_seconds_bucket{%(sel)s} unless chandra_nccl_init_seconds_bucket{%(sel)s} offset %(init)s)
-              or
-              increase(chandra_nccl_init_seconds_bucket{%(sel)s}[%(init)s])
-            ))
-          ||| % f,
+          expr: 'histogram_quantile(0.9, sum by (%(cluster)s, %(node)s, namespace, pod, phase, le) (%%s))' % f
+                % rates.increase(c, 'chandra_nccl_init_seconds_bucket', '', ['namespace', 'pod', 'container', 'phase', 'le'], n.NcclInitSlow.window),
         },
         { record: 'pod_operation_source:chandra_nccl_arrival_wait_seconds:p99_rate%(w)s' % f, expr: quantile(0.99, 'chandra_nccl_arrival_wait_seconds', ['operation', 'source']) },
         { record: 'pod_operation:chandra_nccl_collective_seconds:p99_rate%(w)s' % f, expr: quantile(0.99, 'chandra_nccl_collective_seconds', ['operation']) },
@@ -95,22 +119,36 @@ local text = import '../lib/text.libsonnet';
       // What is waited in the communicators that the rank holds up.
       local waits = 'max by (communicator) ((rank:chandra_nccl_last_arrivals:ratio_rate%(w)s{%%s} > bool %(lastArrivals)g)' +
                     ' * on (%(cluster)s, %(node)s, namespace, communicator, source) group_left ()' +
-                    ' communicator:chandra_nccl_wait_seconds:mean%(w)s) > %(threshold)g',
+                    ' communicator:chandra_nccl_judged_wait_seconds:mean%(w)s) > %(threshold)g',
+      local waitedFor = 'rank:chandra_nccl_waited_for_seconds:mean%(w)s' % f,
 
       alerts: [
         {
           alert: 'NcclStraggler',
-          // Its share in the communicators that wait. One alert for the rank: a job has several communicators.
-          expr: |||
-            max without (communicator, source) (
-              rank:chandra_nccl_last_arrivals:ratio_rate%(w)s > %(lastArrivals)g
-              and on (%(cluster)s, %(node)s, namespace, communicator, source)
-              communicator:chandra_nccl_wait_seconds:mean%(w)s > %(threshold)g
-            )
-          ||| % (f + n.NcclStraggler),
+          expr: 'rank:chandra_nccl_straggler:ratio_rate%(w)s' % f,
           summary: text.pod(c) + ': rank {{ $labels.rank }} holds up its NCCL job.',
           description: text.pod(c) + ': rank {{ $labels.rank }} is the last in {{ $value | humanizePercentage }} of the collectives. Average wait of the ranks on this node, per collective: ' +
                        text.list(c, waits % (f + n.NcclStraggler), ['cluster', 'node', 'namespace', 'pod', 'rank'], '{{ $row.Value | humanizeDuration }} in communicator {{ $row.Labels.communicator }}') +
+                       ". Look at the late rank's GPU, CPU and data loader before the network.",
+        },
+        {
+          alert: 'NcclStragglerAcrossNodes',
+          // Communicators of several nodes. A rank that is late among those of its own node is told by NcclStraggler.
+          expr: |||
+            max by (%(cluster)s, %(node)s, namespace, pod, rank) (
+              %(waited)s > %(threshold)g
+              and on (%(cluster)s, namespace, communicator)
+              count by (%(cluster)s, namespace, communicator) (group by (%(cluster)s, %(node)s, namespace, communicator) (%(waited)s)) != 1
+              and on (%(cluster)s, %(node)s, namespace, pod, communicator, rank)
+              %(waited)s / on (%(cluster)s, namespace, communicator) group_left ()
+              avg by (%(cluster)s, namespace, communicator) (rank:chandra_nccl_collective_seconds:mean%(w)s) > %(share)g
+            )
+            unless
+            rank:chandra_nccl_straggler:ratio_rate%(w)s
+          ||| % (f + n.NcclStragglerAcrossNodes { waited: waitedFor }),
+          summary: text.pod(c) + ': rank {{ $labels.rank }} holds up its NCCL job, on other nodes too.',
+          description: text.pod(c) + ': the other ranks wait {{ $value | humanizeDuration }} for rank {{ $labels.rank }} in each collective, on average. Waited for, by rank: ' +
+                       text.list(c, 'topk(5, max by (%(node)s, pod, rank) (rank:chandra_nccl_waited_for_seconds:mean%(w)s{%%s})) > 0' % f, ['cluster', 'namespace'], '{{ $row.Labels.pod }} rank {{ $row.Labels.rank }} {{ $row.Value | humanizeDuration }}') +
                        ". Look at the late rank's GPU, CPU and data loader before the network.",
         },
         {

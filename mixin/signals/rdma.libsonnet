@@ -1,5 +1,6 @@
 // RDMA: whose queue pairs come and go, are stuck, or are slow to connect.
 local panels = import '../lib/panels.libsonnet';
+local rates = import '../lib/rates.libsonnet';
 local text = import '../lib/text.libsonnet';
 
 {
@@ -8,21 +9,25 @@ local text = import '../lib/text.libsonnet';
       // How far spike and churn look back.
       spikeWindow: '10m',
       churnWindow: '1h',
-      // Below this many queue pairs on a node there is no job to protect: one client of perftest has a pair or two.
+      // Below this many queue pairs there is no job to protect: one client of perftest has a pair or two.
       pairsFloor: 6,
 
-      // How often the node's queue pairs were both torn down and built again within the spike window, relative to the
-      // most that existed since ten minutes before it. A job that starts only builds, one that ends only tears down, and
-      // one job after another does each at most once: above 1 pairs are built and torn down again within the window.
-      RdmaQueuePairSpike: { threshold: 1.5, 'for': '1m', severity: 'ticket' },
+      // How often a container's queue pairs were torn down within the spike window, relative to the most that it had since
+      // ten minutes before it. A job that starts only builds, one that ends tears down once. A worker that fails right after
+      // its start comes back three times in ten minutes; at the end of its back-off twice, which is churn.
+      RdmaQueuePairSpike: { threshold: 2.5, 'for': '1m', severity: 'ticket' },
       // The same over the churn window: a worker in CrashLoopBackOff comes back about twelve times an hour.
       RdmaQueuePairChurn: { threshold: 4, 'for': '5m', severity: 'ticket' },
       // Queue pairs of one pod in the state ERR, all the time: an orderly close passes it within seconds. Any one is a
       // connection that carries nothing.
       RdmaQueuePairErrors: { 'for': '2m', severity: 'page' },
+      // The same of the host: the kernel's own pairs, of storage. Its users wait and connect again by themselves (NVMe-oF
+      // each ten seconds, for ten minutes).
+      RdmaHostQueuePairErrors: { 'for': '5m', severity: 'ticket' },
       // Seconds that nine in ten resolutions of an address or a route stay below. Both are one or two packets on the
-      // fabric, microseconds to milliseconds; librdmacm's users give up after 1 or 2 s.
-      RdmaResolutionSlow: { threshold: 0.5, 'for': '10m', severity: 'ticket' },
+      // fabric, microseconds to milliseconds; librdmacm's users give up after 1 or 2 s. The bound of a bucket (they grow
+      // by four from a microsecond): a quantile within one is a guess.
+      RdmaResolutionSlow: { threshold: 1.048576, 'for': '10m', severity: 'ticket' },
       // Seconds since the kernel last reported a device's queue pairs, asked every 10 s: above, the gauge is history.
       RdmaEnumerationStale: { threshold: 120, 'for': '5m', severity: 'ticket' },
     },
@@ -33,24 +38,74 @@ local text = import '../lib/text.libsonnet';
       local c = $._config,
       local r = c.rdma,
       local f = { w: c.window, cluster: c.clusterLabel, node: c.nodeLabel, sel: c.selector, spike: r.spikeWindow, churn: r.churnWindow, floor: r.pairsFloor },
+      local node = '%(cluster)s, %(node)s' % f,
+      local owner = node + ', namespace, pod, container',
+      local increase(metric, labels, window) = rates.increase(c, metric, '', ['namespace', 'pod', 'container'] + labels, window),
+      // By pod and `by`, of the labels that the metric has of its own.
+      local rate(metric, by=[], labels=by) =
+        'sum by (%s) (%s) / %d' % [std.join(', ', [node, 'namespace', 'pod'] + by), increase(metric, labels, c.window), rates.seconds(c.window)],
+      local quantile(metric, labels=[]) =
+        'histogram_quantile(0.9, sum by (%s, namespace, pod, le) (%s))' % [node, increase(metric + '_bucket', labels + ['le'], c.window)],
+
       // The smaller of what was created and what was destroyed is what was replaced. The counters are per device and
-      // there from the exporter's start, so a pod's first queue pairs are in them.
-      local replaced(window) = |||
-        min without (event) (
-          label_replace(
-            sum by (%(cluster)s, %(node)s) (increase(chandra_rdma_device_queue_pairs_created_total{%(sel)s}[%(window)s])),
-            "event", "created", "", ""
+      // there from the exporter's start, so they know pods that were born and gone between two scrapes.
+      local replaced(window) = {
+        record: 'node:chandra_rdma_queue_pairs_replaced:increase' + window,
+        expr: |||
+          min without (event) (
+            label_replace(
+              sum by (%(cluster)s, %(node)s) (increase(chandra_rdma_device_queue_pairs_created_total{%(sel)s}[%(window)s])),
+              "event", "created", "", ""
+            )
+            or
+            label_replace(
+              sum by (%(cluster)s, %(node)s) (increase(chandra_rdma_device_queue_pairs_destroyed_total{%(sel)s}[%(window)s])),
+              "event", "destroyed", "", ""
+            )
           )
-          or
-          label_replace(
-            sum by (%(cluster)s, %(node)s) (increase(chandra_rdma_device_queue_pairs_destroyed_total{%(sel)s}[%(window)s])),
-            "event", "destroyed", "", ""
+        ||| % (f { window: window }),
+      },
+      local destroyed(window) = {
+        record: 'container:chandra_rdma_queue_pairs_destroyed:increase' + window,
+        expr: 'sum by (%s) (%s)' % [owner, increase('chandra_rdma_queue_pairs_destroyed_total', [], window)],
+      },
+      // What the node replaced beyond what the owners tore down whose pairs were seen.
+      local unseen(window) = {
+        record: 'node:chandra_rdma_queue_pairs_replaced_unseen:increase' + window,
+        expr: |||
+          clamp_min(
+            node:chandra_rdma_queue_pairs_replaced:increase%(window)s
+            - (
+              sum by (%(node)s) (
+                container:chandra_rdma_queue_pairs_destroyed:increase%(window)s
+                and
+                max_over_time(container:chandra_rdma_queue_pairs:max%(spike)s[%(window)s])
+              )
+              or
+              node:chandra_rdma_queue_pairs_replaced:increase%(window)s * 0
+            ),
+            0
           )
-        )
-      ||| % (f { window: window }),
-      local quantile(metric) = |||
-        histogram_quantile(0.9, sum by (%(cluster)s, %(node)s, namespace, pod, le) (rate(%(metric)s_bucket{%(sel)s}[%(w)s])))
-      ||| % (f { metric: metric }),
+        ||| % (f { node: node, window: window }),
+      },
+      // Relative to the most pairs within the window or in the ten minutes before it: a large job that starts and ends
+      // beside a few lasting pairs replaced none of them. The spike wants pairs from before the window: two short tests
+      // are no incident. A job younger than the churn window is compared with its own pairs.
+      local ratio(level, what, window) = {
+        record: '%s:chandra_rdma_queue_pairs_%s:ratio%s' % [level, what, window],
+        expr: |||
+          %(level)s:chandra_rdma_queue_pairs_%(what)s:increase%(window)s
+          /
+        ||| % { level: level, what: what, window: window } + (if window == r.spikeWindow then |||
+          (
+            max_over_time(%(level)s:chandra_rdma_queue_pairs:max%(spike)s[%(spike)s])
+            and
+            %(level)s:chandra_rdma_queue_pairs:max%(spike)s offset %(spike)s >= %(floor)d
+          )
+        ||| else |||
+          (max_over_time(%(level)s:chandra_rdma_queue_pairs:max%(spike)s[%(churn)s]) >= %(floor)d)
+        |||) % (f { level: level }),
+      },
 
       title: 'RDMA',
       question: 'Whose queue pairs come and go, are stuck, or are slow to connect?',
@@ -71,79 +126,85 @@ local text = import '../lib/text.libsonnet';
           ||| % f,
         },
         {
-          record: 'pod:chandra_rdma_queue_pairs_created:rate%(w)s' % f,
-          expr: 'sum by (%(cluster)s, %(node)s, namespace, pod) (rate(chandra_rdma_queue_pairs_created_total{%(sel)s}[%(w)s]))' % f,
+          // Of the owners that can be told apart: not of the host, nor of what is folded into one label.
+          record: 'container:chandra_rdma_queue_pairs:sum',
+          expr: |||
+            sum by (%(owner)s) (
+              chandra_rdma_queue_pairs{namespace!="", %(sel)s}
+              or
+              chandra_rdma_queue_pairs{namespace="", pod="", container!="", %(sel)s}
+            )
+          ||| % (f { owner: owner }),
         },
-        {
-          record: 'pod:chandra_rdma_queue_pairs_destroyed:rate%(w)s' % f,
-          expr: 'sum by (%(cluster)s, %(node)s, namespace, pod) (rate(chandra_rdma_queue_pairs_destroyed_total{%(sel)s}[%(w)s]))' % f,
-        },
+        { record: 'pod:chandra_rdma_queue_pairs_created:rate%(w)s' % f, expr: rate('chandra_rdma_queue_pairs_created_total') },
+        { record: 'pod:chandra_rdma_queue_pairs_destroyed:rate%(w)s' % f, expr: rate('chandra_rdma_queue_pairs_destroyed_total') },
         // While workers crash, the count at one moment may be 0.
         { record: 'node:chandra_rdma_queue_pairs:max%(spike)s' % f, expr: 'max_over_time(node:chandra_rdma_queue_pairs:sum[%(spike)s])' % f },
-        { record: 'node:chandra_rdma_queue_pairs_replaced:increase%(spike)s' % f, expr: replaced(r.spikeWindow) },
-        { record: 'node:chandra_rdma_queue_pairs_replaced:increase%(churn)s' % f, expr: replaced(r.churnWindow) },
+        { record: 'container:chandra_rdma_queue_pairs:max%(spike)s' % f, expr: 'max_over_time(container:chandra_rdma_queue_pairs:sum[%(spike)s])' % f },
+      ] + std.flattenArrays([
+        [
+          destroyed(window),
+          ratio('container', 'destroyed', window),
+          replaced(window),
+          unseen(window),
+          ratio('node', 'replaced_unseen', window),
+        ]
+        for window in [r.spikeWindow, r.churnWindow]
+      ]) + [
         {
-          // Relative to the most pairs within the window or in the ten minutes before it: a large job that starts and
-          // ends beside a few lasting pairs replaced none of them. Only where there were pairs before the window: two
-          // short tests on an idle node are no incident.
-          record: 'node:chandra_rdma_queue_pairs_replaced:ratio%(spike)s' % f,
+          record: 'pod:chandra_rdma_queue_pairs_error:sum',
           expr: |||
-            node:chandra_rdma_queue_pairs_replaced:increase%(spike)s
-            /
-            (
-              max_over_time(node:chandra_rdma_queue_pairs:max%(spike)s[%(spike)s])
-              and
-              node:chandra_rdma_queue_pairs:max%(spike)s offset %(spike)s >= %(floor)d
+            sum by (%(cluster)s, %(node)s, namespace, pod) (
+              chandra_rdma_queue_pairs{state="ERR", type!~"SMI|GSI", %(sel)s}
+              unless
+              chandra_rdma_queue_pairs{namespace="", pod="", container="", %(sel)s}
             )
           ||| % f,
         },
         {
-          // A job younger than the window is compared with its own pairs.
-          record: 'node:chandra_rdma_queue_pairs_replaced:ratio%(churn)s' % f,
-          expr: |||
-            node:chandra_rdma_queue_pairs_replaced:increase%(churn)s
-            /
-            (max_over_time(node:chandra_rdma_queue_pairs:max%(spike)s[%(churn)s]) >= %(floor)d)
-          ||| % f,
+          record: 'node:chandra_rdma_host_queue_pairs_error:sum',
+          expr: 'sum by (%(cluster)s, %(node)s) (chandra_rdma_queue_pairs{state="ERR", type!~"SMI|GSI", namespace="", pod="", container="", %(sel)s})' % f,
         },
-        {
-          record: 'pod:chandra_rdma_queue_pairs_error:sum',
-          expr: 'sum by (%(cluster)s, %(node)s, namespace, pod) (pod_state:chandra_rdma_queue_pairs:sum{state="ERR"})' % f,
-        },
-        { record: 'pod:chandra_rdma_address_resolution_seconds:p90_rate%(w)s' % f, expr: quantile('chandra_rdma_address_resolution_seconds') },
-        { record: 'pod:chandra_rdma_route_resolution_seconds:p90_rate%(w)s' % f, expr: quantile('chandra_rdma_route_resolution_seconds') },
+        { record: 'pod:chandra_rdma_address_resolution_seconds:p90_rate%(w)s' % f, expr: quantile('chandra_rdma_address_resolution_seconds', ['result']) },
+        { record: 'pod:chandra_rdma_route_resolution_seconds:p90_rate%(w)s' % f, expr: quantile('chandra_rdma_route_resolution_seconds', ['result']) },
         { record: 'pod:chandra_rdma_queue_pair_connect_seconds:p90_rate%(w)s' % f, expr: quantile('chandra_rdma_queue_pair_connect_seconds') },
         { record: 'pod:chandra_rdma_queue_pair_lifetime_seconds:p90_rate%(w)s' % f, expr: quantile('chandra_rdma_queue_pair_lifetime_seconds') },
-        {
-          record: 'pod_event:chandra_rdma_queue_pair_events:rate%(w)s' % f,
-          expr: 'sum by (%(cluster)s, %(node)s, namespace, pod, event) (rate(chandra_rdma_queue_pair_events_total{%(sel)s}[%(w)s]))' % f,
-        },
-        {
-          record: 'pod:chandra_rdma_memory_registered_bytes:rate%(w)s' % f,
-          expr: 'sum by (%(cluster)s, %(node)s, namespace, pod) (rate(chandra_rdma_memory_registered_bytes_total{%(sel)s}[%(w)s]))' % f,
-        },
+        { record: 'pod_event:chandra_rdma_queue_pair_events:rate%(w)s' % f, expr: rate('chandra_rdma_queue_pair_events_total', ['event']) },
+        { record: 'pod:chandra_rdma_memory_registered_bytes:rate%(w)s' % f, expr: rate('chandra_rdma_memory_registered_bytes_total', labels=['kind']) },
       ],
 
-      // Of the alert's own window: in CrashLoopBackOff the last restart is longer ago than a rate looks back. Destroyed,
-      // not created: a new pod's first pairs come before its series, its last ones do not.
+      // Of the alert's own window: in CrashLoopBackOff the last restart is longer ago than a rate looks back.
       local culprits(window) =
-        'Torn down, by pod: ' +
-        text.list(c, 'topk(5, sum by (namespace, pod) (increase(chandra_rdma_queue_pairs_destroyed_total{%%s,%(sel)s}[%(window)s])) > 0)' % (f { window: window }), ['cluster', 'node'], text.podItem('{{ printf "%.0f" $row.Value }}')) +
+        'Torn down on the node, by pod: ' +
+        text.list(c, 'topk(5, sum by (namespace, pod) (container:chandra_rdma_queue_pairs_destroyed:increase%s{%%s}) > 0)' % window, ['cluster', 'node'], text.podItem('{{ printf "%.0f" $row.Value }}')) +
         '.',
       local times = '{{ printf "%.1f" $value }} times over',
+      // Whose pairs: those that can be named, or what is left of the node's.
+      local again(threshold, window) = |||
+        container:chandra_rdma_queue_pairs_destroyed:ratio%(window)s > %(threshold)g
+        or
+        node:chandra_rdma_queue_pairs_replaced_unseen:ratio%(window)s > %(threshold)g
+      ||| % { threshold: threshold, window: window },
+      local whose(seen, unseen) = '{{ if or $labels.namespace $labels.container }}' + seen + '{{ else }}' + unseen + '{{ end }}',
 
       alerts: [
         {
           alert: 'RdmaQueuePairSpike',
-          expr: 'node:chandra_rdma_queue_pairs_replaced:ratio%(spike)s > %(threshold)g' % (f + r.RdmaQueuePairSpike),
-          summary: 'Queue pairs on ' + text.node(c) + ' are torn down and rebuilt.',
-          description: 'Within %(spike)s the queue pairs on ' % f + text.node(c) + ' were replaced ' + times + ': workers die, or NCCL starts over. ' + culprits(r.spikeWindow),
+          expr: again(r.RdmaQueuePairSpike.threshold, r.spikeWindow),
+          summary: whose(text.container(c) + ' tears down and rebuilds its RDMA queue pairs.', 'Queue pairs on ' + text.node(c) + ' are torn down and rebuilt.'),
+          description: whose(
+            'Within %(spike)s the queue pairs of ' % f + text.container(c) + ' were torn down ' + times + ': it dies, or NCCL starts over. ',
+            'Within %(spike)s the queue pairs on ' % f + text.node(c) + ' were replaced ' + times + ' by what was gone before it was seen: workers die as soon as they start. '
+          ) + culprits(r.spikeWindow),
         },
         {
           alert: 'RdmaQueuePairChurn',
-          expr: 'node:chandra_rdma_queue_pairs_replaced:ratio%(churn)s > %(threshold)g' % (f + r.RdmaQueuePairChurn),
-          summary: 'Queue pairs on ' + text.node(c) + ' keep being rebuilt.',
-          description: 'Within %(churn)s the queue pairs on ' % f + text.node(c) + ' were replaced ' + times + ': something restarts again and again. ' + culprits(r.churnWindow),
+          expr: again(r.RdmaQueuePairChurn.threshold, r.churnWindow),
+          summary: whose(text.container(c) + ' keeps rebuilding its RDMA queue pairs.', 'Queue pairs on ' + text.node(c) + ' keep being rebuilt.'),
+          description: whose(
+            'Within %(churn)s the queue pairs of ' % f + text.container(c) + ' were torn down ' + times + ': it restarts again and again. ',
+            'Within %(churn)s the queue pairs on ' % f + text.node(c) + ' were replaced ' + times + ' by what was gone before it was seen: something restarts again and again. '
+          ) + culprits(r.churnWindow),
         },
         {
           alert: 'RdmaQueuePairErrors',
@@ -152,13 +213,19 @@ local text = import '../lib/text.libsonnet';
           description: text.pod(c) + ' has queue pairs in state ERR that it does not close: {{ $value }}. They carry nothing, and a collective that needs one hangs. Retries exceeded, or the peer is gone.',
         },
         {
+          alert: 'RdmaHostQueuePairErrors',
+          expr: 'node:chandra_rdma_host_queue_pairs_error:sum > 0',
+          summary: 'The host itself on ' + text.node(c) + ' has queue pairs in error.',
+          description: 'The host itself on ' + text.node(c) + ' has queue pairs in state ERR: {{ $value }}. They are of the kernel (NVMe over Fabrics, NFS, Lustre, SMB) or of a process outside of pods: a target is gone, and who reads or writes there waits.',
+        },
+        {
           alert: 'RdmaResolutionSlow',
           expr: |||
             max without (phase) (
               label_replace(pod:chandra_rdma_address_resolution_seconds:p90_rate%(w)s, "phase", "address", "", "")
               or
               label_replace(pod:chandra_rdma_route_resolution_seconds:p90_rate%(w)s, "phase", "route", "", "")
-            ) > %(threshold)g
+            ) > %(threshold).9g
           ||| % (f + r.RdmaResolutionSlow),
           summary: text.pod(c) + ' resolves RDMA addresses slowly.',
           description: text.pod(c) + ' waits longer than {{ $value | humanizeDuration }} for one in ten RDMA address or route resolutions: connections are slow to come up, or time out.',
@@ -177,12 +244,17 @@ local text = import '../lib/text.libsonnet';
       local p = f { where: where, whereNode: whereNode },
       local legend = '{{namespace}} {{pod}} {{%(node)s}}' % f,
 
+      local tornDown(window) = [
+        { expr: 'topk(10, container:chandra_rdma_queue_pairs_destroyed:ratio%s{%s})' % [window, where], legend: legend },
+        { expr: 'topk(5, node:chandra_rdma_queue_pairs_replaced_unseen:ratio%s{%s})' % [window, whereNode], legend: '{{%(node)s}} unseen' % f },
+      ],
+
       first:: panels.stat(
         'RDMA queue pair count',
-        'Queue pairs of pods and host, and how often the worst node replaced its own within %(spike)s. During a run the count is steady; red is above the spike threshold: workers die and rebuild. Runbook: RdmaQueuePairSpike.' % f,
+        'Queue pairs of pods and host, and how often the worst pod tore down its own within %(spike)s. During a run the count is steady; red is above the spike threshold: workers die and rebuild. Runbook: RdmaQueuePairSpike.' % f,
         [
           { expr: 'sum(pod_state:chandra_rdma_queue_pairs:sum{%(where)s}) or sum(node:chandra_rdma_queue_pairs:sum{%(whereNode)s}) * 0' % p, legend: 'queue pairs' },
-          { expr: 'max(node:chandra_rdma_queue_pairs_replaced:ratio%(spike)s{%(whereNode)s}) or sum(node:chandra_rdma_queue_pairs:sum{%(whereNode)s}) * 0' % p, legend: 'times replaced' },
+          { expr: 'max(container:chandra_rdma_queue_pairs_destroyed:ratio%(spike)s{%(where)s} or node:chandra_rdma_queue_pairs_replaced_unseen:ratio%(spike)s{%(whereNode)s}) or sum(node:chandra_rdma_queue_pairs:sum{%(whereNode)s}) * 0' % p, legend: 'times torn down' },
           { expr: 'sum(pod_state:chandra_rdma_queue_pairs:sum{state="ERR", %(where)s}) or sum(node:chandra_rdma_queue_pairs:sum{%(whereNode)s}) * 0' % p, legend: 'in ERR' },
         ],
         'short',
@@ -205,16 +277,16 @@ local text = import '../lib/text.libsonnet';
           stack=true,
         ),
         panels.timeseries(
-          'Times replaced within %(spike)s' % p,
-          'How often a node tore down and rebuilt all its queue pairs. Above the line RdmaQueuePairSpike fires.',
-          [{ expr: 'topk(20, node:chandra_rdma_queue_pairs_replaced:ratio%(spike)s{%(whereNode)s})' % p, legend: '{{%(node)s}}' % f }],
+          'Times torn down within %(spike)s' % p,
+          'How often a pod tore down all its queue pairs, and a node those of pods that were gone before they were seen. Above the line RdmaQueuePairSpike fires.',
+          tornDown(r.spikeWindow),
           'short',
           [panels.above(r.RdmaQueuePairSpike.threshold)],
         ),
         panels.timeseries(
-          'Times replaced within %(churn)s' % p,
+          'Times torn down within %(churn)s' % p,
           'The same over the longer window. Above the line RdmaQueuePairChurn fires.',
-          [{ expr: 'topk(20, node:chandra_rdma_queue_pairs_replaced:ratio%(churn)s{%(whereNode)s})' % p, legend: '{{%(node)s}}' % f }],
+          tornDown(r.churnWindow),
           'short',
           [panels.above(r.RdmaQueuePairChurn.threshold)],
         ),

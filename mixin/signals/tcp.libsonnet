@@ -1,20 +1,35 @@
 // TCP: which pods send segments again, and why.
+local nodes = import '../lib/nodes.libsonnet';
 local panels = import '../lib/panels.libsonnet';
 local text = import '../lib/text.libsonnet';
 
 {
   _config+:: {
     tcp: {
+      // Bytes of a segment on the wire: 1448 with an MTU of 1500, 8948 with jumbo frames. What a pod sends is known in
+      // packets, of which each may be cut into many segments by the NIC, and in bytes.
+      segmentBytes: 1448,
       // Retransmitted segments a second of one pod. A healthy pod in a data centre sends none for minutes; ten is one
-      // segment in a hundred at a thousand a second, where throughput of one connection is already halved.
-      TcpRetransmitsHigh: { threshold: 10, 'for': '5m', severity: 'ticket' },
+      // segment in a hundred at a thousand a second, where throughput of one connection is already halved. `share`: of the
+      // segments that it sends, where that is known: one that sends a million a second loses ten and nobody feels it. Not of
+      // the kinds for which nothing came back at all: each is a connection that stands still.
+      TcpRetransmitsHigh: { threshold: 10, share: 0.01, 'for': '5m', severity: 'ticket' },
     },
   },
 
   signals+:: {
     tcp: {
       local c = $._config,
-      local f = { w: c.window, cluster: c.clusterLabel, node: c.nodeLabel, sel: c.selector },
+      local f = {
+        w: c.window,
+        cluster: c.clusterLabel,
+        node: c.nodeLabel,
+        sel: c.selector,
+        cadvisor: c.cadvisorSelector,
+        kubeStateMetrics: c.kubeStateMetricsSelector,
+        nodeExporter: c.nodeExporterSelector,
+        segment: c.tcp.segmentBytes,
+      },
 
       title: 'TCP',
       question: 'Which pods send segments again, and why?',
@@ -28,15 +43,65 @@ local text = import '../lib/text.libsonnet';
           record: 'pod:chandra_tcp_retransmits:rate%(w)s' % f,
           expr: 'sum without (kind) (pod_kind:chandra_tcp_retransmits:rate%(w)s)' % f,
         },
+        {
+          // Segments that a pod sends, at least: cAdvisor's packets, or its bytes where the NIC cuts packets. In a pod of the
+          // host's network it counts the host's.
+          record: 'pod:container_network_transmit_segments:rate%(w)s' % f,
+          expr: |||
+            max by (%(cluster)s, namespace, pod) (
+              label_replace(
+                sum by (%(cluster)s, namespace, pod) (rate(container_network_transmit_packets_total{pod!="", %(cadvisor)s}[%(w)s])),
+                "unit", "packets", "", ""
+              )
+              or
+              label_replace(
+                sum by (%(cluster)s, namespace, pod) (rate(container_network_transmit_bytes_total{pod!="", %(cadvisor)s}[%(w)s])) / %(segment)d,
+                "unit", "bytes", "", ""
+              )
+            )
+            unless on (%(cluster)s, namespace, pod)
+            kube_pod_info{host_network="true", %(kubeStateMetrics)s}
+          ||| % f,
+        },
+        {
+          // Of the host's own network, by the kernel.
+          record: 'node:node_netstat_tcp_out_segments:rate%(w)s' % f,
+          expr: 'max by (%(cluster)s, %(node)s) (\n%%s)' % f % nodes.named(
+            c,
+            'max by (%(cluster)s, instance) (rate(node_netstat_Tcp_OutSegs{%(nodeExporter)s}[%(w)s]))' % f
+          ),
+        },
+        {
+          record: 'pod:chandra_tcp_retransmits:ratio_rate%(w)s' % f,
+          expr: |||
+            pod:chandra_tcp_retransmits:rate%(w)s{namespace!=""}
+            / on (%(cluster)s, namespace, pod) group_left ()
+            pod:container_network_transmit_segments:rate%(w)s
+            or
+            pod:chandra_tcp_retransmits:rate%(w)s{namespace="", pod=""}
+            / on (%(cluster)s, %(node)s) group_left ()
+            node:node_netstat_tcp_out_segments:rate%(w)s
+          ||| % f,
+        },
       ],
 
       alerts: [
         {
           alert: 'TcpRetransmitsHigh',
-          expr: 'pod:chandra_tcp_retransmits:rate%(w)s > %(threshold)g' % (f + c.tcp.TcpRetransmitsHigh),
+          expr: |||
+            pod:chandra_tcp_retransmits:rate%(w)s > %(threshold)g
+            unless
+            (
+              pod:chandra_tcp_retransmits:ratio_rate%(w)s <= %(share)g
+              unless
+              sum without (kind) (pod_kind:chandra_tcp_retransmits:rate%(w)s{kind!~"fast|probe"}) > %(threshold)g
+            )
+          ||| % (f + c.tcp.TcpRetransmitsHigh),
           summary: text.pod(c) + ' retransmits TCP segments.',
           description: text.pod(c) + ' retransmits ' + text.number('$value') + ' TCP segments a second; by kind: ' +
                        text.list(c, 'pod_kind:chandra_tcp_retransmits:rate%(w)s{%%s} > 0' % f, ['cluster', 'node', 'namespace', 'pod'], '{{ $row.Labels.kind }} ' + text.number('$row.Value') + '/s') +
+                       '. Of what it sends: ' +
+                       text.list(c, 'pod:chandra_tcp_retransmits:ratio_rate%(w)s{%%s}' % f, ['cluster', 'node', 'namespace', 'pod'], '{{ $row.Value | humanizePercentage }}', none='not known') +
                        '. fast is loss on the path, rto a peer or path that went silent, syn a peer that does not answer.',
         },
       ],

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The rules, judged by Prometheus itself: promtool of both generations checks them and runs `tests/promtool/*.yaml`.
+//! The rules, judged by Prometheus itself: promtool of both generations checks them and runs `tests/promtool/*.yaml`, and the
+//! cases of people in `tests/promtool/cases/`.
 
 mod common;
 
@@ -17,6 +18,7 @@ fn both_generations_accept_the_rules_and_their_tests_pass() {
         for (what, list) in [
             ("check", files("alerts", ".yaml")),
             ("test", files("tests/promtool", ".yaml")),
+            ("test", files("tests/promtool/cases", ".yaml")),
         ] {
             let paths = list.iter().map(|(_, path)| path);
             let output = Command::new(&promtool)
