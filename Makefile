@@ -51,8 +51,8 @@ generate: ebpf ## Rewrite all generated files
 	cargo run --quiet --locked --package chandra-mixin -- render
 
 .PHONY: mutate-rules
-mutate-rules: setup ## Change every threshold and duration of the alerts: each change has to break a test
-	cargo test --quiet --locked --package chandra-mixin --test mutate -- --nocapture
+mutate-rules: setup ## Change every threshold and duration of the alerts: each change has to break a test; SIGNAL=tcp
+	SIGNAL=$(SIGNAL) cargo test --quiet --locked --package chandra-mixin --test mutate -- --nocapture
 
 .PHONY: kernel-test
 kernel-test: setup ## Kernel tests in a VM: KERNEL=5.10|6.1|6.12|6.18|7.2|7.3|newest SIGNAL=tcp

@@ -27,6 +27,10 @@
     // A namespace with processes on a GPU is one of them without being named.
     inferenceNamespaces: 'default|(.*-)?(ai|dynamo|inference|kserve|kubeflow|(kube)?ray|llm|ml|models?|nim|serving|sglang|training|triton|vllm)(-.*)?',
 
+    // Namespaces whose communicators are known to pause: a server without requests, a rank that prepares or generates data while
+    // the others wait. There a collective that stands still is a ticket after minutes and not a page.
+    pausingNamespaces: '(.*-)?(dynamo|inference|kserve|nim|rl|rlhf|serving|sglang|triton|vllm)(-.*)?',
+
     // Which of `kube_node_status_allocatable` (kube-state-metrics) and `DCGM_FI_DEV_GPU_UTIL` (DCGM's exporter, with the node's
     // label on its targets) tell the nodes that have GPUs, where an exporter has to run. And which resources are GPUs: names
     // as kube-state-metrics writes them.

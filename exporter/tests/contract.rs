@@ -21,7 +21,10 @@ use chandra::{
     server::Site,
     signals::{
         self, Options, SIGNALS, State, encryption, gpu,
-        nccl::ranks::{Ranks, Reading},
+        nccl::{
+            pending::Pending,
+            ranks::{Ranks, Reading},
+        },
         rdma, tcp,
     },
 };
@@ -574,7 +577,8 @@ fn a_node_with_eight_gpu_pods_stays_within_the_series_budget() {
                 let retention = Duration::from_secs(300);
                 ranks.book(&view.owners(), &readings, resolve, retention, now);
                 let accounts = ledger.accounts().skip(2);
-                let pending = accounts.map(|(labels, _)| (labels, 1.0)).collect();
+                let ages = accounts.map(|(labels, _)| (labels, 1.0));
+                let pending = Pending::example(ages, "0");
                 let before = families.series();
                 signals::nccl::render(ledger.accounts(), &ranks, &pending, &mut families);
                 nccl_alone = families.series() - before;

@@ -22,7 +22,10 @@ use chandra::{
     server::Site,
     signals::{
         Options, SIGNALS, encryption, gpu, nccl,
-        nccl::ranks::{Ranks, Reading},
+        nccl::{
+            pending::Pending,
+            ranks::{Ranks, Reading},
+        },
         rdma, tcp,
     },
 };
@@ -204,10 +207,11 @@ fn nccl_page() -> String {
     let resolve = |_| Resolution::Owner(owner.clone());
     let (retention, now) = (Duration::from_secs(300), Instant::now());
     ranks.book(&[owner.clone()].into(), &readings, resolve, retention, now);
-    let pending = [(Labels::default(), 0.0), (pod, 121.5)];
+    let ages = [(Labels::default(), 0.0), (pod, 121.5)];
+    let pending = Pending::example(ages, "000000000000000d");
     let mut families = Families::default();
     let borrowed = accounts.iter().map(|(labels, n)| (labels.clone(), n));
-    nccl::render(borrowed, &ranks, &pending.into(), &mut families);
+    nccl::render(borrowed, &ranks, &pending, &mut families);
     encode(families)
 }
 

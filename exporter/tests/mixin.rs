@@ -43,6 +43,8 @@ const OTHERS: &[(&str, Kind, &[&str])] = &[
             "destination_pod",
             "source",
             "destination",
+            "source_ip",
+            "destination_ip",
         ],
     ),
     (
@@ -154,7 +156,7 @@ const OTHERS: &[(&str, Kind, &[&str])] = &[
     (
         "kube_node_status_allocatable",
         Kind::Gauge,
-        &["resource", "unit"],
+        &["resource", "unit", "exported_node"],
     ),
     (
         "container_network_transmit_packets_total",

@@ -16,7 +16,8 @@
   //
   // increase() takes the first value of a series for what was there before. A series that was missing in a scrape of its
   // exporter within the window was born in it, and rose by all that it shows. In a new Prometheus, after an outage of the
-  // scrape or under a new label both miss the same scrapes, and nothing counts as born.
+  // scrape or under a new label both miss the same scrapes, and nothing counts as born. Where several exporters have one node
+  // (two clusters without a cluster's label, a sidecar beside a DaemonSet) it is compared with the one that was scraped most.
   increase(c, metric, selector, labels, window)::
     local f = {
       series: '%s{%s}' % [metric, std.join(', ', [s for s in [selector, c.selector] if s != ''])],
@@ -31,7 +32,7 @@
       'and on (%(labels)s)',
       'sum by (%(labels)s) (count_over_time(%(series)s[%(window)s]))',
       '< on (%(node)s) group_left ()',
-      'sum by (%(node)s) (count_over_time(%(exporter)s[%(window)s]))',
+      'max by (%(node)s) (sum by (%(node)s, instance) (count_over_time(%(exporter)s[%(window)s])))',
       'or',
       'increase(%(series)s[%(window)s])',
     ]) % f + '\n',

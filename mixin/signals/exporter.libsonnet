@@ -34,8 +34,10 @@ local text = import '../lib/text.libsonnet';
       // a target whose node its monitor names.
       local gpuNodes = {
         kube_node_status_allocatable:
-          local expr = 'kube_node_status_allocatable{resource=~"%s", %s}' % [c.gpuResources, c.kubeStateMetricsSelector];
-          'sum by (%(cluster)s, %(node)s) (%%s)' % f % (if c.nodeLabel == 'node' then expr else 'label_replace(%s, "%s", "$1", "node", "(.*)")' % [expr, c.nodeLabel]),
+          local named = 'kube_node_status_allocatable{resource=~"%s", %s}' % [c.gpuResources, c.kubeStateMetricsSelector];
+          local own = if c.nodeLabel == 'node' then named else 'label_replace(%s, "%s", "$1", "node", "(.*)")' % [named, c.nodeLabel];
+          // Where the target's label has taken its place.
+          'sum by (%(cluster)s, %(node)s) (max by (%(cluster)s, %(node)s, resource) (label_replace(%%s, "%(node)s", "$1", "exported_node", "(.+)")))' % f % own,
         DCGM_FI_DEV_GPU_UTIL: 'count by (%(cluster)s, %(node)s) (DCGM_FI_DEV_GPU_UTIL{%(node)s!="", %(dcgm)s})' % (f { dcgm: c.dcgmSelector }),
       },
 
@@ -90,18 +92,20 @@ local text = import '../lib/text.libsonnet';
           description: '{{ with $labels.instance }}Prometheus cannot scrape Chandra on ' + text.node(c) + ' ({{ . }}): none of its signals is seen there.' +
                        '{{ else }}Prometheus has no target for Chandra: none of its signals is seen on any node.{{ end }}',
         },
+      ] + (if c.gpuNodes == [] then [] else [
         {
           alert: 'ChandraNotOnGpuNode',
           expr: |||
             (
               %(nodes)s
-            ) > 0
+            )
             unless on (%(cluster)s, %(node)s)
             up{%(sel)s}
-          ||| % (f { nodes: std.join('\n  or\n  ', [gpuNodes[source] for source in c.gpuNodes]) }),
+          ||| % (f { nodes: std.join('\n  or\n  ', [gpuNodes[source] + ' > 0' for source in c.gpuNodes]) }),
           summary: 'Chandra does not run on ' + text.node(c) + ', which has GPUs.',
           description: text.node(c, 'Node', 'An unnamed node') + ' has {{ $value }} GPUs, and no exporter there is a target of Prometheus: none of its signals is seen. A taint that the DaemonSet does not tolerate, a node selector, or a missing monitor.',
         },
+      ]) + [
         {
           alert: 'ChandraSignalDown',
           expr: 'max by (%(cluster)s, %(node)s, signal) (chandra_signal_state{state="failed", %(sel)s}) == 1' % f,

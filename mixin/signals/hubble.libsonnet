@@ -42,7 +42,7 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
       // Packets a second whose connection could not be entered into conntrack, while the map is as full as in
       // HubbleConntrackPressure, or more than `share` of all packets that the agent forwards: new connections fail. The maps
       // are LRU: a full one throws out live connections first.
-      HubbleConntrackFull: { threshold: 0.1, share: 0.0001, 'for': '2m', severity: 'page' },
+      HubbleConntrackFull: { threshold: 0.1, share: 0.001, 'for': '2m', severity: 'page' },
       // The same without either: insertions that fail one by one (EBUSY, cilium#35010).
       HubbleConntrackInsertionsFail: { threshold: 0.1, 'for': '10m', severity: 'ticket' },
       // Share of a conntrack map in use. Cilium's garbage collector keeps a healthy one well below; from here a burst of
@@ -67,7 +67,8 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
       // Packets a second that XFRM stopped for want of a matching policy.
       HubbleIpsecPolicyBlocked: { threshold: 0.1, 'for': '5m', severity: 'ticket' },
       // Packets a second that XFRM refused on arrival. A rotation of the key overlaps, so none is lost by it.
-      HubbleIpsecInboundErrors: { threshold: 0.1, 'for': '5m', severity: 'ticket' },
+      // Longer than the window of the rate: a minute of them is a node that was replaced.
+      HubbleIpsecInboundErrors: { threshold: 0.1, 'for': '10m', severity: 'ticket' },
     },
   },
 
@@ -93,7 +94,8 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
         policy: anyOf(h.policyReasons),
         harmless: anyOf(h.harmlessReasons),
         sel: c.selector,
-        context: anyOf([contexts[name] for name in c.hubbleContexts]),
+        // Of none: what matches nothing.
+        context: if c.hubbleContexts == [] then 'a^' else anyOf([contexts[name] for name in c.hubbleContexts]),
       },
       // The rate of `metric` by the namespace of one side, `source` or `destination`, of what names one.
       local charged(metric, matchers, side) = |||
@@ -153,9 +155,8 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
           ||| % f,
         },
         {
-          // A packet is missed by who sent it. Refused on its way in, it is missed by the receiver too: there is the
-          // policy, or the sender has no namespace. Of an unknown direction it may be the sender's own policy. What is
-          // within one namespace counts once.
+          // A packet is missed by who sent it, and unless it was refused on its way out by the receiver too, where the
+          // policy is. Of an unknown direction nobody knows which of both it is. What is within one namespace counts once.
           record: 'namespace_reason:hubble_drop:rate%(w)s' % f,
           expr: |||
             sum by (%(cluster)s, namespace, reason) (
@@ -165,7 +166,11 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
               )
               or
               label_replace(
-                flow_reason:hubble_drop:rate%(w)s{traffic_direction="ingress"} or flow_reason:hubble_drop:rate%(w)s{traffic_direction!="egress", sender=""},
+                flow_reason:hubble_drop:rate%(w)s{traffic_direction="ingress"}
+                or
+                flow_reason:hubble_drop:rate%(w)s{traffic_direction!~"ingress|egress", receiver!=""}
+                or
+                flow_reason:hubble_drop:rate%(w)s{traffic_direction!~"ingress|egress", sender=""},
                 "namespace", "$1", "receiver", "(.*)"
               )
             )
@@ -230,7 +235,7 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
           ||| % f,
         },
         {
-          // No response at all has no series, and is the worst case.
+          // No response at all has no series, and is the worst case; but not where responses say nothing of who gets them.
           record: 'namespace:hubble_dns_unanswered:ratio_rate%(w)s' % f,
           expr: |||
             clamp_min(
@@ -238,6 +243,12 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
                 sum by (%(cluster)s, namespace) (namespace_rcode:hubble_dns_responses:rate%(w)s)
                 or
                 namespace:hubble_dns_queries:rate%(w)s * 0
+                unless on (%(cluster)s)
+                (
+                  sum by (%(cluster)s) (rate(hubble_dns_responses_total{%(hubble)s}[%(w)s])) > 0
+                  unless on (%(cluster)s)
+                  namespace_rcode:hubble_dns_responses:rate%(w)s
+                )
               ) / namespace:hubble_dns_queries:rate%(w)s,
               0
             )
@@ -352,9 +363,10 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
               'hubble_drop_total',
               'hubble_drop_total{reason!~"%(harmless)s", %(hubble)s}' % f,
               // With the labels that helm-values/cilium.yaml asks for, drops of hosts alone have no namespace either.
-              '\n    namespace_reason:hubble_drop:rate%(w)s{namespace!=""}\n    or\n    hubble_drop_total{traffic_direction!="", source_pod="", destination_pod="", %(hubble)s}\n  ' % f
+              '\n    namespace_reason:hubble_drop:rate%(w)s{namespace!=""}\n    or\n    hubble_drop_total{traffic_direction!="", source_pod="", destination_pod="", source_ip="", destination_ip="", %(hubble)s}\n  ' % f
             ),
             nameless('hubble_dns_queries_total', 'hubble_dns_queries_total{%(hubble)s}' % f, 'namespace:hubble_dns_queries:rate%(w)s' % f),
+            nameless('hubble_dns_responses_total', 'hubble_dns_responses_total{%(hubble)s}' % f, 'namespace_rcode:hubble_dns_responses:rate%(w)s' % f),
           ]),
           summary: 'Hubble does not say whose packets it counts in {{ $labels.metric }}.',
           description: '{{ $labels.metric }} rises by ' + text.number('$value') + ' a second, and no series of it names a namespace: the alerts about namespaces are silent. Its entry in hubble.metrics.enabled needs labelsContext=source_namespace,destination_namespace,traffic_direction (helm-values/cilium.yaml).',

@@ -13,9 +13,14 @@ local text = import '../lib/text.libsonnet';
       // Seconds that the others wait for a rank of another node in each collective, on average, as the profiler plugin tells
       // them. `share`: of what a collective takes on average; less is the shape of a ring.
       NcclStragglerAcrossNodes: { threshold: 0.001, share: 0.1, 'for': '5m', severity: 'ticket' },
-      // Seconds that a collective is under way. A step takes seconds, a checkpoint in between a minute; PyTorch's
-      // watchdog ends the job after ten.
-      NcclCollectiveStuck: { threshold: 120, 'for': '1m', severity: 'page' },
+      // How far back a communicator's pace counts, and how long a pause is remembered.
+      paceWindow: '1h',
+      pauseWindow: '6h',
+      // Seconds that a collective is under way in a communicator that made more than `pace` a second over `window`. A step takes
+      // seconds. One that has paused before, for a checkpoint, and went on: `pauses` times as long as then.
+      NcclCollectiveStuck: { threshold: 30, pace: 1, pauses: 3, 'for': '20s', severity: 'page' },
+      // The same of any other: slow by nature, or known to pause. PyTorch's watchdog ends a job after ten minutes.
+      NcclCollectiveWaits: { threshold: 300, 'for': '1m', severity: 'ticket' },
       // Seconds until a communicator is there, in nine of ten cases of the last `window`. Thousands of ranks take half
       // a minute. A quantile within a bucket is a guess and buckets grow by four, so this is the bound of one (16, 64,
       // 256 s): below, ranks that take 17 s could count as slow.
@@ -27,7 +32,7 @@ local text = import '../lib/text.libsonnet';
     nccl: {
       local c = $._config,
       local n = c.nccl,
-      local f = { w: c.window, cluster: c.clusterLabel, node: c.nodeLabel, sel: c.selector, init: n.NcclInitSlow.window },
+      local f = { step: '%gs' % (rates.seconds(c.window) / 5), pace: n.paceWindow, pause: n.pauseWindow, pausing: c.pausingNamespaces, w: c.window, cluster: c.clusterLabel, node: c.nodeLabel, sel: c.selector, init: n.NcclInitSlow.window },
       local quantile(q, metric, labels) = |||
         histogram_quantile(%(q)g, sum by (%(cluster)s, %(node)s, namespace, pod, %(labels)sle) (rate(%(metric)s_bucket{%(sel)s}[%(w)s])))
       ||| % (f { q: q, metric: metric, labels: std.join('', [label + ', ' for label in labels]) }),
@@ -87,23 +92,58 @@ local text = import '../lib/text.libsonnet';
           expr: |||
             sum by (%(cluster)s, %(node)s, namespace, pod, communicator, rank) (rate(chandra_nccl_rank_collective_seconds_total{communicator!="other", %(sel)s}[%(w)s]))
             /
-            sum by (%(cluster)s, %(node)s, namespace, pod, communicator, rank) (rank:chandra_nccl_collectives:rate%(w)s{source="kernel"})
+            (sum by (%(cluster)s, %(node)s, namespace, pod, communicator, rank) (rank:chandra_nccl_collectives:rate%(w)s{source="kernel"}) > 0)
           ||| % f,
         },
         {
           // All ranks end together, so the one that takes the shortest came last: how much less than the others, on average, is
-          // what they wait for it. On all nodes, and of nodes and ranks without the plugin nothing. A rank that is the last
+          // what they wait for it. The average is of all N ranks, so N-1 others have N/(N-1) of the difference. On all nodes, and of nodes and ranks without the plugin nothing. A rank that is the last
           // only at times is not told from the network: turns cancel out.
           record: 'rank:chandra_nccl_waited_for_seconds:mean%(w)s' % f,
           expr: |||
-            avg by (%(cluster)s, namespace, communicator) (rank:chandra_nccl_collective_seconds:mean%(w)s)
-            - on (%(cluster)s, namespace, communicator) group_right ()
-            rank:chandra_nccl_collective_seconds:mean%(w)s
+            (
+              avg by (%(cluster)s, namespace, communicator) (rank:chandra_nccl_collective_seconds:mean%(w)s)
+              - on (%(cluster)s, namespace, communicator) group_right ()
+              rank:chandra_nccl_collective_seconds:mean%(w)s
+            )
+            / on (%(cluster)s, namespace, communicator) group_left ()
+            (1 - 1 / count by (%(cluster)s, namespace, communicator) (rank:chandra_nccl_collective_seconds:mean%(w)s))
           ||| % f,
         },
         {
           record: 'pod:chandra_nccl_oldest_pending_seconds:max',
           expr: 'max by (%(cluster)s, %(node)s, namespace, pod) (chandra_nccl_oldest_pending_seconds{%(sel)s})' % f,
+        },
+        {
+          record: 'communicator:chandra_nccl_collectives:rate%(w)s' % f,
+          expr: 'max by (%(cluster)s, %(node)s, namespace, communicator) (rank:chandra_nccl_collectives:rate%(w)s)' % f,
+        },
+        {
+          record: 'pod_communicator:chandra_nccl_pending_seconds:max',
+          expr: 'max by (%(cluster)s, %(node)s, namespace, pod, communicator) (chandra_nccl_communicator_pending_seconds{%(sel)s})' % f,
+        },
+        {
+          // How long a pod stood still before it went on. One that ends instead has not paused.
+          record: 'pod:chandra_nccl_pause_seconds:max%(step)s' % f,
+          expr: |||
+            max_over_time(pod:chandra_nccl_oldest_pending_seconds:max[%(step)s]) > %(threshold)g
+            and
+            pod:chandra_nccl_oldest_pending_seconds:max < %(threshold)g
+          ||| % (f + n.NcclCollectiveStuck),
+        },
+        {
+          record: 'pod:chandra_nccl_stuck_seconds:max',
+          expr: |||
+            max by (%(cluster)s, %(node)s, namespace, pod) (
+              pod_communicator:chandra_nccl_pending_seconds:max{namespace!~"%(pausing)s"} > %(threshold)g
+              and on (%(cluster)s, %(node)s, namespace, communicator)
+              max_over_time(communicator:chandra_nccl_collectives:rate%(w)s[%(pace)s]) > %(fast)g
+              unless
+              pod_communicator:chandra_nccl_pending_seconds:max
+              <= on (%(cluster)s, %(node)s, namespace, pod) group_left ()
+              (max_over_time(pod:chandra_nccl_pause_seconds:max%(step)s[%(pause)s]) * %(pauses)g)
+            )
+          ||| % (f { threshold: n.NcclCollectiveStuck.threshold, fast: n.NcclCollectiveStuck.pace, pauses: n.NcclCollectiveStuck.pauses }),
         },
         {
           // A rank initialises once: its series may appear with the value of its first initialisation.
@@ -122,6 +162,10 @@ local text = import '../lib/text.libsonnet';
                     ' communicator:chandra_nccl_judged_wait_seconds:mean%(w)s) > %(threshold)g',
       local waitedFor = 'rank:chandra_nccl_waited_for_seconds:mean%(w)s' % f,
 
+      local missing =
+        'Missing: ' +
+        text.list(c, 'topk(8, max by (namespace, pod, rank, state) (chandra_nccl_missing_rank_seconds{%%s,%(sel)s}))' % f, ['cluster', 'node', 'namespace'], text.podItem('rank {{ $row.Labels.rank }} ({{ $row.Labels.state }})'), none='not on this node') + '.',
+
       alerts: [
         {
           alert: 'NcclStraggler',
@@ -133,9 +177,10 @@ local text = import '../lib/text.libsonnet';
         },
         {
           alert: 'NcclStragglerAcrossNodes',
-          // Communicators of several nodes. A rank that is late among those of its own node is told by NcclStraggler.
+          // Communicators of several nodes, and one alert for all late ranks of a pod. A rank that is late among those of its
+          // own node is told by NcclStraggler.
           expr: |||
-            max by (%(cluster)s, %(node)s, namespace, pod, rank) (
+            max by (%(cluster)s, %(node)s, namespace, pod) (
               %(waited)s > %(threshold)g
               and on (%(cluster)s, namespace, communicator)
               count by (%(cluster)s, namespace, communicator) (group by (%(cluster)s, %(node)s, namespace, communicator) (%(waited)s)) != 1
@@ -143,21 +188,31 @@ local text = import '../lib/text.libsonnet';
               %(waited)s / on (%(cluster)s, namespace, communicator) group_left ()
               avg by (%(cluster)s, namespace, communicator) (rank:chandra_nccl_collective_seconds:mean%(w)s) > %(share)g
             )
-            unless
+            unless on (%(cluster)s, %(node)s, namespace, pod)
             rank:chandra_nccl_straggler:ratio_rate%(w)s
           ||| % (f + n.NcclStragglerAcrossNodes { waited: waitedFor }),
-          summary: text.pod(c) + ': rank {{ $labels.rank }} holds up its NCCL job, on other nodes too.',
-          description: text.pod(c) + ': the other ranks wait {{ $value | humanizeDuration }} for rank {{ $labels.rank }} in each collective, on average. Waited for, by rank: ' +
+          summary: text.pod(c) + ' holds up its NCCL job across nodes.',
+          description: text.pod(c) + ': ranks of other nodes wait {{ $value | humanizeDuration }} for it in each collective, on average. Waited for, by rank: ' +
                        text.list(c, 'topk(5, max by (%(node)s, pod, rank) (rank:chandra_nccl_waited_for_seconds:mean%(w)s{%%s})) > 0' % f, ['cluster', 'namespace'], '{{ $row.Labels.pod }} rank {{ $row.Labels.rank }} {{ $row.Value | humanizeDuration }}') +
                        ". Look at the late rank's GPU, CPU and data loader before the network.",
         },
         {
           alert: 'NcclCollectiveStuck',
-          expr: 'pod:chandra_nccl_oldest_pending_seconds:max > %(threshold)g' % (f + n.NcclCollectiveStuck),
+          expr: 'pod:chandra_nccl_stuck_seconds:max',
           summary: text.pod(c) + ': a NCCL collective hangs.',
           // Who waits is known when the last one has come: of the collective that hangs, nobody's wait is counted yet.
-          description: text.pod(c) + ': a NCCL collective has been under way for {{ $value | humanizeDuration }}. A rank has not arrived, or packets do not get through. Who used to come last on this node: ' +
+          description: text.pod(c) + ': a NCCL collective has been under way for {{ $value | humanizeDuration }}, of a communicator that makes more than %(pace)g a second. ' % n.NcclCollectiveStuck + missing + ' Who used to come last on this node: ' +
                        text.list(c, 'topk(8, max by (namespace, pod, rank) (rank:chandra_nccl_last_arrivals:ratio_rate%(w)s{%%s} > 0))' % f, ['cluster', 'node', 'namespace'], text.podItem('rank {{ $row.Labels.rank }} ({{ $row.Value | humanizePercentage }})')) + '.',
+        },
+        {
+          alert: 'NcclCollectiveWaits',
+          expr: |||
+            max by (%(cluster)s, %(node)s, namespace, pod) (pod_communicator:chandra_nccl_pending_seconds:max) > %(threshold)g
+            unless
+            pod:chandra_nccl_stuck_seconds:max
+          ||| % (f + n.NcclCollectiveWaits),
+          summary: text.pod(c) + ' waits in a NCCL collective.',
+          description: text.pod(c) + ': a NCCL collective has been under way for {{ $value | humanizeDuration }}, of a communicator that is slow or known to pause. ' + missing,
         },
         {
           alert: 'NcclInitSlow',
@@ -177,8 +232,8 @@ local text = import '../lib/text.libsonnet';
       panels: [
         panels.timeseries(
           'Wait for the last rank, per collective',
-          'What the ranks of a node wait in one collective, by communicator. Above the line with one rank last most of the time, NcclStraggler fires. High with no such rank: the ranks take turns, or the network is slow.',
-          [{ expr: 'topk(10, communicator:chandra_nccl_wait_seconds:mean%(w)s{%(whereNode)s})' % p, legend: '{{namespace}} {{communicator}} {{source}} {{%(node)s}}' % f }],
+          'What the ranks of a node wait in one collective, by communicator. Above the line with one rank last most of the time, NcclStraggler fires. High with no such rank: the ranks take turns, or the network is slow. By the GPU where the plugin tells of all ranks, else by the host.',
+          [{ expr: 'topk(10, communicator:chandra_nccl_judged_wait_seconds:mean%(w)s{%(whereNode)s})' % p, legend: '{{namespace}} {{communicator}} {{source}} {{%(node)s}}' % f }],
           's',
           [panels.above(n.NcclStraggler.threshold)],
         ),
@@ -199,10 +254,16 @@ local text = import '../lib/text.libsonnet';
         ),
         panels.timeseries(
           'Oldest collective under way',
-          'Seconds. Above the line NcclCollectiveStuck fires: a rank never arrived, or its packets do not.',
+          'Above the line NcclCollectiveStuck fires, where there were many a second and the pod is not known to pause: a rank never arrived, or its packets do not. A saw that comes back is a checkpoint, or a server without requests.',
           [{ expr: 'topk(20, pod:chandra_nccl_oldest_pending_seconds:max{%(where)s})' % p, legend: legend }],
           's',
           [panels.above(n.NcclCollectiveStuck.threshold)],
+        ),
+        panels.timeseries(
+          'Whom the others wait for',
+          'Ranks of their own node that have not called a collective for which others wait, after 10 s. running or sleeping: py-spy shows where; stopped: a debugger or a signal; gone: it died, and the others do not know. Nothing here while a collective is under way: the rank is on another node.',
+          [{ expr: 'topk(20, chandra_nccl_missing_rank_seconds{%(sel)s, %(where)s})' % p, legend: '{{pod}} rank {{rank}} {{state}} {{%(node)s}}' % f }],
+          's',
         ),
         panels.timeseries(
           'Arrival wait, p99',

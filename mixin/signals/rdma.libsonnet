@@ -69,9 +69,9 @@ local text = import '../lib/text.libsonnet';
         record: 'container:chandra_rdma_queue_pairs_destroyed:increase' + window,
         expr: 'sum by (%s) (%s)' % [owner, increase('chandra_rdma_queue_pairs_destroyed_total', [], window)],
       },
-      // What the node replaced beyond what the owners tore down whose pairs were seen.
-      local unseen(window) = {
-        record: 'node:chandra_rdma_queue_pairs_replaced_unseen:increase' + window,
+      // What the node replaced beyond what the owners tore down whose pairs lasted.
+      local brief(window) = {
+        record: 'node:chandra_rdma_queue_pairs_replaced_briefly:increase' + window,
         expr: |||
           clamp_min(
             node:chandra_rdma_queue_pairs_replaced:increase%(window)s
@@ -79,7 +79,7 @@ local text = import '../lib/text.libsonnet';
               sum by (%(node)s) (
                 container:chandra_rdma_queue_pairs_destroyed:increase%(window)s
                 and
-                max_over_time(container:chandra_rdma_queue_pairs:max%(spike)s[%(window)s])
+                max_over_time(container:chandra_rdma_queue_pairs_lasting:sum[%(window)s])
               )
               or
               node:chandra_rdma_queue_pairs_replaced:increase%(window)s * 0
@@ -126,15 +126,13 @@ local text = import '../lib/text.libsonnet';
           ||| % f,
         },
         {
-          // Of the owners that can be told apart: not of the host, nor of what is folded into one label.
           record: 'container:chandra_rdma_queue_pairs:sum',
-          expr: |||
-            sum by (%(owner)s) (
-              chandra_rdma_queue_pairs{namespace!="", %(sel)s}
-              or
-              chandra_rdma_queue_pairs{namespace="", pod="", container!="", %(sel)s}
-            )
-          ||| % (f { owner: owner }),
+          expr: 'sum by (%(owner)s) (chandra_rdma_queue_pairs{type!~"SMI|GSI", %(sel)s})' % (f { owner: owner }),
+        },
+        {
+          // Of who has pairs that last, which a worker that dies at its start has not.
+          record: 'container:chandra_rdma_queue_pairs_lasting:sum',
+          expr: 'container:chandra_rdma_queue_pairs:sum and container:chandra_rdma_queue_pairs:sum offset %(w)s' % f,
         },
         { record: 'pod:chandra_rdma_queue_pairs_created:rate%(w)s' % f, expr: rate('chandra_rdma_queue_pairs_created_total') },
         { record: 'pod:chandra_rdma_queue_pairs_destroyed:rate%(w)s' % f, expr: rate('chandra_rdma_queue_pairs_destroyed_total') },
@@ -146,8 +144,8 @@ local text = import '../lib/text.libsonnet';
           destroyed(window),
           ratio('container', 'destroyed', window),
           replaced(window),
-          unseen(window),
-          ratio('node', 'replaced_unseen', window),
+          brief(window),
+          ratio('node', 'replaced_briefly', window),
         ]
         for window in [r.spikeWindow, r.churnWindow]
       ]) + [
@@ -179,11 +177,14 @@ local text = import '../lib/text.libsonnet';
         text.list(c, 'topk(5, sum by (namespace, pod) (container:chandra_rdma_queue_pairs_destroyed:increase%s{%%s}) > 0)' % window, ['cluster', 'node'], text.podItem('{{ printf "%.0f" $row.Value }}')) +
         '.',
       local times = '{{ printf "%.1f" $value }} times over',
-      // Whose pairs: those that can be named, or what is left of the node's.
+      // Whose pairs: of one who can be told from others (not of the host, nor of what is folded into one label), or of those
+      // that do not last.
       local again(threshold, window) = |||
         container:chandra_rdma_queue_pairs_destroyed:ratio%(window)s > %(threshold)g
+        unless
+        container:chandra_rdma_queue_pairs_destroyed:ratio%(window)s{namespace="", container=""}
         or
-        node:chandra_rdma_queue_pairs_replaced_unseen:ratio%(window)s > %(threshold)g
+        node:chandra_rdma_queue_pairs_replaced_briefly:ratio%(window)s > %(threshold)g
       ||| % { threshold: threshold, window: window },
       local whose(seen, unseen) = '{{ if or $labels.namespace $labels.container }}' + seen + '{{ else }}' + unseen + '{{ end }}',
 
@@ -194,7 +195,7 @@ local text = import '../lib/text.libsonnet';
           summary: whose(text.container(c) + ' tears down and rebuilds its RDMA queue pairs.', 'Queue pairs on ' + text.node(c) + ' are torn down and rebuilt.'),
           description: whose(
             'Within %(spike)s the queue pairs of ' % f + text.container(c) + ' were torn down ' + times + ': it dies, or NCCL starts over. ',
-            'Within %(spike)s the queue pairs on ' % f + text.node(c) + ' were replaced ' + times + ' by what was gone before it was seen: workers die as soon as they start. '
+            'Within %(spike)s the queue pairs on ' % f + text.node(c) + ' were replaced ' + times + ' by who lived for less than %(w)s: workers die as soon as they start. ' % f
           ) + culprits(r.spikeWindow),
         },
         {
@@ -203,7 +204,7 @@ local text = import '../lib/text.libsonnet';
           summary: whose(text.container(c) + ' keeps rebuilding its RDMA queue pairs.', 'Queue pairs on ' + text.node(c) + ' keep being rebuilt.'),
           description: whose(
             'Within %(churn)s the queue pairs of ' % f + text.container(c) + ' were torn down ' + times + ': it restarts again and again. ',
-            'Within %(churn)s the queue pairs on ' % f + text.node(c) + ' were replaced ' + times + ' by what was gone before it was seen: something restarts again and again. '
+            'Within %(churn)s the queue pairs on ' % f + text.node(c) + ' were replaced ' + times + ' by who lived for less than %(w)s: something restarts again and again. ' % f
           ) + culprits(r.churnWindow),
         },
         {
@@ -246,7 +247,7 @@ local text = import '../lib/text.libsonnet';
 
       local tornDown(window) = [
         { expr: 'topk(10, container:chandra_rdma_queue_pairs_destroyed:ratio%s{%s})' % [window, where], legend: legend },
-        { expr: 'topk(5, node:chandra_rdma_queue_pairs_replaced_unseen:ratio%s{%s})' % [window, whereNode], legend: '{{%(node)s}} unseen' % f },
+        { expr: 'topk(5, node:chandra_rdma_queue_pairs_replaced_briefly:ratio%s{%s})' % [window, whereNode], legend: '{{%(node)s}} brief' % f },
       ],
 
       first:: panels.stat(
@@ -254,7 +255,7 @@ local text = import '../lib/text.libsonnet';
         'Queue pairs of pods and host, and how often the worst pod tore down its own within %(spike)s. During a run the count is steady; red is above the spike threshold: workers die and rebuild. Runbook: RdmaQueuePairSpike.' % f,
         [
           { expr: 'sum(pod_state:chandra_rdma_queue_pairs:sum{%(where)s}) or sum(node:chandra_rdma_queue_pairs:sum{%(whereNode)s}) * 0' % p, legend: 'queue pairs' },
-          { expr: 'max(container:chandra_rdma_queue_pairs_destroyed:ratio%(spike)s{%(where)s} or node:chandra_rdma_queue_pairs_replaced_unseen:ratio%(spike)s{%(whereNode)s}) or sum(node:chandra_rdma_queue_pairs:sum{%(whereNode)s}) * 0' % p, legend: 'times torn down' },
+          { expr: 'max(container:chandra_rdma_queue_pairs_destroyed:ratio%(spike)s{%(where)s} or node:chandra_rdma_queue_pairs_replaced_briefly:ratio%(spike)s{%(whereNode)s}) or sum(node:chandra_rdma_queue_pairs:sum{%(whereNode)s}) * 0' % p, legend: 'times torn down' },
           { expr: 'sum(pod_state:chandra_rdma_queue_pairs:sum{state="ERR", %(where)s}) or sum(node:chandra_rdma_queue_pairs:sum{%(whereNode)s}) * 0' % p, legend: 'in ERR' },
         ],
         'short',
@@ -278,7 +279,7 @@ local text = import '../lib/text.libsonnet';
         ),
         panels.timeseries(
           'Times torn down within %(spike)s' % p,
-          'How often a pod tore down all its queue pairs, and a node those of pods that were gone before they were seen. Above the line RdmaQueuePairSpike fires.',
+          'How often a pod tore down all its queue pairs, and a node those of pods that did not last. Above the line RdmaQueuePairSpike fires.',
           tornDown(r.spikeWindow),
           'short',
           [panels.above(r.RdmaQueuePairSpike.threshold)],

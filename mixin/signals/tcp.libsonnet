@@ -6,9 +6,10 @@ local text = import '../lib/text.libsonnet';
 {
   _config+:: {
     tcp: {
-      // Bytes of a segment on the wire: 1448 with an MTU of 1500, 8948 with jumbo frames. What a pod sends is known in
-      // packets, of which each may be cut into many segments by the NIC, and in bytes.
-      segmentBytes: 1448,
+      // Bytes of a segment on the wire: 8948 with jumbo frames, 1448 with an MTU of 1500. What a pod sends is known in
+      // packets, of which each may be cut into many segments by the NIC, and in bytes: the larger count is taken, and it is
+      // rather too small than too large.
+      segmentBytes: 8948,
       // Retransmitted segments a second of one pod. A healthy pod in a data centre sends none for minutes; ten is one
       // segment in a hundred at a thousand a second, where throughput of one connection is already halved. `share`: of the
       // segments that it sends, where that is known: one that sends a million a second loses ten and nobody feels it. Not of
@@ -50,12 +51,12 @@ local text = import '../lib/text.libsonnet';
           expr: |||
             max by (%(cluster)s, namespace, pod) (
               label_replace(
-                sum by (%(cluster)s, namespace, pod) (rate(container_network_transmit_packets_total{pod!="", %(cadvisor)s}[%(w)s])),
+                sum by (%(cluster)s, namespace, pod) (max by (%(cluster)s, namespace, pod, interface) (rate(container_network_transmit_packets_total{pod!="", %(cadvisor)s}[%(w)s]))),
                 "unit", "packets", "", ""
               )
               or
               label_replace(
-                sum by (%(cluster)s, namespace, pod) (rate(container_network_transmit_bytes_total{pod!="", %(cadvisor)s}[%(w)s])) / %(segment)d,
+                sum by (%(cluster)s, namespace, pod) (max by (%(cluster)s, namespace, pod, interface) (rate(container_network_transmit_bytes_total{pod!="", %(cadvisor)s}[%(w)s]))) / %(segment)d,
                 "unit", "bytes", "", ""
               )
             )

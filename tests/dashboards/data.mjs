@@ -209,7 +209,11 @@ for (const p of ranked) {
     histogram('chandra_nccl_collective_seconds', chandra(p.node, { ...p.labels, operation, source: 'kernel' }), SECONDS, () => 12, taken);
     histogram('chandra_nccl_enqueue_seconds', chandra(p.node, { ...p.labels, operation }), SECONDS, () => 12, (t) => (straggles(t) ? 0.0004 : 0.00003));
   }
-  gauge('chandra_nccl_oldest_pending_seconds', chandra(p.node, p.labels), (t, i) => (crash(t) && p.serves === undefined ? (t - minute(5)) % 60 : 0.02 + 0.03 * noise(p.name, i)));
+  const pending = (t, i) => (crash(t) && p.serves === undefined ? (t - minute(5)) % 60 : 0.02 + 0.03 * noise(p.name, i));
+  gauge('chandra_nccl_oldest_pending_seconds', chandra(p.node, p.labels), pending);
+  gauge('chandra_nccl_communicator_pending_seconds', chandra(p.node, { ...p.labels, communicator }), pending);
+  if (p.rank === 2)
+    gauge('chandra_nccl_missing_rank_seconds', chandra(p.node, { ...p.labels, communicator, rank: p.rank, state: 'gone' }), (t, i) => (crash(t) && pending(t, i) > 10 ? pending(t, i) : 0));
   for (const [phase, seconds] of [['rendezvous', 6], ['allocate', 0.8], ['transports', 3], ['total', 11]])
     histogram('chandra_nccl_init_seconds', chandra(p.node, { ...p.labels, phase }), byFour(0.25, 8), (t) => (crash(t) && p.serves === undefined ? 2 / 60 : t < 600 ? 1 / 300 : 0), () => seconds);
 }

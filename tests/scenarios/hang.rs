@@ -5,7 +5,7 @@ use crate::frame::{Alert, Scenario, Stage, minutes};
 
 pub(crate) const SCENARIO: Scenario = Scenario::new("hang", play);
 
-const SAYS: &str = "a NCCL collective has been under way for 2m";
+const SAYS: &str = "Missing: training/worker-1 rank 1 (stopped).";
 
 const fn stuck(labels: &'static str) -> Alert {
     Alert {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! rdma: one worker dies and is restarted, again and again. The alerts are about its node, and name it as the culprit.
+//! rdma: one worker dies and is restarted, again and again. The alerts are about it; its neighbours are silent.
 
 use crate::frame::{Alert, Scenario, Stage, minutes};
 
@@ -30,17 +30,17 @@ fn play(stage: &mut Stage) {
            sleep 3; kill -9 $!; wait
          done",
     );
-    let node = "node=gpu-1 severity=warning";
-    let says = "Torn down, by pod: training/worker-0 ";
+    let labels = "container=main namespace=training node=gpu-1 pod=worker-0 severity=warning";
+    let says = "Torn down on the node, by pod: training/worker-0 ";
     stage.expect(&[
         Alert {
             name: "RdmaQueuePairSpike",
-            labels: node,
+            labels,
             says,
         },
         Alert {
             name: "RdmaQueuePairChurn",
-            labels: node,
+            labels,
             says,
         },
     ]);

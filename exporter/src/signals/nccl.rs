@@ -11,6 +11,7 @@
 //! Whoever attaches probes, which takes long, and whoever reads maps, have nothing to wait for from each other.
 
 mod live;
+pub mod pending;
 pub mod ranks;
 pub mod salt;
 mod sites;
@@ -31,24 +32,25 @@ use anyhow::Context;
 use aya::include_bytes_aligned;
 use exporter_common::nccl::{
     ANY_PROCESS, CALL, COLLECTIVES, Communicator, GRAPH_SLOT, Group, Handle, INIT, LEARNT, Layout,
-    Member, NUMBERED, OPERATIONS, PHASES, SLOTS, SOURCES, Seat, Source, WAIT, call_slots,
-    duration_slots, init_slots, wait_slots,
+    NUMBERED, OPERATIONS, PHASES, SLOTS, SOURCES, Seat, Source, WAIT, call_slots, duration_slots,
+    init_slots, wait_slots,
 };
 
-use live::{Books, Fate, Live, fate, made, sweep};
+use live::{Books, Live, sweep};
+use pending::{Naming, Pending};
 use ranks::{Ranks, Reading};
 use salt::Salt;
 use sites::{Kind as Library, Sites};
 
 use super::{
     Attempt, BoundedLog, Entry, Options, Read, Scope, Signal, State, Status, announce, entries,
-    monotonic, no_losses, removed,
+    no_losses, removed,
 };
 use crate::{
     capabilities::{BPF, LIBRARIES, PERFMON, UPROBES},
     families::{Desc, Families, Kind},
     kernel::Kernel,
-    ledger::{Attribution, Ledger, Opening, PATIENCE, Shown},
+    ledger::{Attribution, Ledger, Opening, PATIENCE},
     libraries::{
         Identity, Skipped,
         maps::Interest,
@@ -72,7 +74,9 @@ pub const ENTRY: Entry = Entry {
         &RANK_LAST,
         &RANK_DURATION,
         &COLLECTIVE,
-        &PENDING,
+        &pending::PENDING,
+        &pending::OF_COMMUNICATOR,
+        &pending::MISSING,
         &GRAPHS,
     ],
     objects: &[OBJECT],
@@ -165,16 +169,6 @@ static COLLECTIVE: Desc = Desc {
     labels: &["operation", "source"],
     values: &[("operation", &OPERATIONS), ("source", &["kernel"])],
     source: "profiler plugin: from the first channel's start to the last one's stop, by the GPU's clock",
-};
-
-static PENDING: Desc = Desc {
-    name: "chandra_nccl_oldest_pending_seconds",
-    kind: Kind::Gauge,
-    help: "Age of the oldest collective that has been started and not finished.",
-    per_pod: true,
-    labels: &[],
-    values: &[],
-    source: "host: since the first rank of this node called it, while another has not; profiler plugin: since it was started, while it has not finished",
 };
 
 static GRAPHS: Desc = Desc {
@@ -552,7 +546,7 @@ struct Nccl {
     max_owners: usize,
     ledger: Ledger<u64, SLOTS>,
     ranks: Ranks,
-    pending: BTreeMap<Labels, f64>,
+    pending: Pending,
     lost: Vec<(&'static str, u64)>,
     runs: Vec<(String, Runs)>,
 }
@@ -602,7 +596,7 @@ impl Nccl {
             max_owners: options.max_owners,
             ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
             ranks: Ranks::new(options.max_owners),
-            pending: BTreeMap::new(),
+            pending: Pending::default(),
             lost: no_losses(),
             runs: Vec::new(),
         })
@@ -622,72 +616,14 @@ fn source(handle: &Communicator) -> usize {
 }
 
 impl Nccl {
-    /// Finds for how long whose collectives have been pending.
-    fn find_pending(
-        &mut self,
-        live: &Live,
-        known: &[(Communicator, Handle)],
-        scope: &Scope<'_>,
-    ) -> anyhow::Result<()> {
-        let now = monotonic();
-        let age = |since: u64| now.saturating_sub(since) as f64 / 1e9;
-        // In an order, so that beyond the limit the same ones are shown each time.
-        let mut pending: BTreeMap<u64, f64> = BTreeMap::new();
-        let mut note = |cgroup: u64, age: f64| {
-            let oldest = pending.entry(cgroup).or_default();
-            *oldest = oldest.max(age);
-        };
-        let seats: HashMap<Seat, Member> = live.seated()?.into_iter().collect();
-        for member in seats.values().filter(|member| member.ended == 0) {
-            note(member.cgroup, 0.0);
-        }
-        let made = made(known);
-        for (pair, arrivals) in entries(&live.pairs)? {
-            // What the plugin tells are finished collectives, of which others have not been told: nothing hangs by that.
-            let waits = fate(&pair, &arrivals, &made) == Fate::Waits;
-            for (index, at) in arrivals.at.iter().enumerate() {
-                let seat = Seat {
-                    group: pair.group,
-                    index: index as u64,
-                };
-                let member = seats.get(&seat).filter(|_| *at != 0 && waits);
-                if let Some(member) = member
-                    && source(&member.handle) == Source::Host as usize
-                {
-                    note(member.cgroup, age(arrivals.since));
-                }
-            }
-        }
-        for (name, since) in entries(&live.started)? {
-            let handle = live.communicators.get(&name.handle, 0);
-            // What started later has finished: this one is lost.
-            if handle.is_ok_and(|handle| since.at >= handle.finished) {
-                note(since.cgroup, age(since.at));
-            }
-        }
-        self.pending.clear();
-        let mut owners = Shown::new(self.max_owners);
-        for (cgroup, age) in pending {
-            let labels = owners.of(scope.resolve(cgroup));
-            let oldest = self.pending.entry(labels).or_default();
-            *oldest = oldest.max(age);
-        }
-        Ok(())
-    }
-
-    /// What a communicator is called on pages.
-    fn name(&self, number: u64) -> u64 {
-        self.salt.as_ref().map_or(number, |salt| salt.name(number))
-    }
-
     /// Books what ranks have counted, and clears the seats of those that have ended.
     fn book_ranks(
         &mut self,
         live: &mut Live,
         known: &[(Communicator, Handle)],
+        naming: &Naming<'_>,
         scope: &Scope<'_>,
     ) -> anyhow::Result<()> {
-        let groups: HashMap<u64, Group> = entries(&live.groups)?.into_iter().collect();
         let unasked = known
             .iter()
             .filter(|(_, handle)| handle.state & LEARNT == 0);
@@ -695,7 +631,7 @@ impl Nccl {
         self.nameless.retain(|seat, _| unasked.contains(seat));
         let mut readings = Vec::new();
         for (seat, member) in live.seated()? {
-            let hash = groups.get(&seat.group).map_or(0, |group| group.hash);
+            let hash = naming.groups.get(&seat.group).map_or(0, |group| group.hash);
             if hash == 0 && unasked.contains(&seat) && member.ended == 0 {
                 // What it has counted waits for its name.
                 let since = *self.nameless.entry(seat).or_insert(scope.now);
@@ -706,7 +642,7 @@ impl Nccl {
             readings.push(Reading {
                 seat,
                 member,
-                communicator: self.name(if hash == 0 { seat.group } else { hash }),
+                communicator: naming.number(seat.group),
                 source: source(&member.handle),
             });
         }
@@ -733,8 +669,15 @@ impl Signal for Nccl {
         };
         scope.book(&mut self.ledger, &mut live.owners, |owner| owner.slots)?;
         let known = entries(&live.communicators)?;
-        self.book_ranks(live, &known, scope)?;
-        self.find_pending(live, &known, scope)?;
+        let groups: HashMap<u64, Group> = entries(&live.groups)?.into_iter().collect();
+        let salt = self.salt.clone();
+        let naming = Naming {
+            groups: &groups,
+            salt: salt.as_ref(),
+        };
+        self.book_ranks(live, &known, &naming, scope)?;
+        self.pending
+            .find(live, &known, &naming, &self.ranks, self.max_owners, scope)?;
         self.lost = live.counters.lost()?;
         let (_, label) = exporter_common::Loss::LABELS[exporter_common::Loss::Untimed as usize];
         for (reason, count) in &mut self.lost {
@@ -787,7 +730,7 @@ fn units(slots: &[u64; SLOTS]) -> u64 {
 pub fn render<'a>(
     accounts: impl IntoIterator<Item = (Labels, &'a [u64; SLOTS])>,
     ranks: &Ranks,
-    pending: &BTreeMap<Labels, f64>,
+    pending: &Pending,
     families: &mut Families,
 ) {
     for (owner, slots) in accounts {
@@ -841,8 +784,5 @@ pub fn render<'a>(
             families.add(&RANK_DURATION, &labels[..5], duration as f64 / 1e9);
         }
     });
-    for (owner, age) in pending {
-        let labels = [&*owner.namespace, &*owner.pod, &*owner.container];
-        families.add(&PENDING, &labels, *age);
-    }
+    pending.render(families);
 }

@@ -22,6 +22,8 @@ const COLLECTIVES: &str = "chandra_nccl_rank_collectives_total";
 const WAIT: &str = "chandra_nccl_rank_wait_seconds_total";
 const LAST: &str = "chandra_nccl_rank_last_arrivals_total";
 const PENDING: &str = "chandra_nccl_oldest_pending_seconds";
+const OF_COMMUNICATOR: &str = "chandra_nccl_communicator_pending_seconds";
+const MISSING: &str = "chandra_nccl_missing_rank_seconds";
 
 /// The folder with the stand-in and the job, built by the compiler of this host. In a VM they are those that a run outside of it
 /// has built.
@@ -441,7 +443,7 @@ fn what_hangs_is_pending_until_nobody_waits_any_more() {
     let _alone = alone();
     let Some(folder) = known() else { return };
     let (exporter, _idle) = exporter(&folder, &["--pods", "none"]);
-    for how in ["stop", "exit"] {
+    for (how, state) in [("stop", "sleeping"), ("exit", "gone")] {
         let mut job = Job::start(
             &folder,
             &format!(
@@ -454,9 +456,30 @@ fn what_hangs_is_pending_until_nobody_waits_any_more() {
         thread::sleep(Duration::from_secs(2));
         let later = exporter.scrape().sum(PENDING, &[]);
         assert!(later > age + 1.0, "{later} s after {age} s");
+        let scrape = exporter.scrape_until("it is told who is missing", |scrape| {
+            scrape.sum(MISSING, &[]) > 20.0
+        });
+        // Rank 2 of the job is rank 0 of the smaller communicator that it is a part of; the third has not got it.
+        for rank in ["2", "0"] {
+            let waited = scrape.sum(MISSING, &[("rank", rank), ("state", state)]);
+            assert!(waited > 10.0, "{rank}: {}", scrape.text);
+        }
+        let all = scrape.sum(MISSING, &[]);
+        assert_eq!(scrape.sum(MISSING, &[("state", state)]), all);
+        assert!(all < 2.0 * 60.0, "nobody else: {}", scrape.text);
+        let of_communicator = scrape.text.lines().filter_map(|line| {
+            let (name, age) = line.rsplit_once(' ')?;
+            let named = name.starts_with(OF_COMMUNICATOR) && !name.contains("\"other\"");
+            named.then(|| age.parse::<f64>().expect("a number"))
+        });
+        let ages: Vec<f64> = of_communicator.collect();
+        let hang = ages.iter().filter(|age| **age > 4.0).count();
+        assert_eq!((ages.len(), hang), (2, 2), "{}", scrape.text);
         // The ranks die with the process that started them.
         drop(job);
-        exporter.scrape_until("nobody waits", |scrape| scrape.sum(PENDING, &[]) == 0.0);
+        let scrape =
+            exporter.scrape_until("nobody waits", |scrape| scrape.sum(PENDING, &[]) == 0.0);
+        assert_eq!(scrape.sum(MISSING, &[]), 0.0, "{}", scrape.text);
     }
     let mut job = Job::start(
         &folder,

@@ -212,6 +212,13 @@ impl Ranks {
         ended
     }
 
+    /// Whether an owner's communicator is shown by its number.
+    pub fn is_named(&self, labels: &Labels, number: u64) -> bool {
+        let account = self.accounts.get(labels);
+        let communicator = account.and_then(|account| account.communicators.get(&number));
+        communicator.is_some_and(|communicator| communicator.named)
+    }
+
     /// How many accounts of ranks have names.
     fn named(&self) -> usize {
         self.accounts.values().map(|account| account.named).sum()
