@@ -54,6 +54,10 @@ generate: ebpf ## Rewrite all generated files
 mutate-rules: setup ## Change every threshold and duration of the alerts: each change has to break a test; SIGNAL=tcp
 	SIGNAL=$(SIGNAL) cargo test --quiet --locked --package chandra-mixin --test mutate -- --nocapture
 
+.PHONY: incidents
+incidents: setup ## Twelve incidents at once through Prometheus and Alertmanager: the alerts expected and no other
+	cargo test --quiet --locked --package chandra-mixin --test incidents -- --ignored --nocapture
+
 .PHONY: kernel-test
 kernel-test: setup ## Kernel tests in a VM: KERNEL=5.10|6.1|6.12|6.18|7.2|7.3|newest SIGNAL=tcp
 	tools/kernel-test "$(SIGNAL)" $(KERNEL)

@@ -12,20 +12,22 @@ use std::{
     collections::BTreeMap,
     fmt::Write as _,
     fs,
-    io::Write,
-    net::TcpListener,
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::Command,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    thread,
     time::{Duration, Instant},
 };
 
-use common::{Exporter, Pod, build, cgroup_root, request, run, skip, succeeds, write_pods};
-use packages::{Package, program};
+use common::{Exporter, Pod, build, cgroup_root, run, skip, succeeds, write_pods};
+use packages::{
+    alerts::{
+        ALERTMANAGER, PROMETHEUS, Server, alertmanager, comes, logs, prometheus, serve, text,
+        webhook,
+    },
+    program,
+};
 use serde_json::Value;
 
 /// How long after its cause an alert may reach the webhook, on a busy machine.
@@ -41,46 +43,6 @@ const OVERRIDES: &str = "{
     hubble+: { HubbleDropsHigh+: { 'for': '3s' } },
   },
 }";
-
-const ALERTMANAGER: Package = (
-    "bookworm",
-    "prometheus-alertmanager",
-    "usr/bin/prometheus-alertmanager",
-);
-
-/// A server of somebody else's, killed when dropped.
-struct Server(Child);
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// An address that nobody listens on.
-fn free() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-    listener.local_addr().expect("bound").to_string()
-}
-
-/// Answers every request by what `answer` makes of its body, until the test ends.
-fn serve(answer: impl Fn(&str) -> String + Send + 'static) -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let address = listener.local_addr().expect("bound").to_string();
-    thread::spawn(move || {
-        for stream in listener.incoming() {
-            let mut stream = stream.expect("a connection");
-            if let Some(body) = request(&mut stream) {
-                let text = answer(&body);
-                let length = text.len();
-                let head = "HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\nConnection: close";
-                let _ = write!(stream, "{head}\r\nContent-Length: {length}\r\n\r\n{text}");
-            }
-        }
-    });
-    address
-}
 
 /// Hubble's page, as helm-values/cilium.yaml has it: one namespace is denied packets once the fault is on.
 /// Counts how often it is scraped.
@@ -112,116 +74,6 @@ fn hubble(fault: Arc<AtomicBool>, scrapes: Arc<AtomicUsize>) -> String {
         );
         page
     })
-}
-
-/// What the webhook was told: each alert that fires, by its name.
-type Told = Arc<Mutex<BTreeMap<String, (Instant, Value)>>>;
-
-fn webhook() -> (String, Told) {
-    let told = Told::default();
-    let kept = told.clone();
-    let address = serve(move |body| {
-        let message: Value = serde_json::from_str(body).expect("Alertmanager sends JSON");
-        for alert in message["alerts"].as_array().into_iter().flatten() {
-            if alert["status"] == "firing" {
-                let labels = &alert["labels"];
-                let name = format!("{} {}", text(&labels["alertname"]), text(&labels["pod"]));
-                let mut kept = kept.lock().expect("no panic");
-                kept.entry(name.trim().to_owned())
-                    .or_insert_with(|| (Instant::now(), alert.clone()));
-            }
-        }
-        String::new()
-    });
-    (address, told)
-}
-
-fn text(value: &Value) -> &str {
-    value.as_str().unwrap_or_default()
-}
-
-/// Debian's Alertmanager reads its templates from where the package would install them. It gets a /usr/share of its
-/// own for that, in a mount namespace.
-fn alertmanager(program: &Path, folder: &Path, hook: &str) -> (Server, String) {
-    let config = folder.join("alertmanager.yaml");
-    let text = format!(
-        "route: {{ receiver: hook, group_by: [alertname, cluster, node], group_wait: 0s, group_interval: 1s }}\n\
-         receivers: [{{ name: hook, webhook_configs: [{{ url: 'http://{hook}/' }}] }}]\n"
-    );
-    fs::write(&config, text).expect("written");
-    let address = free();
-    let share = program
-        .ancestors()
-        .nth(2)
-        .expect("the package's /usr")
-        .join("share/prometheus");
-    let script = "mount -t tmpfs tmpfs /usr/share && cp -r \"$1\" /usr/share/prometheus && shift && exec \"$@\"";
-    let mut command = Command::new("unshare");
-    command.args([
-        "--user",
-        "--map-root-user",
-        "--mount",
-        "--kill-child",
-        "sh",
-        "-c",
-        script,
-        "sh",
-    ]);
-    command.arg(share).arg(program);
-    command.args([
-        "--cluster.listen-address=",
-        "--web.listen-address",
-        &address,
-    ]);
-    command
-        .arg("--config.file")
-        .arg(config)
-        .arg("--storage.path")
-        .arg(folder.join("alertmanager"));
-    (start(command, folder.join("alertmanager.log")), address)
-}
-
-fn prometheus(
-    program: &Path,
-    folder: &Path,
-    exporter: &str,
-    hubble: &str,
-    alertmanager: &str,
-) -> Server {
-    let config = folder.join("prometheus.yaml");
-    let text = format!(
-        "global: {{ scrape_interval: 1s, evaluation_interval: 1s }}
-rule_files: ['{}/alerts/*.yaml']
-alerting: {{ alertmanagers: [{{ static_configs: [{{ targets: ['{alertmanager}'] }}] }}] }}
-scrape_configs:
-- job_name: chandra
-  honor_labels: true
-  static_configs: [{{ targets: ['{exporter}'], labels: {{ node: gpu-1 }} }}]
-- job_name: hubble-metrics
-  honor_labels: true
-  static_configs: [{{ targets: ['{hubble}'], labels: {{ node: gpu-1 }} }}]
-",
-        folder.display()
-    );
-    fs::write(&config, text).expect("written");
-    let mut command = Command::new(program);
-    command
-        .arg("--config.file")
-        .arg(config)
-        .arg("--storage.tsdb.path")
-        .arg(folder.join("prometheus"));
-    command.args(["--web.listen-address", &free()]);
-    start(command, folder.join("prometheus.log"))
-}
-
-fn start(mut command: Command, log: PathBuf) -> Server {
-    let log = fs::File::create(log).expect("a file");
-    let child = command
-        .stdout(Stdio::null())
-        .stderr(log)
-        .spawn()
-        .unwrap_or_else(|e| panic!("{command:?}: {e}"));
-    Server(child)
 }
 
 /// A pod with a network in which nobody answers.
@@ -300,10 +152,7 @@ fn an_incident_reaches_the_webhook_with_the_pod_in_its_labels() {
     let Some(alertmanager_program) = program(ALERTMANAGER) else {
         return;
     };
-    for package in [
-        ("bookworm", "prometheus", "usr/bin/prometheus"),
-        ("sid", "prometheus", "usr/bin/prometheus"),
-    ] {
+    for package in PROMETHEUS {
         let Some(prometheus_program) = program(package) else {
             continue;
         };
@@ -319,31 +168,34 @@ fn an_incident_reaches_the_webhook_with_the_pod_in_its_labels() {
         let scrapes = Arc::new(AtomicUsize::new(0));
         let hubble = hubble(fault.clone(), scrapes.clone());
         let scraped = |times: usize| {
-            let (until, end) = (
-                scrapes.load(Ordering::Relaxed) + times,
-                Instant::now() + 2 * LIMIT,
-            );
-            while scrapes.load(Ordering::Relaxed) < until {
-                assert!(Instant::now() < end, "Prometheus does not scrape");
-                thread::sleep(Duration::from_millis(50));
-            }
+            let until = scrapes.load(Ordering::Relaxed) + times;
+            let enough = || scrapes.load(Ordering::Relaxed) >= until;
+            assert!(comes(2 * LIMIT, enough), "Prometheus does not scrape");
         };
         let (hook, told) = webhook();
         let (_alertmanager, alerts_to) = alertmanager(&alertmanager_program, &folder, &hook);
-        let _prometheus = prometheus(
-            &prometheus_program,
-            &folder,
-            &exporter.address,
-            &hubble,
-            &alerts_to,
-        );
+        let targets = [
+            ("chandra", "gpu-1".to_owned(), exporter.address.clone()),
+            ("hubble-metrics", "gpu-1".to_owned(), hubble),
+        ];
+        let _prometheus = prometheus(&prometheus_program, &folder, &targets, &alerts_to);
+        let by_name = || -> BTreeMap<String, (Instant, Value)> {
+            let alerts = told.alerts().into_iter().map(|(at, alert)| {
+                let labels = &alert["labels"];
+                let name = format!("{} {}", text(&labels["alertname"]), text(&labels["pod"]));
+                (name.trim().to_owned(), (at, alert))
+            });
+            alerts.collect()
+        };
 
         // Healthy: drops of other namespaces and harmless ones, a pod that is quiet.
         scraped(HEALTHY);
-        let log = |name: &str| fs::read_to_string(folder.join(name)).unwrap_or_default();
-        let logs = || format!("{}\n{}", log("prometheus.log"), log("alertmanager.log"));
-        let early: Vec<_> = told.lock().expect("no panic").keys().cloned().collect();
-        assert!(early.is_empty(), "{early:?} while all is well\n{}", logs());
+        let early: Vec<_> = by_name().into_keys().collect();
+        assert!(
+            early.is_empty(),
+            "{early:?} while all is well\n{}",
+            logs(&folder)
+        );
 
         let mut expected = vec!["HubbleDropsHigh"];
         let cause = Instant::now();
@@ -352,20 +204,22 @@ fn an_incident_reaches_the_webhook_with_the_pod_in_its_labels() {
             expected.push("TcpRetransmitsHigh vllm-0");
             victim.suffer()
         });
-        while cause.elapsed() < LIMIT {
-            let told = told.lock().expect("no panic");
-            if expected.iter().all(|name| told.contains_key(*name)) {
-                break;
-            }
-            drop(told);
-            thread::sleep(Duration::from_millis(100));
-        }
+        comes(LIMIT, || {
+            let told = by_name();
+            expected.iter().all(|name| told.contains_key(*name))
+        });
         // What else would come, comes with them.
         scraped(3);
-        let told = told.lock().expect("no panic");
+        let told = by_name();
         let names: Vec<_> = told.keys().map(String::as_str).collect();
-        assert_eq!(names, expected, "{}\n{}", exporter.get("/metrics"), logs());
-        for (name, (at, alert)) in &*told {
+        assert_eq!(
+            names,
+            expected,
+            "{}\n{}",
+            exporter.get("/metrics"),
+            logs(&folder)
+        );
+        for (name, (at, alert)) in &told {
             let after = at.duration_since(cause);
             println!(
                 "{}: {name} after {after:.1?}: {}",

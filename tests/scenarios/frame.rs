@@ -27,7 +27,10 @@ use std::{
 
 use serde_json::Value;
 
-use crate::common::{self, build, cgroup_root, run, succeeds};
+use crate::{
+    common::{self, build, cgroup_root, run, succeeds},
+    http,
+};
 
 const NODES: [&str; 2] = ["gpu-1", "gpu-2"];
 
@@ -973,7 +976,7 @@ fn webhook(told: mpsc::Sender<Told>) -> String {
 
 /// The body of a request, as JSON.
 fn message(stream: &mut TcpStream) -> Option<Value> {
-    serde_json::from_str(&common::request(stream)?).ok()
+    serde_json::from_str(&http::request(stream)?).ok()
 }
 
 fn text(value: &Value) -> &str {

@@ -7,6 +7,8 @@
 #[path = "../../exporter/tests/common/mod.rs"]
 mod common;
 mod frame;
+#[path = "../../mixin/tests/common/http.rs"]
+mod http;
 
 mod cpu_contention;
 mod encryption_hog;

@@ -191,27 +191,6 @@ pub fn get(address: &str, path: &str) -> String {
     body.to_owned()
 }
 
-/// The body of a request.
-pub fn request(stream: &mut TcpStream) -> Option<String> {
-    let mut reader = BufReader::new(stream);
-    let mut length = 0;
-    loop {
-        let mut line = String::new();
-        reader.read_line(&mut line).ok().filter(|read| *read > 0)?;
-        if let Some((name, value)) = line.split_once(':')
-            && name.eq_ignore_ascii_case("content-length")
-        {
-            length = value.trim().parse().ok()?;
-        }
-        if line.trim().is_empty() {
-            break;
-        }
-    }
-    let mut body = vec![0; length];
-    reader.read_exact(&mut body).ok()?;
-    String::from_utf8(body).ok()
-}
-
 /// A parsed page.
 pub struct Scrape {
     pub series: BTreeMap<String, f64>,

@@ -10,6 +10,9 @@
     reason = "a module of test crates, which export nothing"
 )]
 
+pub mod alerts;
+pub mod http;
+
 use std::{
     env, fs,
     path::{Path, PathBuf},
