@@ -3,10 +3,12 @@
   // Seconds of a duration as Prometheus writes it ("5m", "1h30m").
   seconds(duration)::
     local units = { ms: 0.001, s: 1, m: 60, h: 3600, d: 86400, w: 604800, y: 31536000 };
+    // What is no duration is refused where the expressions that have it are parsed.
+    local unit(name) = if std.objectHas(units, name) then units[name] else 1;
     local isDigit(ch) = std.length(std.findSubstr(ch, '0123456789')) > 0;
     // [seconds so far, digits, unit], over the characters and a digit that ends the last unit.
     local step(state, ch) =
-      if isDigit(ch) && state[2] != '' then [state[0] + std.parseInt(state[1]) * units[state[2]], ch, '']
+      if isDigit(ch) && state[2] != '' then [state[0] + std.parseInt(state[1]) * unit(state[2]), ch, '']
       else if isDigit(ch) then [state[0], state[1] + ch, '']
       else [state[0], state[1], state[2] + ch];
     std.foldl(step, std.stringChars(duration + '0'), [0, '', ''])[0],
