@@ -13,6 +13,9 @@
       else [state[0], state[1], state[2] + ch];
     std.foldl(step, std.stringChars(duration + '0'), [0, '', ''])[0],
 
+  // A fifth of what rates are taken over: a minute.
+  step(c):: '%gs' % ($.seconds(c.window) / 5),
+
   // What `metric` rose by in the last `window`, for each series that `labels` tell apart (beside node and cluster): lines to
   // stand between the parentheses of an aggregation.
   //
@@ -20,9 +23,9 @@
   // exporter within the window was born in it, and rose by all that it shows. In a new Prometheus, after an outage of the
   // scrape or under a new label both miss the same scrapes, and nothing counts as born. Where several exporters have one node
   // (two clusters without a cluster's label, a sidecar beside a DaemonSet) it is compared with the one that was scraped most.
-  increase(c, metric, selector, labels, window)::
+  increase(c, metric, labels, window)::
     local f = {
-      series: '%s{%s}' % [metric, std.join(', ', [s for s in [selector, c.selector] if s != ''])],
+      series: '%s{%s}' % [metric, c.selector],
       exporter: 'chandra_build_info{%s}' % c.selector,
       node: '%s, %s' % [c.clusterLabel, c.nodeLabel],
       labels: std.join(', ', [c.clusterLabel, c.nodeLabel] + labels),

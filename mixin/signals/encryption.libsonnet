@@ -23,7 +23,7 @@ local text = import '../lib/text.libsonnet';
     encryption: {
       local c = $._config,
       local e = c.encryption,
-      local f = { step: '%gs' % (rates.seconds(c.window) / 5), w: c.window, cluster: c.clusterLabel, node: c.nodeLabel, sel: c.selector, nodeExporter: c.nodeExporterSelector, cilium: c.ciliumSelector },
+      local f = { step: rates.step(c), w: c.window, cluster: c.clusterLabel, node: c.nodeLabel, sel: c.selector, nodeExporter: c.nodeExporterSelector, cilium: c.ciliumSelector },
 
       title: 'Encryption',
       question: 'What do WireGuard and IPsec cost, whose traffic is it, and are sessions derived too often?',

@@ -97,18 +97,26 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
         // Of none: what matches nothing.
         context: if c.hubbleContexts == [] then 'a^' else anyOf([contexts[name] for name in c.hubbleContexts]),
       },
-      // The rate of `metric` by the namespace of one side, `source` or `destination`, of what names one.
-      local charged(metric, matchers, side) = |||
+      // `expr`, with the namespace of one side, `source` or `destination`, in `label`: of labelsContext, else of a context.
+      local named(expr, label, side) = |||
         label_replace(
           label_replace(
-            rate(%(metric)s{%(side)s_namespace!="", %(matchers)s}[%(w)s])
-            or
-            rate(%(metric)s{%(side)s_namespace="", %(side)s=~"%(context)s", %(matchers)s}[%(w)s]),
-            "namespace", "$1$2$3", "%(side)s", "%(context)s"
+            %(expr)s,
+            "%(label)s", "$1$2$3", "%(side)s", "%(context)s"
           ),
-          "namespace", "$1", "%(side)s_namespace", "(.+)"
+          "%(label)s", "$1", "%(side)s_namespace", "(.+)"
         )
-      ||| % (f { metric: metric, matchers: std.join(', ', [m for m in [matchers, c.hubbleSelector] if m != '']), side: side }),
+      ||| % (f { expr: std.strReplace(std.rstripChars(expr, '\n'), '\n', '\n    '), label: label, side: side }),
+      // The rate of `metric` by the namespace of one side, of what names one.
+      local charged(metric, matchers, side) = named(
+        |||
+          rate(%(metric)s{%(side)s_namespace!="", %(matchers)s}[%(w)s])
+          or
+          rate(%(metric)s{%(side)s_namespace="", %(side)s=~"%(context)s", %(matchers)s}[%(w)s])
+        ||| % (f { metric: metric, matchers: std.join(', ', [m for m in [matchers, c.hubbleSelector] if m != '']), side: side }),
+        'namespace',
+        side
+      ),
       local within(lines) = std.rstripChars(std.strReplace('\n' + lines, '\n', '\n  '), ' '),
       // The agent and Hubble count the same packet; where both are scraped, the one that saw more.
       local byNode(reasons) = |||
@@ -138,21 +146,21 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
           // Whose packet it was and for whom, by labelsContext, or by sourceContext and destinationContext. What policy
           // refuses counts once, whether its verdicts are events or not.
           record: 'flow_reason:hubble_drop:rate%(w)s' % f,
-          expr: |||
-            sum by (%(cluster)s, traffic_direction, sender, receiver, reason) (
-              label_replace(label_replace(label_replace(label_replace(
+          expr: 'sum by (%(cluster)s, traffic_direction, sender, receiver, reason) (%%s)' % f % within(named(
+            named(
+              |||
                 rate(hubble_drop_total{reason=~"%(policy)s", %(hubble)s}[%(w)s])
                 / on (%(cluster)s, %(node)s) group_left ()
                 node:hubble_policy_denial:events
                 or
-                rate(hubble_drop_total{%(hubble)s}[%(w)s]),
-                "sender", "$1$2$3", "source", "%(context)s"),
-                "sender", "$1", "source_namespace", "(.+)"),
-                "receiver", "$1$2$3", "destination", "%(context)s"),
-                "receiver", "$1", "destination_namespace", "(.+)"
-              )
-            )
-          ||| % f,
+                rate(hubble_drop_total{%(hubble)s}[%(w)s])
+              ||| % f,
+              'sender',
+              'source'
+            ),
+            'receiver',
+            'destination'
+          )),
         },
         {
           // A packet is missed by who sent it, and unless it was refused on its way out by the receiver too, where the
@@ -275,6 +283,7 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
         },
       ],
 
+      local useByMap = 'Use by map: ' + text.list(c, 'node_map:cilium_bpf_map_pressure:max{%s}', ['cluster', 'node'], '{{ $row.Labels.map_name }} {{ $row.Value | humanizePercentage }}') + '.',
       // The table is the reason: it is full, or a share of all packets is lost.
       local full = std.join('\n  or\n  ', [
         'max by (%(cluster)s, %(node)s) (node_map:cilium_bpf_map_pressure:max) > %(pressure)g',
@@ -311,8 +320,7 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
             )
           ||| % (f + h.HubbleConntrackFull { full: full }),
           summary: 'Cilium cannot track new connections on ' + text.node(c) + '.',
-          description: 'On ' + text.node(c) + ', ' + text.number('$value') + ' packets a second are dropped because their connection cannot be entered into conntrack: new connections fail. Use by map: ' +
-                       text.list(c, 'node_map:cilium_bpf_map_pressure:max{%s}', ['cluster', 'node'], '{{ $row.Labels.map_name }} {{ $row.Value | humanizePercentage }}') + '.',
+          description: 'On ' + text.node(c) + ', ' + text.number('$value') + ' packets a second are dropped because their connection cannot be entered into conntrack: new connections fail. ' + useByMap,
         },
         {
           alert: 'HubbleConntrackInsertionsFail',
@@ -324,15 +332,13 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
             )
           ||| % (f + h.HubbleConntrackInsertionsFail { full: full }),
           summary: 'Some new connections cannot be tracked on ' + text.node(c) + '.',
-          description: 'On ' + text.node(c) + ', ' + text.number('$value') + ' packets a second are dropped because their connection cannot be entered into conntrack. The map is not known to be full, and they are few: the kernel refuses an insertion into a bucket that another CPU holds. Use by map: ' +
-                       text.list(c, 'node_map:cilium_bpf_map_pressure:max{%s}', ['cluster', 'node'], '{{ $row.Labels.map_name }} {{ $row.Value | humanizePercentage }}') + '.',
+          description: 'On ' + text.node(c) + ', ' + text.number('$value') + ' packets a second are dropped because their connection cannot be entered into conntrack. The map is not known to be full, and they are few: the kernel refuses an insertion into a bucket that another CPU holds. ' + useByMap,
         },
         {
           alert: 'HubbleConntrackPressure',
           expr: 'max by (%(cluster)s, %(node)s) (node_map:cilium_bpf_map_pressure:max) > %(threshold)g' % (f + h.HubbleConntrackPressure),
           summary: 'The connection tracking table of ' + text.node(c) + ' is nearly full.',
-          description: 'A connection tracking map on ' + text.node(c) + ' is {{ $value | humanizePercentage }} full; once it is, live connections are thrown out and new ones fail. Use by map: ' +
-                       text.list(c, 'node_map:cilium_bpf_map_pressure:max{%s}', ['cluster', 'node'], '{{ $row.Labels.map_name }} {{ $row.Value | humanizePercentage }}') + '.',
+          description: 'A connection tracking map on ' + text.node(c) + ' is {{ $value | humanizePercentage }} full; once it is, live connections are thrown out and new ones fail. ' + useByMap,
         },
       ] + (if c.cilium then [{
         alert: 'HubbleMetricsMissing',

@@ -32,7 +32,7 @@ local text = import '../lib/text.libsonnet';
     nccl: {
       local c = $._config,
       local n = c.nccl,
-      local f = { step: '%gs' % (rates.seconds(c.window) / 5), pace: n.paceWindow, pause: n.pauseWindow, pausing: c.pausingNamespaces, w: c.window, cluster: c.clusterLabel, node: c.nodeLabel, sel: c.selector, init: n.NcclInitSlow.window },
+      local f = { step: rates.step(c), pace: n.paceWindow, pause: n.pauseWindow, pausing: c.pausingNamespaces, w: c.window, cluster: c.clusterLabel, node: c.nodeLabel, sel: c.selector, init: n.NcclInitSlow.window },
       local quantile(q, metric, labels) = |||
         histogram_quantile(%(q)g, sum by (%(cluster)s, %(node)s, namespace, pod, %(labels)sle) (rate(%(metric)s_bucket{%(sel)s}[%(w)s])))
       ||| % (f { q: q, metric: metric, labels: std.join('', [label + ', ' for label in labels]) }),
@@ -97,8 +97,9 @@ local text = import '../lib/text.libsonnet';
         },
         {
           // All ranks end together, so the one that takes the shortest came last: how much less than the others, on average, is
-          // what they wait for it. The average is of all N ranks, so N-1 others have N/(N-1) of the difference. On all nodes, and of nodes and ranks without the plugin nothing. A rank that is the last
-          // only at times is not told from the network: turns cancel out.
+          // what they wait for it. The average is of all N ranks, so N-1 others have N/(N-1) of the difference. On all nodes,
+          // and of nodes and ranks without the plugin nothing. A rank that is the last only at times is not told from the
+          // network: turns cancel out.
           record: 'rank:chandra_nccl_waited_for_seconds:mean%(w)s' % f,
           expr: |||
             (
@@ -149,7 +150,7 @@ local text = import '../lib/text.libsonnet';
           // A rank initialises once: its series may appear with the value of its first initialisation.
           record: 'pod_phase:chandra_nccl_init_seconds:p90_increase%(init)s' % f,
           expr: 'histogram_quantile(0.9, sum by (%(cluster)s, %(node)s, namespace, pod, phase, le) (%%s))' % f
-                % rates.increase(c, 'chandra_nccl_init_seconds_bucket', '', ['namespace', 'pod', 'container', 'phase', 'le'], n.NcclInitSlow.window),
+                % rates.increase(c, 'chandra_nccl_init_seconds_bucket', ['namespace', 'pod', 'container', 'phase', 'le'], n.NcclInitSlow.window),
         },
         { record: 'pod_operation_source:chandra_nccl_arrival_wait_seconds:p99_rate%(w)s' % f, expr: quantile(0.99, 'chandra_nccl_arrival_wait_seconds', ['operation', 'source']) },
         { record: 'pod_operation:chandra_nccl_collective_seconds:p99_rate%(w)s' % f, expr: quantile(0.99, 'chandra_nccl_collective_seconds', ['operation']) },

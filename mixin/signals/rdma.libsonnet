@@ -40,7 +40,7 @@ local text = import '../lib/text.libsonnet';
       local f = { w: c.window, cluster: c.clusterLabel, node: c.nodeLabel, sel: c.selector, spike: r.spikeWindow, churn: r.churnWindow, floor: r.pairsFloor },
       local node = '%(cluster)s, %(node)s' % f,
       local owner = node + ', namespace, pod, container',
-      local increase(metric, labels, window) = rates.increase(c, metric, '', ['namespace', 'pod', 'container'] + labels, window),
+      local increase(metric, labels, window) = rates.increase(c, metric, ['namespace', 'pod', 'container'] + labels, window),
       // By pod and `by`, of the labels that the metric has of its own.
       local rate(metric, by=[], labels=by) =
         'sum by (%s) (%s) / %d' % [std.join(', ', [node, 'namespace', 'pod'] + by), increase(metric, labels, c.window), rates.seconds(c.window)],
