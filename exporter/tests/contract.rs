@@ -577,7 +577,7 @@ fn a_node_with_eight_gpu_pods_stays_within_the_series_budget() {
                 let retention = Duration::from_secs(300);
                 ranks.book(&view.owners(), &readings, resolve, retention, now);
                 let accounts = ledger.accounts().skip(2);
-                let ages = accounts.map(|(labels, _)| (labels, 1.0));
+                let ages = accounts.map(|(labels, _)| (labels, Duration::from_secs(1)));
                 let pending = Pending::example(ages, "0");
                 let before = families.series();
                 signals::nccl::render(ledger.accounts(), &ranks, &pending, &mut families);

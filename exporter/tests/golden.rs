@@ -207,7 +207,10 @@ fn nccl_page() -> String {
     let resolve = |_| Resolution::Owner(owner.clone());
     let (retention, now) = (Duration::from_secs(300), Instant::now());
     ranks.book(&[owner.clone()].into(), &readings, resolve, retention, now);
-    let ages = [(Labels::default(), 0.0), (pod, 121.5)];
+    let ages = [
+        (Labels::default(), Duration::ZERO),
+        (pod, Duration::from_millis(121_500)),
+    ];
     let pending = Pending::example(ages, "000000000000000d");
     let mut families = Families::default();
     let borrowed = accounts.iter().map(|(labels, n)| (labels.clone(), n));

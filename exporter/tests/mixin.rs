@@ -19,16 +19,17 @@ use chandra_mixin::{jsonnet, render};
 use promql_parser::{
     label::MatchOp,
     parser::{self, Expr, LabelModifier, VectorMatchCardinality, VectorSelector, value::ValueType},
+    util::{ExprVisitor, walk_expr},
 };
 use serde_json::Value;
 
 /// Metrics of others, with the labels that they have when helm-values/ are applied.
 ///
-/// Hubble: pkg/hubble/metrics in Cilium 1.19. Agent: pkg/metrics. `cilium_ipsec_xfrm_error` is a gauge that mirrors a
-/// kernel counter. node_exporter: its cpu, netstat and uname collectors. cAdvisor: the
-/// kubelet's. vLLM: vllm/v1/metrics/loggers.py, with the labels of a pod
-/// that is a target. kube-state-metrics: internal/store/node.go, with the node's name as a label of its own. DCGM: its exporter's
-/// defaults. Hubble has `source` and `destination` where an operator set contexts. OpenTelemetry eBPF instrumentation: pkg/export/attributes/attr_defs.go, with the attributes that are selected.
+/// Hubble: pkg/hubble/metrics in Cilium 1.19, with `source` and `destination` where an operator set contexts. Agent: pkg/metrics.
+/// `cilium_ipsec_xfrm_error` is a gauge that mirrors a kernel counter. node_exporter: its cpu, netstat and uname collectors. cAdvisor: the
+/// kubelet's. kube-state-metrics: internal/store/node.go and pod.go, with the node's name as a label of its own. DCGM: its exporter's
+/// defaults. vLLM: vllm/v1/metrics/loggers.py, with the labels of a pod that is a target. OpenTelemetry eBPF instrumentation:
+/// pkg/export/attributes/attr_defs.go, with the attributes that are selected.
 const OTHERS: &[(&str, Kind, &[&str])] = &[
     (
         "hubble_drop_total",
@@ -487,6 +488,17 @@ struct Checked {
     alerts: BTreeMap<String, (String, Value)>,
 }
 
+/// The rules of a file, if it has any.
+fn rules(path: &str, file: &Value) -> Vec<Value> {
+    match path.starts_with("alerts/") {
+        true => render::rules(&file["yaml"])
+            .iter()
+            .map(|rule| rule.body.clone())
+            .collect(),
+        false => Vec::new(),
+    }
+}
+
 fn check(tree: &Value) -> Checked {
     let mut catalogue = catalogue();
     let mut checked = Checked {
@@ -496,13 +508,6 @@ fn check(tree: &Value) -> Checked {
         alerts: BTreeMap::new(),
     };
     let files = tree["files"].as_object().expect("files");
-    let rules = |path: &str, file: &Value| match path.starts_with("alerts/") {
-        true => render::rules(&file["yaml"])
-            .iter()
-            .map(|rule| rule.body.clone())
-            .collect(),
-        false => Vec::new(),
-    };
     // In the order in which a file has them, which is the order in which Prometheus evaluates a group.
     for (path, file) in files {
         for rule in rules(path, file) {
@@ -760,7 +765,7 @@ fn bounds() -> BTreeMap<String, BTreeSet<String>> {
 /// The histograms of whose quantile an expression is a value, itself or through recording rules.
 fn quantiles(expr: &Expr, records: &BTreeMap<String, Expr>, found: &mut BTreeSet<String>) {
     struct Buckets<'a>(&'a mut BTreeSet<String>, bool);
-    impl promql_parser::util::ExprVisitor for Buckets<'_> {
+    impl ExprVisitor for Buckets<'_> {
         type Error = ();
         fn pre_visit(&mut self, expr: &Expr) -> Result<bool, ()> {
             let name = match expr {
@@ -778,7 +783,7 @@ fn quantiles(expr: &Expr, records: &BTreeMap<String, Expr>, found: &mut BTreeSet
     }
     let mut names = BTreeSet::new();
     let mut buckets = Buckets(&mut names, false);
-    promql_parser::util::walk_expr(&mut buckets, expr).expect("it cannot fail");
+    walk_expr(&mut buckets, expr).expect("it cannot fail");
     let is_quantile = buckets.1;
     for name in names {
         match name.strip_suffix("_bucket") {
@@ -798,7 +803,7 @@ fn quantiles(expr: &Expr, records: &BTreeMap<String, Expr>, found: &mut BTreeSet
 #[test]
 fn quantiles_are_compared_with_the_bounds_of_their_buckets() {
     struct Comparisons(Vec<(Expr, f64)>);
-    impl promql_parser::util::ExprVisitor for Comparisons {
+    impl ExprVisitor for Comparisons {
         type Error = ();
         fn pre_visit(&mut self, expr: &Expr) -> Result<bool, ()> {
             if let Expr::Binary(binary) = expr
@@ -813,11 +818,7 @@ fn quantiles_are_compared_with_the_bounds_of_their_buckets() {
     let bounds = bounds();
     let tree = tree();
     let files = tree["files"].as_object().expect("files").iter();
-    let rules: Vec<Value> = files
-        .filter(|(path, _)| path.starts_with("alerts/"))
-        .flat_map(|(_, file)| render::rules(&file["yaml"]))
-        .map(|rule| rule.body.clone())
-        .collect();
+    let rules: Vec<Value> = files.flat_map(|(path, file)| rules(path, file)).collect();
     let expr = |rule: &Value| {
         parser::parse(rule["expr"].as_str().expect("an expression")).expect("it parses")
     };
@@ -829,7 +830,7 @@ fn quantiles_are_compared_with_the_bounds_of_their_buckets() {
     let mut compared = 0;
     for rule in rules.iter().filter(|rule| rule["alert"].is_string()) {
         let mut comparisons = Comparisons(Vec::new());
-        promql_parser::util::walk_expr(&mut comparisons, &expr(rule)).expect("it cannot fail");
+        walk_expr(&mut comparisons, &expr(rule)).expect("it cannot fail");
         for (left, threshold) in comparisons.0 {
             let mut histograms = BTreeSet::new();
             quantiles(&left, &records, &mut histograms);

@@ -467,12 +467,11 @@ fn what_hangs_is_pending_until_nobody_waits_any_more() {
         let all = scrape.sum(MISSING, &[]);
         assert_eq!(scrape.sum(MISSING, &[("state", state)]), all);
         assert!(all < 2.0 * 60.0, "nobody else: {}", scrape.text);
-        let of_communicator = scrape.text.lines().filter_map(|line| {
-            let (name, age) = line.rsplit_once(' ')?;
-            let named = name.starts_with(OF_COMMUNICATOR) && !name.contains("\"other\"");
-            named.then(|| age.parse::<f64>().expect("a number"))
-        });
-        let ages: Vec<f64> = of_communicator.collect();
+        let communicators = scrape
+            .series
+            .iter()
+            .filter(|(name, _)| name.starts_with(OF_COMMUNICATOR) && !name.contains("\"other\""));
+        let ages: Vec<f64> = communicators.map(|(_, age)| *age).collect();
         let hang = ages.iter().filter(|age| **age > 4.0).count();
         assert_eq!((ages.len(), hang), (2, 2), "{}", scrape.text);
         // The ranks die with the process that started them.

@@ -8,6 +8,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs,
+    time::Duration,
 };
 
 use exporter_common::nccl::{Communicator, GROUP_SEATS, Group, Handle, NO_RANK, Seat, Source};
@@ -106,20 +107,24 @@ struct Missing {
     state: &'static str,
 }
 
-/// Ages in seconds.
+/// Ages in nanoseconds.
 #[derive(Debug, Default)]
 pub struct Pending {
-    owners: BTreeMap<Labels, f64>,
-    communicators: BTreeMap<(Labels, String), f64>,
-    missing: BTreeMap<Missing, f64>,
+    owners: BTreeMap<Labels, u64>,
+    communicators: BTreeMap<(Labels, String), u64>,
+    missing: BTreeMap<Missing, u64>,
     /// The ranks of each group, those that have gone meanwhile too, as long as somebody of it is there.
     seen: HashMap<u64, HashMap<u64, Seen>>,
 }
 
 /// Keeps the larger of two ages.
-fn note<K: Ord>(ages: &mut BTreeMap<K, f64>, key: K, age: f64) {
+fn note<K: Ord>(ages: &mut BTreeMap<K, u64>, key: K, age: u64) {
     let oldest = ages.entry(key).or_default();
-    *oldest = oldest.max(age);
+    *oldest = age.max(*oldest);
+}
+
+fn seconds(age: u64) -> f64 {
+    age as f64 / 1e9
 }
 
 /// What communicators are called.
@@ -160,14 +165,10 @@ impl Pending {
         let age = |since: u64| now.saturating_sub(since);
         // In an order, so that beyond the limit the same ones are shown each time.
         let mut pending: BTreeMap<(u64, u64), u64> = BTreeMap::new();
-        let mut wait = |cgroup: u64, group: u64, age: u64| {
-            let oldest = pending.entry((cgroup, group)).or_default();
-            *oldest = age.max(*oldest);
-        };
         let seats: HashMap<Seat, _> = live.seated()?.into_iter().collect();
         for (seat, member) in &seats {
             if member.ended == 0 {
-                wait(member.cgroup, seat.group, 0);
+                note(&mut pending, (member.cgroup, seat.group), 0);
                 let seen = Seen {
                     cgroup: member.cgroup,
                     rank: member.rank,
@@ -187,6 +188,7 @@ impl Pending {
             if fate(&pair, &arrivals, &made) != Fate::Waits {
                 continue;
             }
+            let waited = age(arrivals.since);
             let mut by_host = false;
             for (index, at) in arrivals.at.iter().enumerate() {
                 let seat = Seat {
@@ -198,20 +200,16 @@ impl Pending {
                     && source(&member.handle) == Source::Host as usize
                 {
                     by_host = true;
-                    wait(member.cgroup, pair.group, age(arrivals.since));
+                    note(&mut pending, (member.cgroup, pair.group), waited);
                 }
             }
-            let waited = age(arrivals.since);
-            if by_host && waited >= TOLD_AFTER {
-                for index in self
-                    .seen
-                    .get(&pair.group)
-                    .into_iter()
-                    .flat_map(|of| of.keys())
-                {
+            if by_host
+                && waited >= TOLD_AFTER
+                && let Some(seen) = self.seen.get(&pair.group)
+            {
+                for index in seen.keys() {
                     if arrivals.at[*index as usize % GROUP_SEATS] == 0 {
-                        let oldest = missing.entry((pair.group, *index)).or_default();
-                        *oldest = waited.max(*oldest);
+                        note(&mut missing, (pair.group, *index), waited);
                     }
                 }
             }
@@ -222,29 +220,25 @@ impl Pending {
             if let Ok(handle) = handle
                 && since.at >= handle.finished
             {
-                wait(since.cgroup, handle.group, age(since.at));
+                note(&mut pending, (since.cgroup, handle.group), age(since.at));
             }
         }
         self.owners.clear();
         self.communicators.clear();
         self.missing.clear();
-        let seconds = |nanoseconds: u64| nanoseconds as f64 / 1e9;
         let mut owners = Shown::new(max_owners);
         for ((cgroup, group), age) in pending {
             let labels = owners.of(scope.resolve(cgroup));
             if age >= TOLD_AFTER {
                 let communicator = naming.of(ranks, &labels, group);
                 let key = (labels.clone(), communicator);
-                note(&mut self.communicators, key, seconds(age));
+                note(&mut self.communicators, key, age);
             }
-            note(&mut self.owners, labels, seconds(age));
+            note(&mut self.owners, labels, age);
         }
         let alive: HashSet<_> = known.iter().map(|(name, _)| *name).collect();
         for (asked, ((group, index), waited)) in missing.into_iter().enumerate() {
-            let of_group = self.seen.get(&group);
-            let Some(seen) = of_group.and_then(|of| of.get(&index)).copied() else {
-                continue;
-            };
+            let seen = self.seen[&group][&index];
             let state = if !alive.contains(&seen.handle) {
                 State::Gone
             } else if asked >= ASKED {
@@ -266,16 +260,17 @@ impl Pending {
                 },
                 state: STATES[state as usize],
             };
-            note(&mut self.missing, missing, seconds(waited));
+            note(&mut self.missing, missing, waited);
         }
         Ok(())
     }
 
     /// What a page shows, for tests: of each container its age, and from 10 s on its communicator and a rank that is stopped.
-    pub fn example(ages: impl IntoIterator<Item = (Labels, f64)>, communicator: &str) -> Self {
+    pub fn example(ages: impl IntoIterator<Item = (Labels, Duration)>, communicator: &str) -> Self {
         let mut pending = Self::default();
         for (labels, age) in ages {
-            if age >= 10.0 {
+            let age = age.as_nanos() as u64;
+            if age >= TOLD_AFTER {
                 let key = (labels.clone(), communicator.to_owned());
                 note(&mut pending.communicators, key, age);
                 let missing = Missing {
@@ -295,7 +290,7 @@ impl Pending {
     pub(super) fn render(&self, families: &mut Families) {
         for (owner, age) in &self.owners {
             let labels = [&*owner.namespace, &*owner.pod, &*owner.container];
-            families.add(&PENDING, &labels, *age);
+            families.add(&PENDING, &labels, seconds(*age));
         }
         for ((owner, communicator), age) in &self.communicators {
             let labels = [
@@ -304,7 +299,7 @@ impl Pending {
                 &*owner.container,
                 communicator,
             ];
-            families.add(&OF_COMMUNICATOR, &labels, *age);
+            families.add(&OF_COMMUNICATOR, &labels, seconds(*age));
         }
         for (missing, age) in &self.missing {
             let owner = &missing.labels;
@@ -316,7 +311,7 @@ impl Pending {
                 &missing.rank,
                 missing.state,
             ];
-            families.add(&MISSING, &labels, *age);
+            families.add(&MISSING, &labels, seconds(*age));
         }
     }
 }
