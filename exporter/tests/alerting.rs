@@ -11,7 +11,6 @@ mod packages;
 use std::{
     collections::BTreeMap,
     fmt::Write as _,
-    fs,
     process::Command,
     sync::{
         Arc, Mutex,
@@ -21,13 +20,7 @@ use std::{
 };
 
 use common::{Exporter, Pod, build, cgroup_root, run, skip, succeeds, write_pods};
-use packages::{
-    alerts::{
-        ALERTMANAGER, PROMETHEUS, Server, alertmanager, comes, logs, prometheus, serve, text,
-        webhook,
-    },
-    program,
-};
+use packages::alerts::{Server, comes, each_generation, serve, text};
 use serde_json::Value;
 
 /// How long after its cause an alert may reach the webhook, on a busy machine.
@@ -145,22 +138,9 @@ impl Drop for Victim {
 
 #[test]
 fn an_incident_reaches_the_webhook_with_the_pod_in_its_labels() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let overrides = folder.path().join("short.jsonnet");
-    fs::write(&overrides, OVERRIDES).expect("written");
-    let rendered = chandra_mixin::render::files(Some(&overrides)).expect("it renders");
-    let Some(alertmanager_program) = program(ALERTMANAGER) else {
-        return;
-    };
-    for package in PROMETHEUS {
-        let Some(prometheus_program) = program(package) else {
-            continue;
-        };
-        let folder = folder.path().join(package.0);
-        chandra_mixin::write::write(&folder, &rendered).expect("written");
-
+    each_generation(OVERRIDES, |generation| {
         let victim = Victim::new();
-        let pods = folder.join("pods.json");
+        let pods = generation.folder.join("pods.json");
         let listed: Vec<_> = victim.iter().map(|victim| victim.pod.clone()).collect();
         write_pods(&pods, &listed);
         let exporter = Exporter::start(&["--pods", &pods.display().to_string()]);
@@ -172,15 +152,13 @@ fn an_incident_reaches_the_webhook_with_the_pod_in_its_labels() {
             let enough = || scrapes.load(Ordering::Relaxed) >= until;
             assert!(comes(2 * LIMIT, enough), "Prometheus does not scrape");
         };
-        let (hook, told) = webhook();
-        let (_alertmanager, alerts_to) = alertmanager(&alertmanager_program, &folder, &hook);
         let targets = [
             ("chandra", "gpu-1".to_owned(), exporter.address.clone()),
             ("hubble-metrics", "gpu-1".to_owned(), hubble),
         ];
-        let _prometheus = prometheus(&prometheus_program, &folder, &targets, &alerts_to);
+        let watch = generation.watch(&targets);
         let by_name = || -> BTreeMap<String, (Instant, Value)> {
-            let alerts = told.alerts().into_iter().map(|(at, alert)| {
+            let alerts = watch.told.alerts().into_iter().map(|(at, alert)| {
                 let labels = &alert["labels"];
                 let name = format!("{} {}", text(&labels["alertname"]), text(&labels["pod"]));
                 (name.trim().to_owned(), (at, alert))
@@ -194,7 +172,7 @@ fn an_incident_reaches_the_webhook_with_the_pod_in_its_labels() {
         assert!(
             early.is_empty(),
             "{early:?} while all is well\n{}",
-            logs(&folder)
+            watch.logs()
         );
 
         let mut expected = vec!["HubbleDropsHigh"];
@@ -217,13 +195,13 @@ fn an_incident_reaches_the_webhook_with_the_pod_in_its_labels() {
             expected,
             "{}\n{}",
             exporter.get("/metrics"),
-            logs(&folder)
+            watch.logs()
         );
         for (name, (at, alert)) in &told {
             let after = at.duration_since(cause);
             println!(
                 "{}: {name} after {after:.1?}: {}",
-                package.0,
+                generation.suite,
                 text(&alert["annotations"]["description"])
             );
             assert!(after < LIMIT);
@@ -259,5 +237,5 @@ fn an_incident_reaches_the_webhook_with_the_pod_in_its_labels() {
                 );
             }
         }
-    }
+    });
 }

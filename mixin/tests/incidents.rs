@@ -10,18 +10,12 @@ mod common;
 use std::{
     collections::BTreeMap,
     fmt::Write as _,
-    fs,
     sync::{Arc, OnceLock},
     thread,
     time::{Duration, Instant},
 };
 
-use common::{
-    alerts::{
-        ALERTMANAGER, PROMETHEUS, alertmanager, comes, logs, prometheus, serve, text, webhook,
-    },
-    program,
-};
+use common::alerts::{comes, each_generation, serve, text};
 
 /// Every window and every `for`, in seconds that pass quickly: Prometheus scrapes and evaluates once a second.
 const SHORT: &str = "
@@ -78,13 +72,9 @@ impl Page {
         let _ = writeln!(self.text, "{series} {value}");
     }
 
-    /// A counter that rises by so much a second, and by so much while its incident lasts.
+    /// A counter that rises by so much a second, and by so much while its incident lasts. Not in whole steps: two that rise alike differ by
+    /// one then, which in the first seconds is a large share.
     fn counter(&mut self, series: &str, well: f64, ill: f64) {
-        self.add(series, (well * self.well + ill * self.ill).floor());
-    }
-
-    /// The same of seconds.
-    fn seconds(&mut self, series: &str, well: f64, ill: f64) {
         self.add(series, well * self.well + ill * self.ill);
     }
 
@@ -192,7 +182,7 @@ fn exporter(node: usize, page: &mut Page) {
         0.032768,
         of(7, 0.131072, 0.032768),
     );
-    page.seconds(
+    page.counter(
         &format!("chandra_gpu_runqueue_delay_seconds_sum{{{worker}}}"),
         0.1,
         of(7, 9.0, 0.1),
@@ -215,12 +205,12 @@ fn exporter(node: usize, page: &mut Page) {
             50.0,
             pace,
         );
-        page.seconds(
+        page.counter(
             &format!("chandra_nccl_rank_last_arrivals_total{{{labels}}}"),
             12.5,
             last,
         );
-        page.seconds(
+        page.counter(
             &format!("chandra_nccl_rank_wait_seconds_total{{{labels}}}"),
             0.01,
             waited,
@@ -261,7 +251,7 @@ fn exporter(node: usize, page: &mut Page) {
     }
     for (pod, busy) in [(&server, of(11, 1.6, 0.2)), (&worker, 0.2)] {
         let labels = format!("{pod},protocol=\"wireguard\",direction=\"encrypt\"");
-        page.seconds(
+        page.counter(
             &format!("chandra_encryption_cpu_seconds_total{{{labels}}}"),
             0.2,
             busy,
@@ -416,19 +406,7 @@ fn expected() -> BTreeMap<String, &'static str> {
 #[test]
 #[ignore = "minutes: make nightly runs it"]
 fn twelve_incidents_at_once_are_told_each_and_nothing_else() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let overrides = folder.path().join("short.jsonnet");
-    fs::write(&overrides, SHORT).expect("written");
-    let rendered = chandra_mixin::render::files(Some(&overrides)).expect("it renders");
-    let Some(alertmanager_program) = program(ALERTMANAGER) else {
-        return;
-    };
-    for package in PROMETHEUS {
-        let Some(prometheus_program) = program(package) else {
-            continue;
-        };
-        let folder = folder.path().join(package.0);
-        chandra_mixin::write::write(&folder, &rendered).expect("written");
+    each_generation(SHORT, |generation| {
         let clock = Clock {
             begun: Instant::now(),
             fault: Arc::default(),
@@ -454,11 +432,9 @@ fn twelve_incidents_at_once_are_told_each_and_nothing_else() {
                 targets.push((job, format!("node-{node}"), address));
             }
         }
-        let (hook, told) = webhook();
-        let (_alertmanager, alerts_to) = alertmanager(&alertmanager_program, &folder, &hook);
-        let _prometheus = prometheus(&prometheus_program, &folder, &targets, &alerts_to);
+        let watch = generation.watch(&targets);
         let came = || -> BTreeMap<String, (Instant, String)> {
-            let alerts = told.alerts().into_iter().map(|(at, alert)| {
+            let alerts = watch.told.alerts().into_iter().map(|(at, alert)| {
                 let labels = alert["labels"].as_object().expect("labels");
                 let mut name = text(&labels["alertname"]).to_owned();
                 for (label, value) in labels {
@@ -479,7 +455,7 @@ fn twelve_incidents_at_once_are_told_each_and_nothing_else() {
         assert!(
             early.is_empty(),
             "while all is well: {early:#?}\n{}",
-            logs(&folder)
+            watch.logs()
         );
 
         let cause = Instant::now();
@@ -495,7 +471,7 @@ fn twelve_incidents_at_once_are_told_each_and_nothing_else() {
         for (name, (at, description)) in &came {
             println!(
                 "{}: {name} after {:.0?}: {description}",
-                package.0,
+                generation.suite,
                 at.duration_since(cause)
             );
         }
@@ -504,11 +480,11 @@ fn twelve_incidents_at_once_are_told_each_and_nothing_else() {
             names(came.keys().collect()),
             names(expected.keys().collect()),
             "{}",
-            logs(&folder)
+            watch.logs()
         );
         for (name, says) in &expected {
             let (_, description) = &came[name];
             assert!(description.contains(says), "{name}: {description}");
         }
-    }
+    });
 }

@@ -14,16 +14,15 @@ use std::{
 
 use serde_json::Value;
 
-use super::{Package, http::request};
+use super::{Package, http::request, program};
 
 /// Prometheus of both generations.
-pub const PROMETHEUS: [Package; 2] = [
+const PROMETHEUS: [Package; 2] = [
     ("bookworm", "prometheus", "usr/bin/prometheus"),
     ("sid", "prometheus", "usr/bin/prometheus"),
 ];
 
-/// Alertmanager.
-pub const ALERTMANAGER: Package = (
+const ALERTMANAGER: Package = (
     "bookworm",
     "prometheus-alertmanager",
     "usr/bin/prometheus-alertmanager",
@@ -80,7 +79,7 @@ impl Told {
 }
 
 /// Listens for Alertmanager. Returns where, and what it is told.
-pub fn webhook() -> (String, Told) {
+fn webhook() -> (String, Told) {
     let told = Told::default();
     let kept = told.clone();
     let address = serve(move |body| {
@@ -99,7 +98,7 @@ pub fn webhook() -> (String, Told) {
 
 /// Starts Alertmanager. Debian's reads its templates from where the package would install them: it gets a /usr/share of its own for
 /// that, in a mount namespace. Returns where it listens.
-pub fn alertmanager(program: &Path, folder: &Path, hook: &str) -> (Server, String) {
+fn alertmanager(program: &Path, folder: &Path, hook: &str) -> (Server, String) {
     let config = folder.join("alertmanager.yaml");
     let text = format!(
         "route: {{ receiver: hook, group_by: [alertname, cluster, node], group_wait: 0s, group_interval: 1s }}\n\
@@ -140,7 +139,7 @@ pub fn alertmanager(program: &Path, folder: &Path, hook: &str) -> (Server, Strin
 
 /// Starts Prometheus, with the rules below `folder`. `targets` are jobs with the node and the address of each. It scrapes and evaluates
 /// every second.
-pub fn prometheus(
+fn prometheus(
     program: &Path,
     folder: &Path,
     targets: &[(&str, String, String)],
@@ -184,12 +183,6 @@ fn start(mut command: Command, log: PathBuf) -> Server {
     Server(child)
 }
 
-/// What both servers said.
-pub fn logs(folder: &Path) -> String {
-    let log = |name: &str| fs::read_to_string(folder.join(name)).unwrap_or_default();
-    format!("{}\n{}", log("prometheus.log"), log("alertmanager.log"))
-}
-
 /// Waits until something holds. False where it does not within the limit.
 pub fn comes(limit: Duration, holds: impl Fn() -> bool) -> bool {
     let end = Instant::now() + limit;
@@ -200,4 +193,68 @@ pub fn comes(limit: Duration, holds: impl Fn() -> bool) -> bool {
         thread::sleep(Duration::from_millis(100));
     }
     holds()
+}
+
+/// A generation of Prometheus, with the rules that are rendered with overrides.
+pub struct Generation {
+    /// Its suite.
+    pub suite: &'static str,
+    /// Where its rules are, and what it keeps.
+    pub folder: PathBuf,
+    prometheus: PathBuf,
+    alertmanager: PathBuf,
+}
+
+/// Prometheus and Alertmanager while they run.
+pub struct Watch {
+    /// What comes of them.
+    pub told: Told,
+    folder: PathBuf,
+    _servers: [Server; 2],
+}
+
+impl Generation {
+    /// Starts both. `targets` are jobs with the node and the address of each.
+    pub fn watch(&self, targets: &[(&str, String, String)]) -> Watch {
+        let (hook, told) = webhook();
+        let (alerts, alerts_to) = alertmanager(&self.alertmanager, &self.folder, &hook);
+        let prometheus = prometheus(&self.prometheus, &self.folder, targets, &alerts_to);
+        Watch {
+            told,
+            folder: self.folder.clone(),
+            _servers: [prometheus, alerts],
+        }
+    }
+}
+
+impl Watch {
+    /// What both servers said.
+    pub fn logs(&self) -> String {
+        let log = |name: &str| fs::read_to_string(self.folder.join(name)).unwrap_or_default();
+        format!("{}\n{}", log("prometheus.log"), log("alertmanager.log"))
+    }
+}
+
+/// Runs a test for each generation that can be had.
+pub fn each_generation(overrides: &str, test: impl Fn(&Generation)) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = folder.path().join("overrides.jsonnet");
+    fs::write(&config, overrides).expect("written");
+    let rendered = chandra_mixin::render::files(Some(&config)).expect("it renders");
+    let Some(alertmanager) = program(ALERTMANAGER) else {
+        return;
+    };
+    for package in PROMETHEUS {
+        let Some(prometheus) = program(package) else {
+            continue;
+        };
+        let folder = folder.path().join(package.0);
+        chandra_mixin::write::write(&folder, &rendered).expect("written");
+        test(&Generation {
+            suite: package.0,
+            folder,
+            prometheus,
+            alertmanager: alertmanager.clone(),
+        });
+    }
 }
