@@ -115,6 +115,16 @@ pub struct Serve {
         default_value_t = 1200
     )]
     pub max_owners: usize,
+    /// How long the counts of an owner that has its first RDMA event are shown at 0, so that rate() sees what it began with; 0s shows them at
+    /// once.
+    #[arg(
+        long = "rdma.zero-for",
+        value_name = "DURATION",
+        env = "CHANDRA_RDMA_ZERO_FOR",
+        default_value = "60s",
+        value_parser = duration_or_none
+    )]
+    pub rdma_zero_for: Duration,
     /// Of how many encrypted packets one is timed.
     #[arg(
         long = "encryption.timed-every",
@@ -228,6 +238,14 @@ fn signal(name: &str) -> Result<String, String> {
 
 /// Reads `90s`, `5m` or `1h`.
 fn duration(text: &str) -> Result<Duration, String> {
+    match duration_or_none(text)? {
+        Duration::ZERO => Err("it has to be longer than nothing".to_owned()),
+        duration => Ok(duration),
+    }
+}
+
+/// The same, or `0s`.
+fn duration_or_none(text: &str) -> Result<Duration, String> {
     let unit = match text.chars().last() {
         Some('s') => 1,
         Some('m') => 60,
@@ -238,7 +256,7 @@ fn duration(text: &str) -> Result<Duration, String> {
         .get(..text.len().saturating_sub(1))
         .and_then(|digits| digits.parse::<u64>().ok());
     match number.and_then(|number| number.checked_mul(unit)) {
-        Some(seconds) if seconds > 0 => Ok(Duration::from_secs(seconds)),
+        Some(seconds) if unit > 0 => Ok(Duration::from_secs(seconds)),
         _ => Err("a duration is a whole number with s, m or h, such as 5m".to_owned()),
     }
 }
@@ -257,6 +275,7 @@ mod tests {
     fn durations_have_a_unit() {
         assert_eq!(duration("90s"), Ok(Duration::from_secs(90)));
         assert_eq!(duration("5m"), Ok(Duration::from_secs(300)));
+        assert_eq!(duration_or_none("0s"), Ok(Duration::ZERO));
         for bad in [
             "",
             "5",

@@ -74,6 +74,10 @@ pub struct Ledger<K, const N: usize> {
     attribution: Attribution,
     limit: usize,
     opening: Opening,
+    /// How long an account is new.
+    new_for: Duration,
+    /// When it was last booked.
+    booked: Option<Instant>,
     units: fn(&[u64; N]) -> u64,
 }
 
@@ -91,6 +95,7 @@ struct Source<const N: usize> {
 struct Account<const N: usize> {
     uid: Arc<str>,
     totals: [u64; N],
+    opened: Instant,
 }
 
 impl<K: Copy + Eq + Hash, const N: usize> Ledger<K, N> {
@@ -107,6 +112,8 @@ impl<K: Copy + Eq + Hash, const N: usize> Ledger<K, N> {
             attribution: Attribution::default(),
             limit,
             opening: Opening::Owners,
+            new_for: Duration::ZERO,
+            booked: None,
             units,
         }
     }
@@ -114,6 +121,11 @@ impl<K: Copy + Eq + Hash, const N: usize> Ledger<K, N> {
     /// Opens accounts at another time.
     pub fn opening(self, opening: Opening) -> Self {
         Self { opening, ..self }
+    }
+
+    /// Calls an account new for so long after it was opened.
+    pub fn new_for(self, new_for: Duration) -> Self {
+        Self { new_for, ..self }
     }
 
     /// The kernel has begun to count from 0: what the sources grow by is counted from there.
@@ -142,9 +154,10 @@ impl<K: Copy + Eq + Hash, const N: usize> Ledger<K, N> {
             // its first event, and restarts with the pod's successor.
             let at_once = self.opening == Opening::Owners && !owner.labels.container.is_empty();
             if at_once || self.accounts.contains_key(&owner.labels) {
-                self.open(owner);
+                self.open(owner, now);
             }
         }
+        self.booked = Some(now);
         for (key, totals) in readings {
             let source = self.sources.entry(key).or_insert(Source {
                 seen: [0; N],
@@ -174,7 +187,7 @@ impl<K: Copy + Eq + Hash, const N: usize> Ledger<K, N> {
             match resolve(key) {
                 Resolution::Pending(_) if patient => continue,
                 Resolution::Owner(owner) | Resolution::Pending(Some(owner)) => {
-                    self.credit(&owner, &held)
+                    self.credit(&owner, &held, now)
                 }
                 Resolution::Host => {
                     add(&mut self.host, &held);
@@ -219,13 +232,20 @@ impl<K: Copy + Eq + Hash, const N: usize> Ledger<K, N> {
         [host, unknown].into_iter().chain(other).chain(owners)
     }
 
+    /// Whether an owner's account was new when the ledger was last booked: not the host's, `unknown`'s and `other`'s.
+    pub fn is_new(&self, labels: &Labels) -> bool {
+        let opened = self.accounts.get(labels).map(|account| account.opened);
+        let ages = opened.zip(self.booked);
+        ages.is_some_and(|(opened, now)| now.saturating_duration_since(opened) < self.new_for)
+    }
+
     /// Returns how well events found their owners.
     pub fn attribution(&self) -> Attribution {
         self.attribution
     }
 
     /// Finds or opens the owner's account; `None` for one that is folded into `other`.
-    fn open(&mut self, owner: &Owner) -> Option<&mut Account<N>> {
+    fn open(&mut self, owner: &Owner, now: Instant) -> Option<&mut Account<N>> {
         if self.folded.contains(owner) {
             return None;
         }
@@ -234,24 +254,23 @@ impl<K: Copy + Eq + Hash, const N: usize> Ledger<K, N> {
             self.other.get_or_insert([0; N]);
             return None;
         }
+        let anew = || Account {
+            uid: Arc::clone(&owner.uid),
+            totals: [0; N],
+            opened: now,
+        };
         let account = self
             .accounts
             .entry(owner.labels.clone())
-            .or_insert_with(|| Account {
-                uid: Arc::clone(&owner.uid),
-                totals: [0; N],
-            });
+            .or_insert_with(anew);
         // The directory names only the pod that holds a name, so another uid is its successor's.
         if account.uid != owner.uid {
-            *account = Account {
-                uid: Arc::clone(&owner.uid),
-                totals: [0; N],
-            };
+            *account = anew();
         }
         Some(account)
     }
 
-    fn credit(&mut self, owner: &Owner, by: &[u64; N]) {
+    fn credit(&mut self, owner: &Owner, by: &[u64; N], now: Instant) {
         let units = (self.units)(by);
         // Without Kubernetes an owner is a unit of the host.
         if owner.labels.pod.is_empty() {
@@ -259,7 +278,7 @@ impl<K: Copy + Eq + Hash, const N: usize> Ledger<K, N> {
         } else {
             self.attribution.pod += units;
         }
-        match self.open(owner) {
+        match self.open(owner, now) {
             Some(account) => add(&mut account.totals, by),
             None => add(self.other.get_or_insert([0; N]), by),
         }

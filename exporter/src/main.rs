@@ -26,7 +26,7 @@ use chandra::{
     reference, scrape,
     scrape::{Exporter, Front},
     server::{self, Site},
-    signals::{Options, SIGNALS, State, encryption, gpu, nccl},
+    signals::{Options, SIGNALS, State, encryption, gpu, nccl, rdma},
     web::Web,
 };
 use clap::Parser;
@@ -333,6 +333,10 @@ fn prepare(args: &Serve, pods: Arc<Pods>, web: Arc<Web>, front: &Front) {
             cgroups: match &hierarchy {
                 Hierarchy::V2 { root, .. } => Some(root.clone()),
                 _ => None,
+            },
+            rdma: rdma::Settings {
+                // What a short job counts is shown before it is forgotten.
+                zero_for: args.rdma_zero_for.min(args.retention / 2),
             },
             encryption: encryption::Settings {
                 timed_every: args.timed_every,

@@ -496,7 +496,7 @@ fn a_node_with_eight_gpu_pods_stays_within_the_series_budget() {
                 let workers = cgroups.iter().filter(|cgroup| **cgroup % 3 == 2);
                 let totals = workers.map(|cgroup| (*cgroup, [1; rdma::SLOTS]));
                 ledger.book(&view.owners(), totals, |cgroup| view.resolve(cgroup), now);
-                rdma::render(ledger.accounts(), &mut families);
+                rdma::render(ledger.accounts(), |_| false, &mut families);
                 let devices: Vec<String> = (0..8).map(|i| format!("mlx5_{i}")).collect();
                 let created = devices.iter().map(|device| (device.clone(), [1, 1]));
                 rdma::render_devices(&created.collect(), &mut families);

@@ -102,7 +102,12 @@ fn rdma_page() -> String {
     ];
     let mut families = Families::default();
     let borrowed = accounts.iter().map(|(labels, n)| (labels.clone(), n));
-    rdma::render(borrowed, &mut families);
+    let fresh = Labels {
+        pod: "llama-worker-1".into(),
+        ..pod.clone()
+    };
+    let accounts = borrowed.chain([(fresh.clone(), &accounts[2].1)]);
+    rdma::render(accounts, |labels| *labels == fresh, &mut families);
     let devices = [("mlx5_0".to_owned(), [4, 3]), ("mlx5_1".to_owned(), [0, 0])];
     rdma::render_devices(&devices.into(), &mut families);
     let host = Labels::default();

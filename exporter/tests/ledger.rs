@@ -10,7 +10,7 @@ use std::{
 };
 
 use chandra::{
-    ledger::{Attribution, Ledger, Names, PATIENCE, Shown},
+    ledger::{Attribution, Ledger, Names, Opening, PATIENCE, Shown},
     pods::{Labels, Owner, Place, Pods, Record, Resolution, Source, cgroups},
     signals::Scope,
 };
@@ -303,6 +303,32 @@ fn an_orphaned_socket_counts_for_its_pod_while_the_pod_is_remembered() {
     node.scrape();
     assert_eq!(node.series("vllm-0", "main"), Some(9));
     assert_eq!(node.unknown(), 0);
+}
+
+#[test]
+fn an_account_is_new_from_its_first_event_on_and_anew_with_a_pods_successor() {
+    let mut node = node_with_a_pod();
+    node.ledger = node.ledger.opening(Opening::Events).new_for(seconds(60));
+    let main = labels("ml", "vllm-0", "main");
+    node.scrape();
+    assert!(!node.ledger.is_new(&main), "there is no account yet");
+    node.wait(seconds(100));
+    node.count(10, 7);
+    for (age, is_new) in [(0, true), (59, true), (60, false)] {
+        node.scrape();
+        assert_eq!(node.ledger.is_new(&main), is_new, "{age} s");
+        assert_eq!(node.series("vllm-0", "main"), Some(7), "it is counted");
+        node.wait(seconds(if age == 0 { 59 } else { 1 }));
+    }
+    node.deleted("u1");
+    node.told("u2", "vllm-0", 160, &[("c2", "main")]);
+    node.started(11, "u2", "c2");
+    node.scrape();
+    assert!(node.ledger.is_new(&main));
+    assert!(
+        !node.ledger.is_new(&Labels::default())
+            && !node.ledger.is_new(&Labels::only_pod("unknown"))
+    );
 }
 
 #[test]

@@ -87,7 +87,7 @@ CHOICES = {name: {"on": on(name), "off": off(name)} for name in SIGNALS if name 
         "theirs": {"signals": {"nccl": {"salt": {"existingSecret": "salt"}}}},
         "none": {"signals": {"nccl": {"salt": {"create": False}}}},
     },
-    "packets": {"default": {}, "others": {"signals": {"encryption": {"timedEvery": 1000000, "vxlanPort": 4789, "genevePort": 65535}}}},
+    "packets": {"default": {}, "others": {"signals": {"rdma": {"zeroFor": "0s"}, "encryption": {"timedEvery": 1000000, "vxlanPort": 4789, "genevePort": 65535}}}},
     "pods": {"kube": {}, "none": {"pods": "none"}, "file": {"pods": "/etc/pods.json"}},
     "plugin": {"off": {}, "on": {"ncclProfiler": {"enabled": True}}},
     "account": {
@@ -419,6 +419,8 @@ def daemonset(o, case, values, extras, selector, account):
         flags["--web.show-paths"] = None
     if case["web"] != "plain":
         flags["--web.config.file"] = "/etc/chandra/web/web.yaml"
+    if "rdma" in signals:
+        flags["--rdma.zero-for"] = given.get("rdma", {}).get("zeroFor", "60s")
     if "encryption" in signals:
         others = case["packets"] == "others"
         flags["--encryption.timed-every"] = "1000000" if others else "32"

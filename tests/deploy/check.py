@@ -102,6 +102,7 @@ def check_defaults(chart):
         "--retention": chart.values["retention"],
         "--max-owners": chart.values["maxOwners"],
         "--log.level": chart.values["logLevel"],
+        "--rdma.zero-for": signals["rdma"]["zeroFor"],
         "--encryption.timed-every": signals["encryption"]["timedEvery"],
         "--encryption.vxlan-port": signals["encryption"]["vxlanPort"],
         "--encryption.geneve-port": signals["encryption"]["genevePort"],

@@ -90,7 +90,7 @@ def by_hand():
         {"networkPolicy": {"apiServer": {"ports": []}}}, {"updateStrategy": {"maxUnavailable": "0%"}},
         {"image": {"pullPolicy": "Sometimes"}}, {"updateStrategy": {"type": "Recreate"}}, {"seccompProfile": {"type": "Default"}},
         {"appArmorProfile": {"type": "Default"}}, {"tolerations": [{"operator": "Any"}]}, {"maxOwners": 0}, {"signals": {"gpu": {"cudaCalls": {"budget": 0}}}},
-        {"port": 65536}, {"signals": {"encryption": {"timedEvery": 0}}}, {"networkPolicy": {"apiServer": {"ports": [0]}}},
+        {"port": 65536}, {"signals": {"encryption": {"timedEvery": 0}}}, {"signals": {"rdma": {"zeroFor": "1"}}}, {"networkPolicy": {"apiServer": {"ports": [0]}}},
         {"nameOverride": "a" * 64}, {"imagePullSecrets": [{}]}, {"extraEnv": [{"value": "a"}]}, {"extraEnv": [{"name": ""}]}, {"extraVolumes": [{}]},
         {"extraVolumeMounts": [{"name": "a"}]}, {"tolerations": [{"effect": "No"}]}, {"podMonitor": {"basicAuth": {"username": {"name": "a"}}}},
     ):  # fmt: skip

@@ -201,6 +201,9 @@ Quotes are escaped in JSON, and in strings of YAML that have some. */}}
 {{- end }}
 {{- $args = append $args (printf "--retention=%s" .Values.retention) }}
 {{- $args = append $args (printf "--max-owners=%d" (int64 .Values.maxOwners)) }}
+{{- if $s.rdma.enabled }}
+{{- $args = append $args (printf "--rdma.zero-for=%s" $s.rdma.zeroFor) }}
+{{- end }}
 {{- if $s.encryption.enabled }}
 {{- $args = append $args (printf "--encryption.timed-every=%d" (int64 $s.encryption.timedEvery)) }}
 {{- $args = append $args (printf "--encryption.vxlan-port=%d" (int64 $s.encryption.vxlanPort)) }}

@@ -70,6 +70,8 @@ pub struct Options {
     pub max_owners: usize,
     /// Where the cgroup v2 hierarchy is, if there is one.
     pub cgroups: Option<PathBuf>,
+    /// How `rdma` shows what is new.
+    pub rdma: rdma::Settings,
     /// What `encryption` looks at, and how closely.
     pub encryption: encryption::Settings,
     /// What `gpu` looks at.

@@ -86,6 +86,13 @@ pub const ENTRY: Entry = Entry {
     attach,
 };
 
+/// How the signal shows what is new.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// How long what a new account has is shown at 0.
+    pub zero_for: Duration,
+}
+
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("CHANDRA_EBPF_OBJECTS"), "/rdma.o"));
 
 /// How many counters an owner has.
@@ -786,7 +793,9 @@ impl Rdma {
             core,
             stopped,
             enumeration,
-            ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
+            ledger: Ledger::new(options.max_owners, units)
+                .opening(Opening::Events)
+                .new_for(options.rdma.zero_for),
             max_owners: options.max_owners,
             devices: BTreeMap::new(),
             names: Names::new(SHOWN_DEVICES),
@@ -974,7 +983,11 @@ impl Signal for Rdma {
         if self.last.status.state == State::Absent && self.devices.is_empty() {
             return;
         }
-        render(self.ledger.accounts(), families);
+        render(
+            self.ledger.accounts(),
+            |owner| self.ledger.is_new(owner),
+            families,
+        );
         render_devices(&self.devices, families);
         let rows = self
             .rows
@@ -1003,12 +1016,15 @@ impl Signal for Rdma {
 }
 
 /// Renders accounts by slot. Events, histograms and registrations appear with their first: most owners of queue pairs
-/// never have most of them.
+/// never have most of them. What a new account has is shown, at 0: an account is opened by its first event, and Prometheus' rate() counts
+/// from the first value that it saw.
 pub fn render<'a>(
     accounts: impl IntoIterator<Item = (Labels, &'a [u64; SLOTS])>,
+    is_new: impl Fn(&Labels) -> bool,
     families: &mut Families,
 ) {
-    for (owner, slots) in accounts {
+    for (owner, counted) in accounts {
+        let slots = if is_new(&owner) { &[0; SLOTS] } else { counted };
         let pod = [&*owner.namespace, &*owner.pod, &*owner.container];
         let with = |label: &'static str| [pod[0], pod[1], pod[2], label];
         families.add(&CREATED, &pod, slots[slot::CREATED] as f64);
@@ -1016,15 +1032,16 @@ pub fn render<'a>(
         for (state, count) in STATES.iter().zip(&slots[slot::TRANSITIONS..]) {
             families.add(&TRANSITIONS, &with(state), *count as f64);
         }
-        for ((_, event), count) in EVENTS.iter().zip(&slots[slot::ASYNC..]) {
-            if *count > 0 {
-                families.add(&ASYNC_EVENTS, &with(event), *count as f64);
+        for (i, (_, event)) in EVENTS.iter().enumerate() {
+            let at = slot::ASYNC + i;
+            if counted[at] > 0 {
+                families.add(&ASYNC_EVENTS, &with(event), slots[at] as f64);
             }
         }
         let mut histogram = |desc, labels: &[&str], shape: Shape, base: usize| {
-            let slots = &slots[base..base + shape.slots()];
-            if slots.iter().any(|count| *count > 0) {
-                families.add_histogram(desc, labels, shape, slots);
+            let range = base..base + shape.slots();
+            if counted[range.clone()].iter().any(|count| *count > 0) {
+                families.add_histogram(desc, labels, shape, &slots[range]);
             }
         };
         histogram(&LIFETIMES, &pod, LIFETIME, slot::LIVED);
@@ -1036,7 +1053,7 @@ pub fn render<'a>(
         }
         for (i, kind) in MEMORY.iter().enumerate() {
             let (regions, bytes) = (slots[slot::REGIONS + i], slots[slot::BYTES + i]);
-            if regions > 0 {
+            if counted[slot::REGIONS + i] > 0 {
                 families.add(&REGIONS, &with(kind), regions as f64);
                 families.add(&BYTES, &with(kind), bytes as f64);
             }

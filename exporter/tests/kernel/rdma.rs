@@ -456,6 +456,29 @@ fn every_pod_has_what_its_tools_did() {
 
 /// As with vendor drivers that are built by DKMS: no module has types. The kernel itself does not need them.
 #[test]
+fn what_a_new_account_has_is_shown_at_0_first() {
+    let _alone = alone();
+    if !can_rdma() {
+        return;
+    }
+    let _rxe = Rxe::new();
+    let cluster = Cluster::new(&["new"]);
+    let file = cluster.folder.path().join("pods.json");
+    let exporter = Exporter::start(&["--pods", &file.display().to_string(), ZERO_FOR, "2s"]);
+    cluster.run(
+        "new",
+        &format!("{} {UVERBS} churn 20 1000 2 >/dev/null", verbs()),
+    );
+    let shown = |scrape: &Scrape, metric| scrape.has(metric, "pod=\"new\"");
+    let scrape = exporter.scrape_until("the account is opened", |scrape| shown(scrape, CREATED));
+    assert!(shown(&scrape, LIFETIMES), "{}", scrape.text);
+    assert_eq!(Done::of(&scrape, "new"), Done::default());
+    let device = scrape.sum("chandra_rdma_device_queue_pairs_created_total", &[]);
+    assert_eq!(device, 20.0, "devices are counted at once");
+    expect(&exporter, &[("new", Done::whole(20.0))]);
+}
+
+#[test]
 fn modules_without_types_are_counted_as_well() {
     let _alone = alone();
     if !can_rdma() {
