@@ -9,27 +9,24 @@
 //! What [`Web`] asks for comes first: TLS, the rate limit and the password. `/livez` and `/readyz` are open to whoever
 //! gets through TLS, for the kubelet has no password; where there is one, `/readyz` gives no reason.
 
+mod clock;
+mod exposition;
+mod listen;
+
 use std::{
     collections::HashMap,
     convert::Infallible,
     future::{Future, poll_fn},
-    io::{self, Write as _},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    io,
+    net::IpAddr,
     pin::{Pin, pin},
     sync::{Arc, Mutex},
-    task::{Context, Poll, ready},
     time::Duration,
 };
 
-use anyhow::anyhow;
-use flate2::{Compression, write::GzEncoder};
-use futures::{
-    FutureExt as _,
-    future::{BoxFuture, Shared},
-};
 use http_body_util::Full;
 use hyper::{
-    HeaderMap, Method, Request, Response, StatusCode,
+    Method, Request, Response, StatusCode,
     body::{Body, Bytes, Incoming},
     header::{self, HeaderValue},
     server::conn::http1,
@@ -37,16 +34,21 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpListener, TcpStream, lookup_host},
+    io::AsyncWrite,
+    net::{TcpListener, TcpStream},
     select,
-    sync::{Notify, Semaphore, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
     task::{JoinSet, spawn_blocking},
-    time::{Instant, sleep, sleep_until, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_io_timeout::TimeoutStream;
-use tokio_rustls::{TlsAcceptor, rustls::ServerConfig, server::TlsStream};
+use tokio_rustls::{TlsAcceptor, rustls::ServerConfig};
 
+pub use self::listen::bind;
+use self::{
+    clock::{Clock, Clocked, Phase, Wire},
+    exposition::{Outcome, Scrapes, accepts_gzip, one_line},
+};
 use crate::{
     lock::lock,
     web::{Settings, Verdict, Web},
@@ -117,9 +119,6 @@ const REFUSED: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\n\
 const NOT_TLS: &[u8] =
     b"HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTP request to an HTTPS server.\n";
 
-/// How long a client of this network takes to send a header.
-const PROMPT: Duration = Duration::from_millis(500);
-
 /// How long a connection that was told to make room may take to do so: its task has only to be polled.
 const EVICTION: Duration = Duration::from_millis(100);
 
@@ -133,86 +132,6 @@ const TEXT: &str = "text/plain; charset=utf-8";
 const HTML: &str = "text/html; charset=utf-8";
 const EXPOSITION: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// Listens on `address`: `HOST:PORT`, or `:PORT` for every interface, IPv4 and IPv6 alike.
-///
-/// A name that has both kinds of address is listened to on IPv4. With the sysctl `net.ipv6.bindv6only`
-/// set, `:PORT` leaves out IPv4.
-pub async fn bind(address: &str) -> anyhow::Result<TcpListener> {
-    let (host, port) = split(address).ok_or_else(|| {
-        anyhow!(
-            "cannot read {address:?} as an address to listen on: --web.listen-address takes HOST:PORT or :PORT, \
-             such as 127.0.0.1:9970, [::1]:9970 or :9970"
-        )
-    })?;
-    let explain = |error: io::Error| explain(address, &error);
-    if host.is_empty() {
-        return match TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).await {
-            Err(error)
-                if !matches!(
-                    error.kind(),
-                    io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied
-                ) =>
-            {
-                // The kernel was started without IPv6.
-                TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))
-                    .await
-                    .map_err(explain)
-            }
-            bound => bound.map_err(explain),
-        };
-    }
-    let found: Vec<SocketAddr> = lookup_host((host, port))
-        .await
-        .map_err(|error| {
-            anyhow!(
-                "cannot find the host of {address:?} ({error}): give --web.listen-address an address of this host"
-            )
-        })?
-        .collect();
-    let first = preferred(&found).ok_or_else(|| {
-        anyhow!("the host of {address:?} has no address: give --web.listen-address an address of this host")
-    })?;
-    TcpListener::bind(first).await.map_err(explain)
-}
-
-/// Host and port; an empty host is every interface. The brackets of an IPv6 address are required.
-fn split(address: &str) -> Option<(&str, u16)> {
-    let (host, port) = address.rsplit_once(':')?;
-    let port = port.parse().ok()?;
-    match host.strip_prefix('[') {
-        Some(rest) => rest
-            .strip_suffix(']')
-            .filter(|host| host.contains(':'))
-            .map(|host| (host, port)),
-        None => (!host.contains([':', ']'])).then_some((host, port)),
-    }
-}
-
-/// The first IPv4 address, if there is one: clients that know only IPv4 expect `localhost` there.
-fn preferred(found: &[SocketAddr]) -> Option<SocketAddr> {
-    let ipv4 = found.iter().find(|address| address.is_ipv4());
-    ipv4.or(found.first()).copied()
-}
-
-fn explain(address: &str, error: &io::Error) -> anyhow::Error {
-    match error.kind() {
-        io::ErrorKind::AddrInUse => anyhow!(
-            "{address} is already in use: stop the program that listens there, or choose another address with \
-             --web.listen-address"
-        ),
-        io::ErrorKind::PermissionDenied => anyhow!(
-            "no permission to listen on {address}: choose a port of 1024 or above with --web.listen-address, or \
-             grant CAP_NET_BIND_SERVICE"
-        ),
-        io::ErrorKind::AddrNotAvailable => anyhow!(
-            "{address} is not an address of this host: choose another with --web.listen-address"
-        ),
-        _ => anyhow!(
-            "cannot listen on {address} ({error}): choose another address with --web.listen-address"
-        ),
-    }
-}
-
 /// Serves `site` to whom `web` lets in until `shutdown` resolves and the requests in flight are answered, or `limits.drain` has passed.
 ///
 /// A call of [`Site::metrics`] that still runs then is left behind on its thread: a runtime that must end in
@@ -224,14 +143,13 @@ pub async fn serve<S: Site>(
     limits: Limits,
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
-    let slots = Arc::new(Semaphore::new(limits.connections));
     let refusals = Arc::new(Semaphore::new(limits.connections));
     let (drain, draining) = watch::channel(false);
     let server = Arc::new(Server {
         scrapes: Scrapes::new(Arc::clone(&site)),
         site,
         web,
-        slots: Arc::clone(&slots),
+        slots: Arc::new(Semaphore::new(limits.connections)),
         work: Semaphore::new(limits.connections.saturating_sub(limits.kept).max(1)),
         clocks: Mutex::default(),
         handshake_log: Seldom::default(),
@@ -260,14 +178,7 @@ pub async fn serve<S: Site>(
                 continue;
             }
         };
-        let slot = match Arc::clone(&slots).try_acquire_owned() {
-            Err(_) if server.make_room() => {
-                let freed = timeout(EVICTION, Arc::clone(&slots).acquire_owned()).await;
-                freed.ok().and_then(Result::ok)
-            }
-            slot => slot.ok(),
-        };
-        if let Some(slot) = slot {
+        if let Some(slot) = server.slot().await {
             let (server, draining) = (Arc::clone(&server), draining.clone());
             let clock = Arc::new(Clock::new(&server.limits));
             number += 1;
@@ -317,6 +228,17 @@ struct Server<S> {
 }
 
 impl<S: Site> Server<S> {
+    /// Takes a place for one more connection, another's where all are taken and one can be ended.
+    async fn slot(&self) -> Option<OwnedSemaphorePermit> {
+        match Arc::clone(&self.slots).try_acquire_owned() {
+            Err(_) if self.make_room() => {
+                let freed = timeout(EVICTION, Arc::clone(&self.slots).acquire_owned()).await;
+                freed.ok().and_then(Result::ok)
+            }
+            slot => slot.ok(),
+        }
+    }
+
     /// Ends the oldest connection that has not finished its header, or else the one that has rested longest; false where all are being
     /// answered.
     fn make_room(&self) -> bool {
@@ -598,133 +520,6 @@ fn page(
     response
 }
 
-/// Whether `Accept-Encoding` allows gzip and does not prefer the plain text (RFC 9110, section 12.5.3).
-/// A weight that cannot be read counts as 0: everybody reads plain text.
-fn accepts_gzip(headers: &HeaderMap) -> bool {
-    let (mut gzip, mut any, mut plain) = (None, None, None);
-    let lines = headers.get_all(header::ACCEPT_ENCODING).iter();
-    for coding in lines
-        .filter_map(|line| line.to_str().ok())
-        .flat_map(|line| line.split(','))
-    {
-        let (name, weight) = match coding.split_once(';') {
-            Some((name, weight)) => (name, quality(weight)),
-            None => (coding, 1.0),
-        };
-        match name.trim().to_ascii_lowercase().as_str() {
-            "gzip" | "x-gzip" => gzip = Some(weight),
-            "*" => any = Some(weight),
-            "identity" => plain = Some(weight),
-            _ => {}
-        }
-    }
-    let gzip = gzip.or(any).unwrap_or(0.0);
-    gzip > 0.0 && gzip >= plain.unwrap_or(0.0)
-}
-
-fn quality(parameter: &str) -> f32 {
-    parameter
-        .split_once('=')
-        .filter(|(name, _)| name.trim().eq_ignore_ascii_case("q"))
-        .and_then(|(_, value)| value.trim().parse().ok())
-        .filter(|value| (0.0..=1.0).contains(value))
-        .unwrap_or(0.0)
-}
-
-/// The error is the one line that every sharer is shown.
-type Outcome<T> = Result<T, Arc<str>>;
-
-/// Runs once, however many wait for it.
-type Once<T> = Shared<BoxFuture<'static, Outcome<T>>>;
-
-#[derive(Clone)]
-struct Exposition {
-    plain: Bytes,
-    /// Compressed when the first sharer asks for it.
-    gzip: Once<Bytes>,
-}
-
-/// Shares scrapes: whoever asks gets one that starts after it asked, so that no answer is stale,
-/// together with all who asked before that start.
-struct Scrapes<S> {
-    site: Arc<S>,
-    /// Held while [`Site::metrics`] runs, also when every client that waited for it has left.
-    turn: Arc<tokio::sync::Mutex<()>>,
-    /// The scrape that has not started yet.
-    next: Arc<Mutex<Option<Once<Exposition>>>>,
-    log: Arc<Seldom>,
-}
-
-impl<S: Site> Scrapes<S> {
-    fn new(site: Arc<S>) -> Self {
-        Self {
-            site,
-            turn: Arc::default(),
-            next: Arc::default(),
-            log: Arc::default(),
-        }
-    }
-
-    fn join(&self) -> Once<Exposition> {
-        lock(&self.next)
-            .get_or_insert_with(|| {
-                let (site, turn) = (Arc::clone(&self.site), Arc::clone(&self.turn));
-                let (next, log) = (Arc::clone(&self.next), Arc::clone(&self.log));
-                async move {
-                    let turn = turn.lock_owned().await;
-                    // Whoever asks from here on waits for the scrape after this one.
-                    lock(&next).take();
-                    let scraped = spawn_blocking(move || {
-                        let scraped = site.metrics();
-                        drop(turn);
-                        scraped
-                    });
-                    let scraped = scraped.await.unwrap_or_else(|error| Err(error.into()));
-                    scraped.map(Exposition::new).map_err(|error| {
-                        let line = one_line(&error);
-                        if log.due() {
-                            tracing::warn!(error = %line, "scrape");
-                        }
-                        line
-                    })
-                }
-                .boxed()
-                .shared()
-            })
-            .clone()
-    }
-}
-
-impl Exposition {
-    fn new(plain: Vec<u8>) -> Self {
-        let plain = Bytes::from(plain);
-        let text = plain.clone();
-        let gzip = async move {
-            spawn_blocking(move || compress(&text))
-                .await
-                .map_err(|error| one_line(&error.into()))
-        };
-        Self {
-            plain,
-            gzip: gzip.boxed().shared(),
-        }
-    }
-}
-
-/// The fastest level: it makes an exposition five to ten times smaller, and the slowest only a quarter smaller still.
-fn compress(text: &[u8]) -> Bytes {
-    let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
-    gzip.write_all(text)
-        .and_then(|()| gzip.finish())
-        .expect("a vector takes every write")
-        .into()
-}
-
-fn one_line(error: &anyhow::Error) -> Arc<str> {
-    let line = format!("{error:#}");
-    line.split_whitespace().collect::<Vec<_>>().join(" ").into()
-}
-
 /// Answers a connection that gets no further. The answer waits for the first byte of the request: Go's client, and
 /// so Prometheus, takes a response that comes earlier for a protocol error.
 async fn refuse(mut stream: TcpStream, answer: &[u8]) -> io::Result<()> {
@@ -761,164 +556,11 @@ async fn read(stream: &TcpStream) -> io::Result<usize> {
     }
 }
 
-/// What a connection waits for, with the deadline where the client is the one who must act.
-#[derive(Clone, Copy)]
-enum Phase {
-    Header(Instant),
-    Busy,
-    Idle(Instant),
-}
-
 /// How a connection came to its end.
 enum End {
     Of(hyper::Result<()>),
     Late,
     Evicted,
-}
-
-/// The deadline of one connection. It moves only while the task of the connection is polled, so that task,
-/// which polls [`Clock::expired`] last, needs no wake-up to see the move.
-struct Clock {
-    header: Duration,
-    /// The phase, and its start.
-    phase: Mutex<(Phase, Instant)>,
-    evicted: Notify,
-}
-
-impl Clock {
-    fn new(limits: &Limits) -> Self {
-        Self {
-            header: limits.header,
-            phase: Mutex::new((
-                Phase::Header(Instant::now() + limits.header),
-                Instant::now(),
-            )),
-            evicted: Notify::new(),
-        }
-    }
-
-    fn enter(&self, phase: Phase) {
-        *lock(&self.phase) = (phase, Instant::now());
-    }
-
-    /// Since when the client is the one who must act, and before that, whether it is at rest and not in a header that it does not finish.
-    fn resting(&self) -> Option<(bool, Instant)> {
-        let (phase, since) = *lock(&self.phase);
-        match phase {
-            Phase::Busy => None,
-            Phase::Header(_) => Some((since.elapsed() < PROMPT, since)),
-            Phase::Idle(_) => Some((true, since)),
-        }
-    }
-
-    /// The start of a header that came while the request before it was answered keeps the idle deadline.
-    fn bytes_read(&self) {
-        let mut phase = lock(&self.phase);
-        if matches!(phase.0, Phase::Idle(_)) {
-            *phase = (Phase::Header(Instant::now() + self.header), Instant::now());
-        }
-    }
-
-    async fn expired(&self) {
-        let mut sleep = pin!(sleep_until(Instant::now()));
-        poll_fn(|cx| {
-            let (phase, _) = *lock(&self.phase);
-            match phase {
-                Phase::Busy => Poll::Pending,
-                Phase::Header(deadline) | Phase::Idle(deadline) => {
-                    if sleep.deadline() != deadline {
-                        sleep.as_mut().reset(deadline);
-                    }
-                    sleep.as_mut().poll(cx)
-                }
-            }
-        })
-        .await;
-    }
-}
-
-/// What carries HTTP.
-enum Wire {
-    Plain(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
-}
-
-impl Wire {
-    fn tcp(&self) -> &TcpStream {
-        match self {
-            Self::Plain(stream) => stream,
-            Self::Tls(stream) => stream.get_ref().0,
-        }
-    }
-}
-
-/// A stream that tells the clock when bytes arrive.
-struct Clocked<'a> {
-    wire: Wire,
-    clock: &'a Clock,
-}
-
-impl AsyncRead for Clocked<'_> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        ready!(match &mut self.wire {
-            Wire::Plain(stream) => Pin::new(stream).poll_read(cx, buffer),
-            Wire::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
-        })?;
-        if buffer.filled().len() > before {
-            self.clock.bytes_read();
-        }
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl AsyncWrite for Clocked<'_> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        match &mut self.wire {
-            Wire::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Wire::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
-        }
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        match &mut self.wire {
-            Wire::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
-            Wire::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
-        }
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        match &self.wire {
-            Wire::Plain(stream) => stream.is_write_vectored(),
-            Wire::Tls(stream) => stream.is_write_vectored(),
-        }
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.wire {
-            Wire::Plain(stream) => Pin::new(stream).poll_flush(cx),
-            Wire::Tls(stream) => Pin::new(stream).poll_flush(cx),
-        }
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.wire {
-            Wire::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
-            Wire::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
-        }
-    }
 }
 
 /// Lets one log line pass per [`LOG_INTERVAL`].
@@ -933,37 +575,5 @@ impl Seldom {
             *last = Some(Instant::now());
         }
         due
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn sharers_of_an_exposition_share_one_compression() {
-        let exposition = Exposition::new(b"up 1\n".to_vec());
-        let (one, other) = (exposition.clone().gzip.await, exposition.gzip.await);
-        let buffer = |gzip: Outcome<Bytes>| gzip.expect("compressed").as_ptr();
-        assert_eq!(buffer(one), buffer(other));
-    }
-
-    #[test]
-    fn a_name_with_addresses_of_both_kinds_is_listened_to_on_ipv4() {
-        let ipv6 = SocketAddr::from((Ipv6Addr::LOCALHOST, 1));
-        let ipv4 = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
-        assert_eq!(preferred(&[ipv6, ipv4]), Some(ipv4));
-        assert_eq!(preferred(&[ipv6]), Some(ipv6));
-        assert_eq!(preferred(&[]), None);
-    }
-
-    #[test]
-    fn a_denied_port_says_what_to_do() {
-        let denied = io::Error::from(io::ErrorKind::PermissionDenied);
-        assert_eq!(
-            explain(":80", &denied).to_string(),
-            "no permission to listen on :80: choose a port of 1024 or above with --web.listen-address, or grant \
-             CAP_NET_BIND_SERVICE"
-        );
     }
 }
