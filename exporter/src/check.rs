@@ -9,11 +9,13 @@ use serde::Serialize;
 
 use crate::{
     capabilities::{CapabilitySet, Names},
+    hook::Reason,
     kernel::{Hierarchy, Kernel},
     libraries, maps,
-    probe::Reason,
-    scrape::{self, Running},
-    signals::{Options, SIGNALS, State},
+    signals::{
+        Options, SIGNALS, State, Status,
+        running::{self, Running},
+    },
 };
 
 /// Everything that was found.
@@ -45,27 +47,9 @@ pub struct Fact {
 pub struct Signal {
     /// Its name.
     pub name: &'static str,
-    /// Its state.
-    pub state: &'static str,
-    /// Its hooks.
-    pub hooks: Vec<Hook>,
-    /// What works with less.
-    pub notes: Vec<String>,
-    /// What it has found on this host, for people.
-    pub found: Vec<String>,
-}
-
-/// What came of a hook.
-#[derive(Debug, Serialize)]
-pub struct Hook {
-    /// Its name.
-    pub name: &'static str,
-    /// How it is attached.
-    pub method: &'static str,
-    /// Why it is not, or `attached`.
-    pub reason: &'static str,
-    /// For people.
-    pub detail: String,
+    /// What has become of it.
+    #[serde(flatten)]
+    pub status: Status,
 }
 
 /// Kernel memory of all maps, in bytes.
@@ -95,8 +79,13 @@ pub fn run(cgroupfs: Option<&Path>, is_salted: bool) -> anyhow::Result<Report> {
     };
     // What processes have mapped is looked at right away.
     options.gate.open();
-    let running = scrape::attach(&kernel, &[], options);
-    let signals = running.into_iter().map(signal).collect::<Vec<_>>();
+    let signals = running::attach(&kernel, &[], &options).into_iter();
+    let signals: Vec<_> = signals
+        .map(|Running { entry, status, .. }| Signal {
+            name: entry.name,
+            status,
+        })
+        .collect();
     let bytes = |cpus| {
         SIGNALS
             .iter()
@@ -112,29 +101,13 @@ pub fn run(cgroupfs: Option<&Path>, is_salted: bool) -> anyhow::Result<Report> {
     };
     let ok = signals
         .iter()
-        .all(|signal| signal.state != State::Failed.label());
+        .all(|signal| signal.status.state != State::Failed);
     Ok(Report {
         ok,
         host,
         signals,
         maps,
     })
-}
-
-fn signal(running: Running) -> Signal {
-    let hooks = running.attempt.hooks.into_iter().map(|hook| Hook {
-        name: hook.name,
-        method: hook.method.label(),
-        reason: hook.reason.label(),
-        detail: hook.detail,
-    });
-    Signal {
-        name: running.entry.name,
-        state: running.attempt.state.label(),
-        hooks: hooks.collect(),
-        notes: running.attempt.notes,
-        found: running.attempt.found,
-    }
 }
 
 fn facts(kernel: &Kernel, hierarchy: &Hierarchy, is_salted: bool) -> Vec<Fact> {
@@ -317,32 +290,21 @@ pub fn table(report: &Report) -> String {
         let _ = writeln!(text, "{}{:<14}{}", mark(fact.ok), fact.name, fact.detail);
     }
     text.push('\n');
-    for signal in &report.signals {
-        let _ = writeln!(
-            text,
-            "{}{:<14}{}",
-            mark(signal.state != State::Failed.label()),
-            signal.name,
-            signal.state
-        );
-        for hook in &signal.hooks {
-            let ok = hook.reason == Reason::Attached.label();
-            let _ = writeln!(
-                text,
-                "    {}{} {}: {}",
-                mark(ok),
-                hook.method,
-                hook.name,
-                hook.reason
-            );
+    for Signal { name, status } in &report.signals {
+        let (ok, state) = (status.state != State::Failed, status.state.label());
+        let _ = writeln!(text, "{}{name:<14}{state}", mark(ok));
+        for hook in &status.hooks {
+            let (method, reason) = (hook.method.label(), hook.reason.label());
+            let ok = mark(hook.reason == Reason::Attached);
+            let _ = writeln!(text, "    {ok}{method} {}: {reason}", hook.name);
             if !hook.detail.is_empty() {
                 let _ = writeln!(text, "        {}", hook.detail);
             }
         }
-        for found in &signal.found {
+        for found in &status.found {
             let _ = writeln!(text, "    {found}");
         }
-        for note in &signal.notes {
+        for note in &status.notes {
             let _ = writeln!(text, "    works with less: {note}");
         }
     }

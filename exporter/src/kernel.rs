@@ -17,6 +17,15 @@ use rustix::process::{Resource, getrlimit};
 
 use crate::capabilities::{self, CapabilitySet};
 
+/// What people are told of the host.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// As `uname -r` says.
+    pub release: String,
+    /// What is wrong with the cgroup hierarchy.
+    pub cgroups: Option<String>,
+}
+
 /// The running kernel.
 #[derive(Clone, Debug)]
 pub struct Kernel {

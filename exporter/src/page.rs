@@ -4,23 +4,15 @@
 use std::fmt::Write;
 
 use crate::{
+    VERSION,
+    hook::Reason,
+    kernel::Host,
     pods::{Source, View},
-    probe::Reason,
-    scrape::{Running, VERSION},
-    signals::State,
+    signals::{State, running::Running},
 };
 
 /// Pods that the page lists by name; a node rarely has more, and the page stays small where it does.
 const PODS: usize = 300;
-
-/// What the page says of the host.
-#[derive(Clone, Debug)]
-pub struct Host {
-    /// As `uname -r` says.
-    pub release: String,
-    /// What is wrong with the cgroup hierarchy.
-    pub cgroups: Option<String>,
-}
 
 /// Where each signal's runbook is.
 const DOCS: &str = concat!(env!("CARGO_PKG_REPOSITORY"), "/blob/main/docs");
@@ -108,7 +100,7 @@ fn write_summary(page: &mut String, signals: &[Running]) -> std::fmt::Result {
     let mut all_well = true;
     for running in signals {
         let name = running.entry.name;
-        let hooks = &running.attempt.hooks;
+        let hooks = &running.status.hooks;
         let missing: Vec<_> = hooks
             .iter()
             .filter(|hook| hook.reason != Reason::Attached)
@@ -124,7 +116,7 @@ fn write_summary(page: &mut String, signals: &[Running]) -> std::fmt::Result {
                 continue;
             }
             State::Failed => ("trouble", "does not work", detail.unwrap_or_default()),
-            State::Up | State::Absent => match (running.attempt.notes.first(), missing.len()) {
+            State::Up | State::Absent => match (running.status.notes.first(), missing.len()) {
                 (Some(note), _) => ("less", "works with less", note.as_str()),
                 (None, 0) => continue,
                 (None, _) => ("less", "works with less", detail.unwrap_or_default()),
@@ -158,7 +150,6 @@ fn write_summary(page: &mut String, signals: &[Running]) -> std::fmt::Result {
 fn write_signal(page: &mut String, running: &Running) -> std::fmt::Result {
     let lost: Vec<_> = running
         .lost()
-        .iter()
         .filter(|(_, n)| *n > 0)
         .map(|(reason, n)| format!("{n} lost: {reason}"))
         .collect();
@@ -190,13 +181,13 @@ fn write_hooks(page: &mut String, running: &Running) -> std::fmt::Result {
         )?;
     }
     let mut reasons: Vec<Reason> = Vec::new();
-    for hook in &running.attempt.hooks {
+    for hook in &running.status.hooks {
         if !reasons.contains(&hook.reason) {
             reasons.push(hook.reason);
         }
     }
     for reason in reasons {
-        let hooks = running.attempt.hooks.iter();
+        let hooks = running.status.hooks.iter();
         let hooks: Vec<_> = hooks.filter(|hook| hook.reason == reason).collect();
         let attached = reason == Reason::Attached;
         let class = if attached { "up" } else { "failed" };
@@ -236,10 +227,10 @@ fn write_hooks(page: &mut String, running: &Running) -> std::fmt::Result {
         }
         page.push_str("</details>");
     }
-    for found in &running.attempt.found {
+    for found in &running.status.found {
         write!(page, "<tr><td>{name}<td>found<td>{}", Text(found))?;
     }
-    for note in &running.attempt.notes {
+    for note in &running.status.notes {
         write!(page, "<tr><td>{name}<td>less<td>{}", Text(note))?;
     }
     Ok(())

@@ -2,7 +2,7 @@
 //! One scrape: pods frozen, signals read and rendered, and the exporter's account of itself.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::Cell,
     sync::{
         Arc, Mutex, OnceLock,
         atomic::{AtomicBool, Ordering},
@@ -11,21 +11,20 @@ use std::{
 };
 
 use crate::{
+    VERSION,
     args::Serve,
     families::{Desc, Families, Kind},
-    kernel::{Hierarchy, Kernel},
+    hook::{Method, Reason},
+    kernel::{Hierarchy, Host, Kernel},
+    ledger::Attribution,
     libraries::Skip,
     lock::lock,
     page,
     pods::{Pods, Source, cgroups::Bell},
-    probe::{Method, Reason, Runs},
     server::Site,
-    signals::{Attempt, Entry, Options, Read, SIGNALS, Scope, State},
+    signals::{Scope, State, running::Running},
     web::Web,
 };
-
-/// The version of this build.
-pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// The metrics of the exporter itself.
 pub const DESCS: &[&Desc] = &[
@@ -185,76 +184,13 @@ static WEB_CONFIG: Desc = Desc {
     source: "--web.config.file; absent without it",
 };
 
-/// A signal and what came of it.
-pub struct Running {
-    /// What it is.
-    pub entry: &'static Entry,
-    /// What came of attaching it.
-    pub attempt: Attempt,
-    /// Why the last read failed, if it did.
-    pub trouble: Option<String>,
-    /// When what it shows was read.
-    pub read_at: Option<Instant>,
-    failed_reads: u64,
-    /// What the signal last told of losses.
-    last_lost: RefCell<Vec<(&'static str, u64)>>,
-}
-
-impl Running {
-    /// The state, the last read included.
-    pub fn state(&self) -> State {
-        if self.attempt.state == State::Up && self.trouble.is_some() {
-            State::Failed
-        } else {
-            self.attempt.state
-        }
-    }
-
-    /// Events lost so far, by reason; every reason is present. While the signal cannot tell, what it last told.
-    pub fn lost(&self) -> Vec<(&'static str, u64)> {
-        let signal = self.attempt.signal.as_ref();
-        let mut last = self.last_lost.borrow_mut();
-        if let Some(Ok(now)) = signal.map(|signal| signal.lost()) {
-            *last = now;
-        }
-        let mut lost = last.clone();
-        let missed = signal.map_or(0, |signal| {
-            signal.runs().iter().map(|(_, runs)| runs.missed).sum()
-        });
-        lost.extend([("recursion", missed), ("read_failed", self.failed_reads)]);
-        lost
-    }
-
-    /// Takes over what has become of a signal that comes and goes.
-    fn follow(&mut self) {
-        let status = self
-            .attempt
-            .signal
-            .as_ref()
-            .and_then(|signal| signal.status());
-        if let Some(status) = status {
-            self.attempt.state = status.state;
-            self.attempt.hooks = status.hooks;
-            self.attempt.notes = status.notes;
-            self.attempt.found = status.found;
-        }
-    }
-
-    fn programs(&self) -> Vec<(String, Runs)> {
-        self.attempt
-            .signal
-            .as_ref()
-            .map_or_else(Vec::new, |signal| signal.runs())
-    }
-}
-
 /// Everything that is served.
 pub struct Exporter {
     signals: Mutex<Vec<Running>>,
     pods: Arc<Pods>,
     web: Arc<Web>,
     bell: Option<Bell>,
-    host: page::Host,
+    host: Host,
     cgroups: Reason,
     source: Source,
     retention: Duration,
@@ -272,31 +208,6 @@ impl std::fmt::Debug for Exporter {
     }
 }
 
-/// Attaches every signal that is not switched off.
-pub fn attach(kernel: &Kernel, disabled: &[String], options: Options) -> Vec<Running> {
-    let attach = |entry: &'static Entry| {
-        let attempt = if disabled.iter().any(|name| name == entry.name) {
-            Attempt::without(State::Disabled)
-        } else {
-            (entry.attach)(kernel, options.clone())
-        };
-        Running {
-            entry,
-            attempt,
-            trouble: None,
-            read_at: None,
-            failed_reads: 0,
-            last_lost: RefCell::new(
-                exporter_common::Loss::LABELS
-                    .iter()
-                    .map(|(_, label)| (*label, 0))
-                    .collect(),
-            ),
-        }
-    };
-    SIGNALS.iter().map(attach).collect()
-}
-
 impl Exporter {
     /// Puts the parts together.
     pub fn new(
@@ -310,7 +221,7 @@ impl Exporter {
     ) -> Self {
         let by_address = signals
             .iter()
-            .filter_map(|running| running.attempt.signal.as_ref()?.drain());
+            .filter_map(|running| running.signal.as_ref()?.drain());
         for drain in by_address {
             pods.drain_by(&drain);
         }
@@ -319,7 +230,7 @@ impl Exporter {
             pods,
             web,
             bell,
-            host: page::Host {
+            host: Host {
                 release: kernel.release.clone(),
                 cgroups: hierarchy.trouble(),
             },
@@ -374,73 +285,50 @@ impl Exporter {
     }
 }
 
+/// Reads a signal and renders what it shows.
 fn scrape(running: &mut Running, scope: &Scope<'_>, families: &mut Families) {
     let name = running.entry.name;
-    if let Some(signal) = &mut running.attempt.signal {
-        let (begin, before) = (Instant::now(), families.series());
-        match signal.read(scope) {
-            Ok(read) => {
-                running.trouble = None;
-                if read == Read::Now {
-                    running.read_at = Some(scope.now);
-                }
-            }
-            Err(error) => {
-                let why = format!("{error:#}");
-                if running.trouble.as_ref() != Some(&why) {
-                    tracing::error!("signal {name}: {why}");
-                }
-                running.trouble = Some(why);
-                running.failed_reads += 1;
-            }
-        }
+    let (begin, before) = (Instant::now(), families.series());
+    running.read(scope);
+    if let Some(signal) = &running.signal {
         signal.render(families);
-        let attribution = signal.attribution();
-        for (result, units) in [
-            ("pod", attribution.pod),
-            ("host", attribution.host),
-            ("unknown", attribution.unknown),
-        ] {
+        let Attribution { pod, host, unknown } = signal.attribution();
+        for (result, units) in [("pod", pod), ("host", host), ("unknown", unknown)] {
             families.add(&ATTRIBUTION, &[name, result], units as f64);
         }
         if let Some(at) = running.read_at {
             let age = scope.now.saturating_duration_since(at);
             families.add(&READING_AGE, &[name], age.as_secs_f64());
         }
-        for (reason, count) in Skip::LABELS
-            .iter()
-            .zip(signal.skipped().into_iter().flatten())
-        {
+        let skipped = signal.skipped().into_iter().flatten();
+        for (reason, count) in Skip::LABELS.iter().zip(skipped) {
             families.add(&LIBRARIES_SKIPPED, &[name, reason], count as f64);
         }
         families.add(&SERIES, &[name], (families.series() - before) as f64);
         families.add(&SCRAPE_SECONDS, &[name], begin.elapsed().as_secs_f64());
     }
-    running.follow();
-    for (state, label) in State::LABELS {
-        families.add(
-            &SIGNAL_STATE,
-            &[name, label],
-            f64::from(u8::from(state == running.state())),
-        );
+    render_health(running, families);
+}
+
+/// Renders what has become of a signal, its hooks and its programs.
+fn render_health(running: &Running, families: &mut Families) {
+    let name = running.entry.name;
+    let state = running.state();
+    for (each, label) in State::LABELS {
+        let is_in = f64::from(u8::from(each == state));
+        families.add(&SIGNAL_STATE, &[name, label], is_in);
     }
-    for hook in &running.attempt.hooks {
-        families.add(
-            &HOOK_INFO,
-            &[name, hook.name, hook.method.label(), hook.reason.label()],
-            1.0,
-        );
+    for hook in &running.status.hooks {
+        let labels = [name, hook.name, hook.method.label(), hook.reason.label()];
+        families.add(&HOOK_INFO, &labels, 1.0);
     }
     for (reason, events) in running.lost() {
         families.add(&LOST_EVENTS, &[name, reason], events as f64);
     }
-    for (program, runs) in running.programs().iter().filter(|(_, runs)| runs.runs > 0) {
+    for (program, runs) in running.health.runs.iter().filter(|(_, runs)| runs.runs > 0) {
+        let seconds = runs.nanoseconds as f64 / 1e9;
         families.add(&PROGRAM_RUNS, &[name, program], runs.runs as f64);
-        families.add(
-            &PROGRAM_RUN_SECONDS,
-            &[name, program],
-            runs.nanoseconds as f64 / 1e9,
-        );
+        families.add(&PROGRAM_RUN_SECONDS, &[name, program], seconds);
     }
 }
 

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use chandra::{args::Args, families::Kind, reference, scrape, signals::SIGNALS};
+use chandra::{VERSION, args::Args, families::Kind, reference, scrape, signals::SIGNALS};
 use clap::CommandFactory;
 use common::{Exporter, Pod, Scrape, build, may_trace, run, skip, succeeds, write_pods};
 
@@ -742,10 +742,7 @@ fn the_reference_and_the_version_are_printed_and_help_names_every_flag() {
         out
     };
     assert_eq!(print(&["metrics"]), reference::markdown());
-    assert_eq!(
-        print(&["--version"]),
-        format!("chandra {}\n", scrape::VERSION)
-    );
+    assert_eq!(print(&["--version"]), format!("chandra {}\n", VERSION));
     let help = print(&["--help"]);
     let command = Args::command();
     for argument in command.get_arguments() {

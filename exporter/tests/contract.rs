@@ -12,10 +12,10 @@ use std::{
 use chandra::{
     args::Args,
     families::{Desc, Families, Kind, POD},
+    hook::{Method, Reason},
     kernel::{Hierarchy, Kernel},
     ledger::{Ledger, Opening},
     pods::{Place, Pods, Record, Source},
-    probe::{Method, Reason},
     reference,
     scrape::{self, Exporter},
     server::Site,
@@ -25,7 +25,9 @@ use chandra::{
             pending::Pending,
             ranks::{Ranks, Reading},
         },
-        rdma, tcp,
+        rdma,
+        running::{self, Running},
+        tcp,
     },
 };
 use clap::Parser;
@@ -188,23 +190,20 @@ fn the_declared_label_values_are_those_that_the_code_produces() {
         [&in_kernel[..], &["recursion", "read_failed"]].concat()
     );
     for running in failed_signals() {
-        let produced: Vec<_> = running.lost().iter().map(|(reason, _)| *reason).collect();
+        let produced: Vec<_> = running.lost().map(|(reason, _)| reason).collect();
         assert_eq!(produced, reasons, "{}", running.entry.name);
     }
 }
 
 /// The signals on a kernel without BTF: none attaches, whatever the host is.
-fn failed_signals() -> Vec<scrape::Running> {
+fn failed_signals() -> Vec<Running> {
     let mut kernel = Kernel::read();
     kernel.btf = Err("this kernel has no BTF".to_owned());
-    scrape::attach(
-        &kernel,
-        &[],
-        Options {
-            max_owners: 1200,
-            ..Options::default()
-        },
-    )
+    let options = Options {
+        max_owners: 1200,
+        ..Options::default()
+    };
+    running::attach(&kernel, &[], &options)
 }
 
 #[test]
@@ -332,7 +331,7 @@ fn a_signals_word_is_a_file_in_every_layer_and_no_file_lacks_its_signal() {
         ("exporter-common/src", ".rs", &["lib", "histogram"][..]),
         ("exporter-ebpf/src/bin", ".rs", &[]),
         ("exporter-ebpf/objects", ".o", &[]),
-        ("exporter/src/signals", ".rs", &["mod"]),
+        ("exporter/src/signals", ".rs", &["mod", "running"]),
         ("exporter/tests/golden", ".prom", &["exporter"]),
     ] {
         let mut found = BTreeSet::new();

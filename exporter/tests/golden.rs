@@ -14,11 +14,12 @@ use std::{
 };
 
 use chandra::{
+    VERSION,
     args::Args,
     families::{Desc, Families, Kind, POD},
     kernel::{Hierarchy, Kernel},
     pods::{Labels, Owner, Pods, Resolution},
-    scrape::{self, Exporter, VERSION},
+    scrape::{self, Exporter},
     server::Site,
     signals::{
         Options, SIGNALS, encryption, gpu, nccl,
@@ -26,7 +27,7 @@ use chandra::{
             pending::Pending,
             ranks::{Ranks, Reading},
         },
-        rdma, tcp,
+        rdma, running, tcp,
     },
 };
 use clap::Parser;
@@ -261,14 +262,11 @@ fn encryption_page() -> String {
 fn exporter_page() -> String {
     let mut kernel = Kernel::read();
     kernel.btf = Err("this kernel has no BTF".to_owned());
-    let mut signals = scrape::attach(
-        &kernel,
-        &[],
-        Options {
-            max_owners: 1,
-            ..Options::default()
-        },
-    );
+    let options = Options {
+        max_owners: 1,
+        ..Options::default()
+    };
+    let mut signals = running::attach(&kernel, &[], &options);
     signals.retain(|running| running.entry.name == "tcp");
     let args = Args::try_parse_from(["chandra", "--pods", "pods.json"]).expect("valid flags");
     let pods = Pods::new(&args.serve.source(), Duration::from_secs(300));

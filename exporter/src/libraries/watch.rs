@@ -25,11 +25,7 @@ use super::{
     helper::{Answer, Ask, Helper, Silence, Stuck},
     maps::{Interest, Mapped},
 };
-use crate::{
-    lock::lock,
-    pods::cgroups,
-    probe::{Reason, Room},
-};
+use crate::{hook::Reason, lock::lock, pods::cgroups, probe::Room};
 
 /// How often processes are looked for.
 const LOOK_EVERY: Duration = Duration::from_secs(1);

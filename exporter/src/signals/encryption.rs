@@ -42,16 +42,17 @@ use exporter_common::{
 
 use super::{
     Attempt, Entry, Follower, Options, Read, Scope, Signal, State, Status, entries, follow_modules,
-    monotonic, no_losses, removed,
+    monotonic, removed,
 };
 use crate::{
     capabilities::{BPF, KPROBES, PERFMON},
     families::{Desc, Families, Kind},
+    hook::{Program, Reason, Target},
     kernel::{Kernel, btf::Btf, symbols},
     ledger::{Attribution, Ledger, Opening, PATIENCE},
     lock::{lock, try_lock},
     pods::{Drain, Labels, Owner, Resolution, View},
-    probe::{self, Attached, Constants, Method, Need, Program, Reason, Runs},
+    probe::{self, Attached, Constants, Health},
 };
 
 /// The signal.
@@ -220,143 +221,88 @@ const STATE: &[&str] = &[
     "OFF_STATE_NET",
 ];
 
-const fn probe(
-    name: &'static str,
-    method: Method,
-    functions: &'static [&'static str],
-    needs: &'static [&'static str],
-) -> Program {
-    Program {
-        name,
-        method,
-        functions,
-        need: Need::IfThere,
-        needs,
-    }
-}
-
 /// Where a packet begins is attached after where it ends, or its end would be taken for another's.
 const PROGRAMS: &[Program] = &[
-    probe(
+    Program::if_there(
         "wireguard_encrypt_return",
-        Method::Kretprobe,
-        &["encrypt_packet"],
-        PACKET,
-    ),
-    probe(
-        "wireguard_encrypt",
-        Method::Kprobe,
-        &["encrypt_packet"],
-        PACKET,
-    ),
-    probe(
+        Target::Kretprobe(&["encrypt_packet"]),
+    )
+    .needing(PACKET),
+    Program::if_there("wireguard_encrypt", Target::Kprobe(&["encrypt_packet"])).needing(PACKET),
+    Program::if_there(
         "wireguard_decrypt_return",
-        Method::Kretprobe,
-        &["decrypt_packet"],
-        PACKET,
-    ),
-    probe(
-        "wireguard_decrypt",
-        Method::Kprobe,
-        &["decrypt_packet"],
-        PACKET,
-    ),
-    probe(
+        Target::Kretprobe(&["decrypt_packet"]),
+    )
+    .needing(PACKET),
+    Program::if_there("wireguard_decrypt", Target::Kprobe(&["decrypt_packet"])).needing(PACKET),
+    Program::if_there(
         "wireguard_session_return",
-        Method::Kretprobe,
-        &["wg_noise_handshake_begin_session"],
-        NETDEV,
-    ),
-    probe(
+        Target::Kretprobe(&["wg_noise_handshake_begin_session"]),
+    )
+    .needing(NETDEV),
+    Program::if_there(
         "wireguard_session",
-        Method::Kprobe,
-        &["wg_noise_handshake_begin_session"],
-        NETDEV,
-    ),
-    probe(
+        Target::Kprobe(&["wg_noise_handshake_begin_session"]),
+    )
+    .needing(NETDEV),
+    Program::if_there(
         "wireguard_initiation_return",
-        Method::Kretprobe,
-        &["wg_noise_handshake_create_initiation"],
-        NETDEV,
-    ),
-    probe(
+        Target::Kretprobe(&["wg_noise_handshake_create_initiation"]),
+    )
+    .needing(NETDEV),
+    Program::if_there(
         "wireguard_initiation",
-        Method::Kprobe,
-        &["wg_noise_handshake_create_initiation"],
-        NETDEV,
-    ),
-    probe(
+        Target::Kprobe(&["wg_noise_handshake_create_initiation"]),
+    )
+    .needing(NETDEV),
+    Program::if_there(
         "wireguard_complete",
-        Method::Kprobe,
-        &["wg_timers_handshake_complete"],
-        NETDEV,
-    ),
-    probe(
+        Target::Kprobe(&["wg_timers_handshake_complete"]),
+    )
+    .needing(NETDEV),
+    Program::if_there(
         "wireguard_expired",
-        Method::Kprobe,
-        &["wg_packet_send_queued_handshake_initiation"],
-        NETDEV,
-    ),
-    probe(
+        Target::Kprobe(&["wg_packet_send_queued_handshake_initiation"]),
+    )
+    .needing(NETDEV),
+    Program::if_there(
         "esp_encrypt_return",
-        Method::Kretprobe,
-        &["esp_output_tail", "esp6_output_tail"],
-        ESP,
-    ),
-    probe(
+        Target::Kretprobe(&["esp_output_tail", "esp6_output_tail"]),
+    )
+    .needing(ESP),
+    Program::if_there(
         "esp_encrypt",
-        Method::Kprobe,
-        &["esp_output_tail", "esp6_output_tail"],
-        ESP,
-    ),
-    probe(
+        Target::Kprobe(&["esp_output_tail", "esp6_output_tail"]),
+    )
+    .needing(ESP),
+    Program::if_there(
         "esp_decrypted_return",
-        Method::Kretprobe,
-        &["esp_input_done2", "esp6_input_done2"],
-        ESP,
-    ),
-    probe(
+        Target::Kretprobe(&["esp_input_done2", "esp6_input_done2"]),
+    )
+    .needing(ESP),
+    Program::if_there(
         "esp_decrypted",
-        Method::Kprobe,
-        &["esp_input_done2", "esp6_input_done2"],
-        ESP,
-    ),
-    probe(
-        "esp_decrypt",
-        Method::Kprobe,
-        &["esp_input", "esp6_input"],
-        ESP,
-    ),
-    probe(
-        "association_added",
-        Method::Kretprobe,
-        &["xfrm_state_add"],
-        STATE,
-    ),
-    probe(
+        Target::Kprobe(&["esp_input_done2", "esp6_input_done2"]),
+    )
+    .needing(ESP),
+    Program::if_there("esp_decrypt", Target::Kprobe(&["esp_input", "esp6_input"])).needing(ESP),
+    Program::if_there("association_added", Target::Kretprobe(&["xfrm_state_add"])).needing(STATE),
+    Program::if_there(
         "association_updated",
-        Method::Kretprobe,
-        &["xfrm_state_update"],
-        STATE,
-    ),
-    probe(
+        Target::Kretprobe(&["xfrm_state_update"]),
+    )
+    .needing(STATE),
+    Program::if_there(
         "association_deleted",
-        Method::Kretprobe,
-        &["__xfrm_state_delete"],
-        STATE,
-    ),
-    probe(
+        Target::Kretprobe(&["__xfrm_state_delete"]),
+    )
+    .needing(STATE),
+    Program::if_there(
         "association",
-        Method::Kprobe,
-        &["xfrm_state_add", "xfrm_state_update", "__xfrm_state_delete"],
-        STATE,
-    ),
-    probe(
-        "association_expired",
-        Method::Kprobe,
-        &["km_state_expired"],
-        STATE,
-    ),
+        Target::Kprobe(&["xfrm_state_add", "xfrm_state_update", "__xfrm_state_delete"]),
+    )
+    .needing(STATE),
+    Program::if_there("association_expired", Target::Kprobe(&["km_state_expired"])).needing(STATE),
 ];
 
 /// The modules whose functions are hooked, and what each cannot do without.
@@ -425,8 +371,8 @@ fn resolve(constants: &mut Constants<'_>, kernel: &Kernel, settings: &Settings) 
     constants.set("PORT_GENEVE", u32::from(settings.geneve_port));
 }
 
-fn attach(kernel: &Kernel, options: Options) -> Attempt {
-    Attempt::following(Encryption::new(kernel, &options))
+fn attach(kernel: &Kernel, options: &Options) -> Attempt {
+    Attempt::following(Encryption::new(kernel, options))
 }
 
 /// The object at work.
@@ -966,8 +912,7 @@ struct Encryption {
     counted: HashMap<(&'static str, String), Instant>,
     peers: Peers,
     status: Status,
-    lost: Vec<(&'static str, u64)>,
-    runs: Vec<(String, Runs)>,
+    health: Health,
 }
 
 impl Drop for Encryption {
@@ -980,7 +925,7 @@ impl Encryption {
     fn new(kernel: &Kernel, options: &Options) -> anyhow::Result<Self> {
         let mut core = Core {
             live: None,
-            status: Status::absent(),
+            status: Status::bare(State::Absent),
             settings: options.encryption,
             loads: [None; MODULES.len()],
             looks: 0,
@@ -1008,8 +953,7 @@ impl Encryption {
             counted: HashMap::new(),
             peers: Peers::default(),
             status,
-            lost: no_losses(),
-            runs: Vec::new(),
+            health: Health::default(),
         })
     }
 }
@@ -1189,8 +1133,7 @@ impl Signal for Encryption {
         }
         self.read_interfaces(live, &core.interfaces, scope)?;
         self.read_peers(live, &core.host, scope)?;
-        self.lost = live.attached.lost()?;
-        self.runs = live.attached.runs();
+        self.health = live.attached.health()?;
         Ok(Read::Now)
     }
 
@@ -1206,12 +1149,8 @@ impl Signal for Encryption {
         self.ledger.attribution()
     }
 
-    fn lost(&self) -> anyhow::Result<Vec<(&'static str, u64)>> {
-        Ok(self.lost.clone())
-    }
-
-    fn runs(&self) -> Vec<(String, Runs)> {
-        self.runs.clone()
+    fn health(&self) -> anyhow::Result<Health> {
+        Ok(self.health.clone())
     }
 
     fn drain(&self) -> Option<Arc<dyn Drain>> {

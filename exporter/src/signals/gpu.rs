@@ -38,18 +38,18 @@ use exporter_common::gpu::{DELAY, DRIVERS, Delays, Driver, Process, Thread};
 use jobs::Jobs;
 
 use super::{
-    Attempt, Entry, Follower, Options, Read, Scope, Signal, State, Status, entries, follow,
-    no_losses, removed,
+    Attempt, Entry, Follower, Options, Read, Scope, Signal, State, Status, entries, follow, removed,
 };
 use crate::{
     capabilities::{BPF, CUDA_LIBRARIES, CUDA_UPROBES, DEVICES, KPROBES, PERFMON},
     families::{Desc, Families, Kind},
+    hook::{Hook, Method, Program, Reason, Target},
     kernel::Kernel,
     ledger::{Attribution, Ledger, Opening, Shown},
     libraries::Skipped,
     lock::{lock, try_lock},
     pods::Labels,
-    probe::{self, Attached, Constants, Hook, Method, Need, Program, Reason, Runs},
+    probe::{self, Attached, Constants, Health},
 };
 
 /// The signal.
@@ -113,56 +113,26 @@ const TASK: &[&str] = &[
 ];
 
 const PROGRAMS: &[Program] = &[
-    Program {
-        name: "sched_process_exit",
-        method: Method::TpBtf,
-        functions: &[],
-        need: Need::Required,
-        needs: TASK,
-    },
-    Program {
-        name: "sched_process_fork",
-        method: Method::TpBtf,
-        functions: &[],
-        need: Need::Wanted,
-        needs: &["OFF_TASK_TGID"],
-    },
-    Program {
-        name: "open_files",
-        method: Method::Iter,
-        functions: &["task_file"],
-        need: Need::Required,
-        needs: &[
-            "OFF_TASK_TGID",
-            "OFF_FILE_INODE",
-            "OFF_INODE_MODE",
-            "OFF_INODE_RDEV",
-        ],
-    },
-    Program {
-        name: "device_open",
-        method: Method::Kprobe,
-        functions: &["chrdev_open"],
-        need: Need::Wanted,
-        needs: &["OFF_INODE_RDEV"],
-    },
-    Program {
-        name: "sched_switch",
-        method: Method::TpBtf,
-        functions: &[],
-        need: Need::Required,
-        needs: &[
-            "OFF_TASK_TGID",
-            "OFF_TASK_PID",
-            "OFF_TASK_FLAGS",
-            "OFF_QUEUED",
-            "OFF_RUN_DELAY",
-            "OFF_ARRIVALS",
-            "OFF_TASK_CFS_RQ",
-            "OFF_CFS_RQ_RQ",
-            "OFF_RQ_CLOCK",
-        ],
-    },
+    Program::required("sched_process_exit", Target::TpBtf).needing(TASK),
+    Program::wanted("sched_process_fork", Target::TpBtf).needing(&["OFF_TASK_TGID"]),
+    Program::required("open_files", Target::Iter("task_file")).needing(&[
+        "OFF_TASK_TGID",
+        "OFF_FILE_INODE",
+        "OFF_INODE_MODE",
+        "OFF_INODE_RDEV",
+    ]),
+    Program::wanted("device_open", Target::Kprobe(&["chrdev_open"])).needing(&["OFF_INODE_RDEV"]),
+    Program::required("sched_switch", Target::TpBtf).needing(&[
+        "OFF_TASK_TGID",
+        "OFF_TASK_PID",
+        "OFF_TASK_FLAGS",
+        "OFF_QUEUED",
+        "OFF_RUN_DELAY",
+        "OFF_ARRIVALS",
+        "OFF_TASK_CFS_RQ",
+        "OFF_CFS_RQ_RQ",
+        "OFF_RQ_CLOCK",
+    ]),
 ];
 
 fn resolve(constants: &mut Constants<'_>) {
@@ -375,11 +345,8 @@ trait Part: Send + Sync {
     /// How well events found their owners.
     fn attribution(&self) -> Attribution;
 
-    /// Events that were lost, by [`exporter_common::Loss`]; nothing where no object is loaded.
-    fn lost(&self) -> Vec<(&'static str, u64)>;
-
-    /// The kernel's own account of each loaded program.
-    fn runs(&self) -> Vec<(String, Runs)>;
+    /// What its kernel half tells of itself.
+    fn health(&self) -> Health;
 
     /// What of libraries was not looked at, if it looks into them.
     fn skipped(&self) -> Option<Skipped> {
@@ -425,7 +392,7 @@ impl Follower for Core {
         }
         self.devices = devices;
         if self.live.is_none() && self.devices.is_empty() {
-            self.status = Status::absent();
+            self.status = Status::bare(State::Absent);
         }
         self.note(troubles);
     }
@@ -471,8 +438,8 @@ impl Core {
     }
 }
 
-fn attach(kernel: &Kernel, options: Options) -> Attempt {
-    Attempt::following(Gpu::new(kernel, &options))
+fn attach(kernel: &Kernel, options: &Options) -> Attempt {
+    Attempt::following(Gpu::new(kernel, options))
 }
 
 type Parts = Arc<[Box<dyn Part>]>;
@@ -488,15 +455,14 @@ struct Gpu {
     ledger: Ledger<u64, SLOTS>,
     max_owners: usize,
     processes: BTreeMap<Labels, Processes>,
-    lost: Vec<(&'static str, u64)>,
-    runs: Vec<(String, Runs)>,
+    health: Health,
 }
 
 impl Gpu {
     fn new(kernel: &Kernel, options: &Options) -> anyhow::Result<Self> {
         let mut core = Core {
             live: None,
-            status: Status::absent(),
+            status: Status::bare(State::Absent),
             settings: options.gpu.clone(),
             places: Places::default(),
             devices: BTreeMap::new(),
@@ -533,8 +499,7 @@ impl Gpu {
             ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
             max_owners: options.max_owners,
             processes: BTreeMap::new(),
-            lost: no_losses(),
-            runs: Vec::new(),
+            health: Health::default(),
         })
     }
 }
@@ -582,8 +547,7 @@ impl Signal for Gpu {
                 *count += u64::from(process.drivers >> driver & 1);
             }
         }
-        self.lost = live.attached.lost()?;
-        self.runs = live.attached.runs();
+        self.health = live.attached.health()?;
         Ok(read)
     }
 
@@ -601,20 +565,12 @@ impl Signal for Gpu {
         parts.fold(self.ledger.attribution(), Attribution::plus)
     }
 
-    fn lost(&self) -> anyhow::Result<Vec<(&'static str, u64)>> {
-        let mut lost = self.lost.clone();
+    fn health(&self) -> anyhow::Result<Health> {
+        let mut all = self.health.clone();
         for part in self.parts.iter() {
-            // Each has the same reasons in the same order, or none.
-            for (all, (_, of_part)) in lost.iter_mut().zip(part.lost()) {
-                all.1 += of_part;
-            }
+            all += part.health();
         }
-        Ok(lost)
-    }
-
-    fn runs(&self) -> Vec<(String, Runs)> {
-        let parts = self.parts.iter().flat_map(|part| part.runs());
-        self.runs.iter().cloned().chain(parts).collect()
+        Ok(all)
     }
 
     fn status(&self) -> Option<Status> {

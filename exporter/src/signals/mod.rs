@@ -5,6 +5,7 @@ pub mod encryption;
 pub mod gpu;
 pub mod nccl;
 pub mod rdma;
+pub mod running;
 pub mod tcp;
 
 use std::{
@@ -23,17 +24,18 @@ use aya::{
     Pod,
     maps::{HashMap, MapData, MapError},
 };
-use exporter_common::Loss;
+use serde::Serialize;
 
 use crate::{
     capabilities::Need,
     families::{Desc, Families},
+    hook::Hook,
     kernel::{Kernel, uevents::Uevents},
     ledger::{Attribution, Ledger},
     libraries::{Gate, Skipped},
     lock::lock,
     pods::{Drain, Resolution, View},
-    probe::{Attached, Hook, Outcome, Runs},
+    probe::{Attached, Health, Outcome},
 };
 
 /// Every signal, in the order of the page.
@@ -60,7 +62,7 @@ pub struct Entry {
     /// The capabilities that it takes.
     pub needs: &'static [Need],
     /// Loads and attaches it.
-    pub attach: fn(&Kernel, Options) -> Attempt,
+    pub attach: fn(&Kernel, &Options) -> Attempt,
 }
 
 /// What every signal is told at attach.
@@ -84,8 +86,8 @@ pub struct Options {
     pub show_paths: bool,
 }
 
-/// What has become of a signal.
-#[derive(Clone, Debug)]
+/// What has become of a signal: what `/metrics`, the page for people and `chandra check` tell.
+#[derive(Clone, Debug, Serialize)]
 pub struct Status {
     /// Up, absent or failed.
     pub state: State,
@@ -98,10 +100,10 @@ pub struct Status {
 }
 
 impl Status {
-    /// That of a signal whose modules are not loaded.
-    fn absent() -> Self {
+    /// That of a signal of which nothing else is known.
+    fn bare(state: State) -> Self {
         Self {
-            state: State::Absent,
+            state,
             hooks: Vec::new(),
             notes: Vec::new(),
             found: Vec::new(),
@@ -110,7 +112,8 @@ impl Status {
 }
 
 /// The label `state` of `chandra_signal_state`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum State {
     /// It works, perhaps with less than everything (see its hooks).
     Up,
@@ -139,14 +142,8 @@ impl State {
 
 /// What came of attaching a signal.
 pub struct Attempt {
-    /// Up, absent or failed.
-    pub state: State,
-    /// Its hooks.
-    pub hooks: Vec<Hook>,
-    /// What works with less, for people.
-    pub notes: Vec<String>,
-    /// What it has found on this host, for people.
-    pub found: Vec<String>,
+    /// What has become of it.
+    pub status: Status,
     /// The signal, where it is up.
     pub signal: Option<Box<dyn Signal>>,
 }
@@ -155,10 +152,7 @@ impl Attempt {
     /// A signal that was not attached on purpose.
     pub fn without(state: State) -> Self {
         Self {
-            state,
-            hooks: Vec::new(),
-            notes: Vec::new(),
-            found: Vec::new(),
+            status: Status::bare(state),
             signal: None,
         }
     }
@@ -185,34 +179,28 @@ impl Attempt {
         } else {
             State::Failed
         };
-        Self {
-            state,
+        let status = Status {
             hooks,
             notes,
-            found: Vec::new(),
-            signal,
-        }
+            ..Status::bare(state)
+        };
+        Self { status, signal }
     }
-}
 
-impl Attempt {
     /// A signal that tells by itself what has become of it, or why it could not begin.
     fn following<S: Signal + 'static>(begun: anyhow::Result<S>) -> Self {
         match begun {
-            Ok(signal) => {
-                let status = signal.status().unwrap_or_else(Status::absent);
-                Self {
-                    state: status.state,
-                    hooks: status.hooks,
-                    notes: status.notes,
-                    found: status.found,
-                    signal: Some(Box::new(signal)),
-                }
-            }
-            Err(error) => Self {
-                notes: vec![format!("{error:#}")],
-                ..Self::without(State::Failed)
+            Ok(signal) => Self {
+                status: signal
+                    .status()
+                    .unwrap_or_else(|| Status::bare(State::Absent)),
+                signal: Some(Box::new(signal)),
             },
+            Err(error) => {
+                let mut failed = Self::without(State::Failed);
+                failed.status.notes.push(format!("{error:#}"));
+                failed
+            }
         }
     }
 }
@@ -304,11 +292,6 @@ pub enum Read {
     Now,
     /// What it reads is held by who attaches to it: what was read before stands.
     Before,
-}
-
-/// The losses of a signal that has lost nothing.
-fn no_losses() -> Vec<(&'static str, u64)> {
-    Loss::LABELS.iter().map(|(_, label)| (*label, 0)).collect()
 }
 
 /// What a signal reads against: the pods, frozen for one scrape.
@@ -419,14 +402,11 @@ pub trait Signal: Send {
     /// How well events found their owners.
     fn attribution(&self) -> Attribution;
 
-    /// Events lost in the kernel half, by [`exporter_common::Loss`].
+    /// What its kernel half tells of itself.
     ///
     /// # Errors
-    /// When the map cannot be read.
-    fn lost(&self) -> anyhow::Result<Vec<(&'static str, u64)>>;
-
-    /// The kernel's own account of each loaded program.
-    fn runs(&self) -> Vec<(String, Runs)>;
+    /// When a map cannot be read.
+    fn health(&self) -> anyhow::Result<Health>;
 
     /// What has to be done before addresses of pods change hands, for a signal that counts by address.
     fn drain(&self) -> Option<Arc<dyn Drain>> {

@@ -30,10 +30,13 @@ use std::{
 
 use anyhow::Context;
 use aya::include_bytes_aligned;
-use exporter_common::nccl::{
-    ANY_PROCESS, CALL, COLLECTIVES, Communicator, GRAPH_SLOT, Group, Handle, INIT, LEARNT, Layout,
-    NUMBERED, OPERATIONS, PHASES, SLOTS, SOURCES, Seat, Source, WAIT, call_slots, duration_slots,
-    init_slots, wait_slots,
+use exporter_common::{
+    Loss,
+    nccl::{
+        ANY_PROCESS, CALL, COLLECTIVES, Communicator, GRAPH_SLOT, Group, Handle, INIT, LEARNT,
+        Layout, NUMBERED, OPERATIONS, PHASES, SLOTS, SOURCES, Seat, Source, WAIT, call_slots,
+        duration_slots, init_slots, wait_slots,
+    },
 };
 
 use live::{Books, Live, sweep};
@@ -44,11 +47,12 @@ use sites::{Kind as Library, Sites};
 
 use super::{
     Attempt, BoundedLog, Entry, Options, Read, Scope, Signal, State, Status, announce, entries,
-    no_losses, removed,
+    removed,
 };
 use crate::{
     capabilities::{BPF, LIBRARIES, PERFMON, UPROBES},
     families::{Desc, Families, Kind},
+    hook::{Hook, Method, Program, Reason, Target},
     kernel::Kernel,
     ledger::{Attribution, Ledger, Opening, PATIENCE},
     libraries::{
@@ -58,7 +62,7 @@ use crate::{
     },
     lock::{lock, try_lock},
     pods::Labels,
-    probe::{self, Attached, FileLink, Hook, Method, Need, Program, Reason, Runs},
+    probe::{self, Attached, FileLink, Health},
 };
 
 /// The signal.
@@ -182,15 +186,9 @@ static GRAPHS: Desc = Desc {
 };
 
 fn programs() -> Vec<Program> {
-    let program = |(name, is_return)| Program {
-        name,
-        method: match is_return {
-            true => Method::Uretprobe,
-            false => Method::Uprobe,
-        },
-        functions: &[],
-        need: Need::Required,
-        needs: &[],
+    let program = |(name, is_return)| match is_return {
+        true => Program::required(name, Target::Uretprobe),
+        false => Program::required(name, Target::Uprobe),
     };
     sites::programs().map(program).collect()
 }
@@ -266,7 +264,7 @@ impl Core {
             failed: Vec::new(),
             trouble: None,
             log: BoundedLog::new("nccl"),
-            logged: Status::absent(),
+            logged: Status::bare(State::Absent),
         }
     }
 
@@ -532,8 +530,8 @@ impl Core {
     }
 }
 
-fn attach(kernel: &Kernel, options: Options) -> Attempt {
-    Attempt::following(Nccl::new(kernel, &options))
+fn attach(kernel: &Kernel, options: &Options) -> Attempt {
+    Attempt::following(Nccl::new(kernel, options))
 }
 
 struct Nccl {
@@ -547,8 +545,7 @@ struct Nccl {
     ledger: Ledger<u64, SLOTS>,
     ranks: Ranks,
     pending: Pending,
-    lost: Vec<(&'static str, u64)>,
-    runs: Vec<(String, Runs)>,
+    health: Health,
 }
 
 /// What who attaches tells who reads.
@@ -562,7 +559,7 @@ impl Nccl {
         let watch = Watch::start("nccl", watched(), None, &options.gate)?;
         let books = Books::default();
         let mut core = Core::new(watch, options.show_paths, Arc::clone(&books));
-        let mut status = Status::absent();
+        let mut status = Status::bare(State::Absent);
         let at_once = options.gate.is_open();
         if at_once {
             status = core.follow(|| kernel.clone());
@@ -597,8 +594,7 @@ impl Nccl {
             ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
             ranks: Ranks::new(options.max_owners),
             pending: Pending::default(),
-            lost: no_losses(),
-            runs: Vec::new(),
+            health: Health::default(),
         })
     }
 }
@@ -678,14 +674,8 @@ impl Signal for Nccl {
         self.book_ranks(live, &known, &naming, scope)?;
         self.pending
             .find(live, &known, &naming, &self.ranks, self.max_owners, scope)?;
-        self.lost = live.counters.lost()?;
-        let (_, label) = exporter_common::Loss::LABELS[exporter_common::Loss::Untimed as usize];
-        for (reason, count) in &mut self.lost {
-            if *reason == label {
-                *count += live.unpaired;
-            }
-        }
-        self.runs = live.counters.runs();
+        self.health = live.counters.health()?;
+        self.health.losses[Loss::Untimed] += live.unpaired;
         Ok(Read::Now)
     }
 
@@ -699,12 +689,8 @@ impl Signal for Nccl {
         self.ledger.attribution()
     }
 
-    fn lost(&self) -> anyhow::Result<Vec<(&'static str, u64)>> {
-        Ok(self.lost.clone())
-    }
-
-    fn runs(&self) -> Vec<(String, Runs)> {
-        self.runs.clone()
+    fn health(&self) -> anyhow::Result<Health> {
+        Ok(self.health.clone())
     }
 
     fn status(&self) -> Option<Status> {

@@ -50,6 +50,7 @@ use super::{
 use crate::{
     capabilities::{BPF, NAMESPACES, NAMESPACES_OF_OTHERS, PERFMON},
     families::{Desc, Families, Kind},
+    hook::{Hook, Method, Program, Reason, Target},
     kernel::{
         Kernel,
         btf::Btf,
@@ -58,7 +59,7 @@ use crate::{
     ledger::{Attribution, Ledger, Names, OTHER, Opening, Shown},
     lock::try_lock,
     pods::{Labels, Resolution},
-    probe::{self, Attached, Constants, Hook, Method, Need, Program, Reason, Runs},
+    probe::{self, Attached, Constants, Health},
 };
 
 /// The signal.
@@ -294,75 +295,53 @@ static AGE: Desc = Desc {
     source: "the exporter's clock; grows while the device does not answer",
 };
 
-const fn kprobe(name: &'static str, functions: &'static [&'static str]) -> Program {
-    Program {
-        name,
-        method: Method::Kprobe,
-        functions,
-        need: Need::Wanted,
-        needs: &[],
-    }
-}
-
-const fn kretprobe(name: &'static str, functions: &'static [&'static str]) -> Program {
-    Program {
-        method: Method::Kretprobe,
-        ..kprobe(name, functions)
-    }
-}
-
-const fn required(program: Program) -> Program {
-    Program {
-        need: Need::Required,
-        ..program
-    }
-}
-
-const fn if_there(program: Program) -> Program {
-    Program {
-        need: Need::IfThere,
-        ..program
-    }
-}
-
 /// What ends a pair, on every kernel. Attached before what begins one: a pair whose end was not seen would keep its number
 /// and address.
 const DESTROY: &[Program] = &[
-    required(kprobe("destroy", &["ib_destroy_qp_user"])),
-    required(kretprobe("destroy_return", &["ib_destroy_qp_user"])),
+    Program::required("destroy", Target::Kprobe(&["ib_destroy_qp_user"])),
+    Program::required("destroy_return", Target::Kretprobe(&["ib_destroy_qp_user"])),
 ];
 
 /// What else every kernel has.
 const PROGRAMS: &[Program] = &[
-    required(kprobe("modify_user", &["ib_modify_qp_with_udata"])),
-    kprobe("modify_kernel", &["ib_modify_qp"]),
-    required(kretprobe(
+    Program::required("modify_user", Target::Kprobe(&["ib_modify_qp_with_udata"])),
+    Program::wanted("modify_kernel", Target::Kprobe(&["ib_modify_qp"])),
+    Program::required(
         "modify_return",
-        &["ib_modify_qp_with_udata", "ib_modify_qp"],
-    )),
-    kprobe("qp_event", &["ib_uverbs_qp_event_handler"]),
-    kprobe("resolve_addr", &["rdma_resolve_addr"]),
-    kretprobe("resolve_addr_return", &["rdma_resolve_addr"]),
-    kprobe("resolve_route", &["rdma_resolve_route"]),
-    kretprobe("resolve_route_return", &["rdma_resolve_route"]),
-    kprobe("cm_event", &["cma_cm_event_handler"]),
-    kprobe("destroy_id", &["rdma_destroy_id"]),
-    kprobe("register", REGISTER),
-    kretprobe("register_return", REGISTER),
-    kprobe("pin_user", &["ib_umem_get", "ib_umem_odp_get"]),
-    if_there(kprobe("pin_user_attr", &["ib_umem_get_attr_or_va"])),
-    if_there(kprobe(
+        Target::Kretprobe(&["ib_modify_qp_with_udata", "ib_modify_qp"]),
+    ),
+    Program::wanted("qp_event", Target::Kprobe(&["ib_uverbs_qp_event_handler"])),
+    Program::wanted("resolve_addr", Target::Kprobe(&["rdma_resolve_addr"])),
+    Program::wanted(
+        "resolve_addr_return",
+        Target::Kretprobe(&["rdma_resolve_addr"]),
+    ),
+    Program::wanted("resolve_route", Target::Kprobe(&["rdma_resolve_route"])),
+    Program::wanted(
+        "resolve_route_return",
+        Target::Kretprobe(&["rdma_resolve_route"]),
+    ),
+    Program::wanted("cm_event", Target::Kprobe(&["cma_cm_event_handler"])),
+    Program::wanted("destroy_id", Target::Kprobe(&["rdma_destroy_id"])),
+    Program::wanted("register", Target::Kprobe(REGISTER)),
+    Program::wanted("register_return", Target::Kretprobe(REGISTER)),
+    Program::wanted(
+        "pin_user",
+        Target::Kprobe(&["ib_umem_get", "ib_umem_odp_get"]),
+    ),
+    Program::if_there("pin_user_attr", Target::Kprobe(&["ib_umem_get_attr_or_va"])),
+    Program::if_there(
         "pin_dmabuf",
-        &[
+        Target::Kprobe(&[
             "ib_umem_dmabuf_get",
             "ib_umem_dmabuf_get_pinned",
             "ib_umem_dmabuf_get_pinned_revocable_and_lock",
-        ],
-    )),
-    if_there(kprobe(
+        ]),
+    ),
+    Program::if_there(
         "pin_dmabuf_for",
-        &["ib_umem_dmabuf_get_pinned_with_dma_device"],
-    )),
+        Target::Kprobe(&["ib_umem_dmabuf_get_pinned_with_dma_device"]),
+    ),
 ];
 
 const REGISTER: &[&str] = &[
@@ -373,8 +352,8 @@ const REGISTER: &[&str] = &[
 
 /// A creation by user space, from 5.15 (commit 514aee660df4).
 const CREATE: &[Program] = &[
-    required(kprobe("create", &["ib_create_qp_user"])),
-    required(kretprobe("create_return", &["ib_create_qp_user"])),
+    Program::required("create", Target::Kprobe(&["ib_create_qp_user"])),
+    Program::required("create_return", Target::Kretprobe(&["ib_create_qp_user"])),
 ];
 
 const HANDLERS: &[&str] = &[
@@ -385,20 +364,20 @@ const HANDLERS: &[&str] = &[
 
 /// What tells a creation by user space before, and the new pair's number where no type does.
 const HANDLE: &[Program] = &[
-    kprobe("create_handler", HANDLERS),
-    kretprobe("create_handler_return", HANDLERS),
+    Program::wanted("create_handler", Target::Kprobe(HANDLERS)),
+    Program::wanted("create_handler_return", Target::Kretprobe(HANDLERS)),
 ];
 
-const SECURITY: &[Program] = &[required(kprobe(
+const SECURITY: &[Program] = &[Program::required(
     "create_security",
-    &["ib_create_qp_security"],
-))];
+    Target::Kprobe(&["ib_create_qp_security"]),
+)];
 
 /// Kernels before 5.15 without CONFIG_SECURITY_INFINIBAND have no function of ib_core that every new pair passes, so each
 /// provider's own is hooked (drivers/infiniband of 5.10).
-const PROVIDERS: &[Program] = &[kretprobe(
+const PROVIDERS: &[Program] = &[Program::wanted(
     "create_provider_return",
-    &[
+    Target::Kretprobe(&[
         "mlx5_ib_create_qp",
         "mlx4_ib_create_qp",
         "irdma_create_qp",
@@ -415,10 +394,13 @@ const PROVIDERS: &[Program] = &[kretprobe(
         "mthca_create_qp",
         "siw_create_qp",
         "rxe_create_qp",
-    ],
+    ]),
 )];
 
-const COPY_TO: &[Program] = &[kprobe("copy_to", &["uverbs_copy_to"])];
+const COPY_TO: &[Program] = &[Program::wanted(
+    "copy_to",
+    Target::Kprobe(&["uverbs_copy_to"]),
+)];
 
 /// Functions of before 5.8 also had the name `ib_create_qp_user`, with other arguments; this one came with its own.
 const CREATE_KERNEL: &str = "ib_create_qp_kernel";
@@ -481,8 +463,8 @@ fn types_of_module(kernel: &Kernel) -> Result<Btf, String> {
     Btf::module("ib_core", Arc::clone(base)).map_err(|error| error.to_string())
 }
 
-fn attach(kernel: &Kernel, options: Options) -> Attempt {
-    Attempt::following(Rdma::new(kernel, &options))
+fn attach(kernel: &Kernel, options: &Options) -> Attempt {
+    Attempt::following(Rdma::new(kernel, options))
 }
 
 /// Totals of the kernel half at one time.
@@ -552,8 +534,7 @@ struct Core {
     /// Readings of objects that were dropped, for the next scrape.
     farewells: Vec<Reading>,
     /// What dropped objects had lost, what was swept up of them included, and run.
-    lost: BTreeMap<&'static str, u64>,
-    runs: BTreeMap<String, Runs>,
+    health: Health,
     swept: u64,
 }
 
@@ -574,7 +555,7 @@ impl Follower for Core {
         self.loads = loads;
         if loads[0].is_none() {
             self.drop_live();
-            self.status = Status::absent();
+            self.status = Status::bare(State::Absent);
             return;
         }
         let kernel = kernel();
@@ -587,7 +568,7 @@ impl Follower for Core {
         if self.live.is_none() && !symbols::settled(MODULES[0]) {
             // On its way in or out: not failed, but to be looked at again.
             self.loads = [None; MODULES.len()];
-            self.status = Status::absent();
+            self.status = Status::bare(State::Absent);
         }
     }
 
@@ -600,13 +581,12 @@ impl Core {
     fn new(owners: Arc<Owners>) -> Self {
         Self {
             live: None,
-            status: Status::absent(),
+            status: Status::bare(State::Absent),
             loads: [None; MODULES.len()],
             looks: 0,
             owners,
             farewells: Vec::new(),
-            lost: BTreeMap::new(),
-            runs: BTreeMap::new(),
+            health: Health::default(),
             swept: 0,
         }
     }
@@ -682,26 +662,14 @@ impl Core {
 
     /// Tells what a scrape shows beside the counts.
     fn tell(&self) -> anyhow::Result<Told> {
-        let mut lost = match &self.live {
-            Some(live) => live.attached.lost()?,
-            None => Loss::LABELS.iter().map(|(_, label)| (*label, 0)).collect(),
-        };
-        let missed = Loss::LABELS[Loss::MissedReturn as usize].1;
-        for (reason, events) in &mut lost {
-            *events += self.lost.get(reason).copied().unwrap_or_default();
-            if *reason == missed {
-                *events += self.swept;
-            }
+        let mut health = self.health.clone();
+        if let Some(live) = &self.live {
+            health += live.attached.health()?;
         }
-        let mut runs = self.runs.clone();
-        for (program, of_live) in self.live.iter().flat_map(|live| live.attached.runs()) {
-            let sum = runs.entry(program).or_default();
-            *sum = sum.plus(of_live);
-        }
+        health.losses[Loss::MissedReturn] += self.swept;
         Ok(Told {
             status: self.status.clone(),
-            lost,
-            runs: runs.into_iter().collect(),
+            health,
         })
     }
 
@@ -715,8 +683,7 @@ impl Core {
         }
         match self.tell() {
             Ok(told) => {
-                self.lost = told.lost.into_iter().collect();
-                self.runs = told.runs.into_iter().collect();
+                self.health = told.health;
                 self.swept = 0;
             }
             Err(error) => tracing::error!("signal rdma: the last losses are lost: {error:#}"),
@@ -757,8 +724,7 @@ struct Rdma {
 #[derive(Clone, Debug)]
 struct Told {
     status: Status,
-    lost: Vec<(&'static str, u64)>,
-    runs: Vec<(String, Runs)>,
+    health: Health,
 }
 
 impl Drop for Rdma {
@@ -1002,12 +968,8 @@ impl Signal for Rdma {
         self.ledger.attribution()
     }
 
-    fn lost(&self) -> anyhow::Result<Vec<(&'static str, u64)>> {
-        Ok(self.last.lost.clone())
-    }
-
-    fn runs(&self) -> Vec<(String, Runs)> {
-        self.last.runs.clone()
+    fn health(&self) -> anyhow::Result<Health> {
+        Ok(self.last.health.clone())
     }
 
     fn status(&self) -> Option<Status> {

@@ -17,10 +17,11 @@ use super::{Attempt, Entry, Options, Read, Scope, Signal};
 use crate::{
     capabilities::{BPF, PERFMON},
     families::{self, Desc, Families},
+    hook::{Program, Target},
     kernel::Kernel,
     ledger::{Attribution, Ledger},
     pods::Labels,
-    probe::{self, Attached, Constants, Method, Need, Program, Runs},
+    probe::{self, Attached, Constants, Health},
 };
 
 /// The signal.
@@ -49,28 +50,16 @@ static RETRANSMITS: Desc = Desc {
 };
 
 const PROGRAMS: &[Program] = &[
-    Program {
-        name: "tcp_retransmit_skb",
-        method: Method::TpBtf,
-        functions: &[],
-        need: Need::Required,
-        needs: &[
-            "OFF_SOCK_STATE",
-            "OFF_CA_STATE",
-            "OFF_PENDING",
-            "OFF_SEGMENTS",
-        ],
-    },
-    Program {
-        name: "tcp_retransmit_synack",
-        method: Method::TpBtf,
-        functions: &[],
-        need: Need::Wanted,
-        needs: &[],
-    },
+    Program::required("tcp_retransmit_skb", Target::TpBtf).needing(&[
+        "OFF_SOCK_STATE",
+        "OFF_CA_STATE",
+        "OFF_PENDING",
+        "OFF_SEGMENTS",
+    ]),
+    Program::wanted("tcp_retransmit_synack", Target::TpBtf),
 ];
 
-fn attach(kernel: &Kernel, options: Options) -> Attempt {
+fn attach(kernel: &Kernel, options: &Options) -> Attempt {
     Attempt::of(
         probe::attach(OBJECT, PROGRAMS, kernel.types(), resolve, kernel),
         |mut attached| {
@@ -140,12 +129,8 @@ impl Signal for Tcp {
         self.ledger.attribution()
     }
 
-    fn lost(&self) -> anyhow::Result<Vec<(&'static str, u64)>> {
-        self.attached.lost()
-    }
-
-    fn runs(&self) -> Vec<(String, Runs)> {
-        self.attached.runs()
+    fn health(&self) -> anyhow::Result<Health> {
+        self.attached.health()
     }
 }
 

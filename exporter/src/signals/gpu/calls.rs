@@ -32,6 +32,7 @@ use super::{
 };
 use crate::{
     families::{Desc, Families, Kind},
+    hook::{Hook, Method, Program, Reason, Target},
     kernel::Kernel,
     ledger::{Attribution, Ledger, Opening},
     libraries::{
@@ -41,9 +42,7 @@ use crate::{
     },
     lock::{lock, try_lock},
     pods::Labels,
-    probe::{
-        self, Attached, Constants, Counters, FileLink, Hook, Method, Need, Program, Reason, Runs,
-    },
+    probe::{self, Attached, Constants, Counters, FileLink, Health},
     signals::{BoundedLog, Options, Read, Scope, entries, removed},
 };
 
@@ -86,24 +85,14 @@ const ENTRIES: [&str; CUDA_CALLS.len()] = [
 
 const RETURN: &str = "cuda_return";
 
-const fn program(name: &'static str, method: Method) -> Program {
-    Program {
-        name,
-        method,
-        functions: &[],
-        need: Need::Required,
-        needs: &[],
-    }
-}
-
 const PROGRAMS: &[Program] = &[
-    program(ENTRIES[0], Method::Uprobe),
-    program(ENTRIES[1], Method::Uprobe),
-    program(ENTRIES[2], Method::Uprobe),
-    program(ENTRIES[3], Method::Uprobe),
-    program(ENTRIES[4], Method::Uprobe),
-    program(ENTRIES[5], Method::Uprobe),
-    program(RETURN, Method::Uretprobe),
+    Program::required(ENTRIES[0], Target::Uprobe),
+    Program::required(ENTRIES[1], Target::Uprobe),
+    Program::required(ENTRIES[2], Target::Uprobe),
+    Program::required(ENTRIES[3], Target::Uprobe),
+    Program::required(ENTRIES[4], Target::Uprobe),
+    Program::required(ENTRIES[5], Target::Uprobe),
+    Program::required(RETURN, Target::Uretprobe),
 ];
 
 fn resolve(constants: &mut Constants<'_>) {
@@ -232,8 +221,7 @@ type Books = Arc<Mutex<Option<Live>>>;
 /// What has been counted.
 struct Account {
     ledger: Ledger<u64, SLOTS>,
-    lost: Vec<(&'static str, u64)>,
-    runs: Vec<(String, Runs)>,
+    health: Health,
 }
 
 /// What who follows tells.
@@ -306,8 +294,7 @@ impl Calls {
             books,
             account: Mutex::new(Account {
                 ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
-                lost: Vec::new(),
-                runs: Vec::new(),
+                health: Health::default(),
             }),
         })
     }
@@ -514,8 +501,7 @@ impl Part for Calls {
         if let Some(live) = &mut *books {
             let mut account = lock(&self.account);
             scope.book(&mut account.ledger, &mut live.calls, |calls| calls.slots)?;
-            account.lost = live.counters.lost()?;
-            account.runs = live.counters.runs();
+            account.health = live.counters.health()?;
         }
         Ok(Read::Now)
     }
@@ -528,12 +514,8 @@ impl Part for Calls {
         lock(&self.account).ledger.attribution()
     }
 
-    fn lost(&self) -> Vec<(&'static str, u64)> {
-        lock(&self.account).lost.clone()
-    }
-
-    fn runs(&self) -> Vec<(String, Runs)> {
-        lock(&self.account).runs.clone()
+    fn health(&self) -> Health {
+        lock(&self.account).health.clone()
     }
 
     fn skipped(&self) -> Option<Skipped> {

@@ -17,16 +17,21 @@ use aya::{
     include_bytes_aligned,
     maps::{self, MapData},
 };
-use exporter_common::gpu::{JOB, Job, Jobs as Totals, NAME, Ring};
+use exporter_common::{
+    Loss,
+    gpu::{JOB, Job, Jobs as Totals, NAME, Ring},
+};
 
 use super::Part;
 use crate::{
     families::{Desc, Families, Kind},
+    hook::{Hook, Method, Program, Reason, Target},
     kernel::{Kernel, tracefs::Tracefs},
     ledger::{Attribution, Ledger, OTHER, Opening},
     lock::{lock, try_lock},
+    losses::Losses,
     pods::Labels,
-    probe::{self, Attached, Constants, Hook, Method, NO_TRACEFS, Need, Program, Reason, Runs},
+    probe::{self, Attached, Constants, Health, NO_TRACEFS},
     signals::{Read, Scope, entries, monotonic, removed},
 };
 
@@ -60,36 +65,30 @@ pub(super) static RUN: Desc = Desc {
 };
 
 const PROGRAMS: &[Program] = &[
-    Program {
-        name: "job_done",
-        method: Method::Tracepoint,
-        functions: &[
+    Program::wanted(
+        "job_done",
+        Target::Tracepoint(&[
             "gpu_scheduler:drm_sched_job_done",
             "gpu_scheduler:drm_sched_process_job",
-        ],
-        need: Need::Wanted,
-        needs: &["OFF_DONE_FENCE"],
-    },
-    Program {
-        name: "job_runs",
-        method: Method::Tracepoint,
-        functions: &[
+        ]),
+    )
+    .needing(&["OFF_DONE_FENCE"]),
+    Program::required(
+        "job_runs",
+        Target::Tracepoint(&[
             "gpu_scheduler:drm_sched_job_run",
             "gpu_scheduler:drm_run_job",
-        ],
-        need: Need::Required,
-        needs: &["OFF_RUN_FENCE"],
-    },
-    Program {
-        name: "job_queued",
-        method: Method::Tracepoint,
-        functions: &[
+        ]),
+    )
+    .needing(&["OFF_RUN_FENCE"]),
+    Program::required(
+        "job_queued",
+        Target::Tracepoint(&[
             "gpu_scheduler:drm_sched_job_queue",
             "gpu_scheduler:drm_sched_job",
-        ],
-        need: Need::Required,
-        needs: &["OFF_QUEUE_FENCE", "OFF_QUEUE_RING"],
-    },
+        ]),
+    )
+    .needing(&["OFF_QUEUE_FENCE", "OFF_QUEUE_RING"]),
 ];
 
 /// Where the records have their fields, by constant; or what is missing. A job is known by its fence's context and number, where
@@ -97,7 +96,8 @@ const PROGRAMS: &[Program] = &[
 fn offsets(tracefs: &Tracefs) -> Vec<(&'static str, Result<u32, String>)> {
     let record = |program: &str| {
         let program = PROGRAMS.iter().find(|each| each.name == program)?;
-        let name = program.functions.iter().find(|name| tracefs.has(name))?;
+        let mut events = program.target.events().iter();
+        let name = events.find(|name| tracefs.has(name))?;
         Some((*name, tracefs.format(name).ok()?))
     };
     let records = ["job_queued", "job_runs", "job_done"].map(record);
@@ -221,9 +221,8 @@ struct Books {
     /// Whether the last attempt to attach failed: it is made once for each time that devices come into use.
     failed: bool,
     /// Losses of objects that were let go of, and of jobs that were forgotten.
-    lost: BTreeMap<&'static str, u64>,
-    losses: Vec<(&'static str, u64)>,
-    runs: Vec<(String, Runs)>,
+    lost: Losses,
+    health: Health,
 }
 
 /// What came of loading the object.
@@ -250,7 +249,7 @@ fn load() -> Option<Loaded> {
             return None;
         }
         let hook = Hook {
-            name: PROGRAMS[0].functions[0],
+            name: PROGRAMS[0].target.events()[0],
             method: Method::Tracepoint,
             reason: Reason::NoHook,
             detail: NO_TRACEFS.to_owned(),
@@ -261,7 +260,7 @@ fn load() -> Option<Loaded> {
         });
     };
     // Without the module there is no such scheduler; it comes with a driver.
-    let names = PROGRAMS.iter().flat_map(|program| program.functions);
+    let names = PROGRAMS.iter().flat_map(|program| program.target.events());
     if !names.into_iter().any(|name| tracefs.has(name)) {
         return None;
     }
@@ -343,9 +342,8 @@ impl Books {
             }
             stays
         });
-        *self.lost.entry("untimed").or_default() += live.sweep()?;
-        self.losses = live.attached.lost()?;
-        self.runs = live.attached.runs();
+        self.lost[Loss::Untimed] += live.sweep()?;
+        self.health = live.attached.health()?;
         Ok(())
     }
 }
@@ -397,9 +395,8 @@ impl Part for Jobs {
             books.retired = books.live.take();
             books.hooks.clear();
             books.notes.clear();
-            for (reason, count) in std::mem::take(&mut books.losses) {
-                *books.lost.entry(reason).or_default() += count;
-            }
+            let losses = std::mem::take(&mut books.health.losses);
+            books.lost += losses;
             for ledger in books.accounts.values_mut() {
                 ledger.restart();
             }
@@ -419,18 +416,11 @@ impl Part for Jobs {
         ledgers.fold(books.attribution, Attribution::plus)
     }
 
-    fn lost(&self) -> Vec<(&'static str, u64)> {
+    fn health(&self) -> Health {
         let books = lock(&self.0);
-        let labels = exporter_common::Loss::LABELS.iter();
-        let count = |label| {
-            let now = books.losses.iter().find(|(reason, _)| *reason == label);
-            now.map_or(0, |(_, count)| *count) + books.lost.get(label).copied().unwrap_or(0)
-        };
-        labels.map(|(_, label)| (*label, count(*label))).collect()
-    }
-
-    fn runs(&self) -> Vec<(String, Runs)> {
-        lock(&self.0).runs.clone()
+        let mut health = books.health.clone();
+        health.losses += books.lost;
+        health
     }
 }
 
