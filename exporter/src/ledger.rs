@@ -11,21 +11,21 @@
 //! - What may still find its owner is held back for [`PATIENCE`]; what cannot is booked to `pod="unknown"`.
 //! - Owners beyond the limit are booked to `pod="other"`, and stay there for as long as they are known.
 
+mod growth;
+
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     hash::Hash,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use crate::pods::{Labels, Owner, Resolution};
+pub use self::growth::Growth;
+use crate::pods::{Labels, Owner, Resolution, UNKNOWN};
 
 /// How long an event waits for the sources to name its owner. The kubelet reports a container's id within its sync
 /// period (1 s) plus the API's latency.
 pub const PATIENCE: Duration = Duration::from_secs(30);
-
-/// The label of owners that nobody can name.
-pub const UNKNOWN: &str = "unknown";
 
 /// The label of owners beyond the limit.
 pub const OTHER: &str = "other";
@@ -64,7 +64,7 @@ pub enum Opening {
 /// Accounts of `N` counters for each owner, fed from sources keyed by `K`.
 #[derive(Debug)]
 pub struct Ledger<K, const N: usize> {
-    sources: HashMap<K, Source<N>>,
+    growth: Growth<K, N>,
     accounts: BTreeMap<Labels, Account<N>>,
     host: [u64; N],
     unknown: [u64; N],
@@ -82,16 +82,6 @@ pub struct Ledger<K, const N: usize> {
 }
 
 #[derive(Debug)]
-struct Source<const N: usize> {
-    /// The kernel's totals at the last scrape.
-    seen: [u64; N],
-    /// Growth that waits for its owner, and since when.
-    held: Option<([u64; N], Instant)>,
-    /// When the totals last grew.
-    grew: Instant,
-}
-
-#[derive(Debug)]
 struct Account<const N: usize> {
     uid: Arc<str>,
     totals: [u64; N],
@@ -103,7 +93,7 @@ impl<K: Copy + Eq + Hash, const N: usize> Ledger<K, N> {
     /// [`Attribution`] a growth is worth.
     pub fn new(limit: usize, units: fn(&[u64; N]) -> u64) -> Self {
         Self {
-            sources: HashMap::new(),
+            growth: Growth::default(),
             accounts: BTreeMap::new(),
             host: [0; N],
             unknown: [0; N],
@@ -130,9 +120,7 @@ impl<K: Copy + Eq + Hash, const N: usize> Ledger<K, N> {
 
     /// The kernel has begun to count from 0: what the sources grow by is counted from there.
     pub fn restart(&mut self) {
-        for source in self.sources.values_mut() {
-            source.seen = [0; N];
-        }
+        self.growth.restart();
     }
 
     /// Books what every source grew by.
@@ -159,35 +147,17 @@ impl<K: Copy + Eq + Hash, const N: usize> Ledger<K, N> {
         }
         self.booked = Some(now);
         for (key, totals) in readings {
-            let source = self.sources.entry(key).or_insert(Source {
-                seen: [0; N],
-                held: None,
-                grew: now,
-            });
-            let restarted = totals
-                .iter()
-                .zip(&source.seen)
-                .any(|(total, seen)| total < seen);
-            let seen = if restarted { [0; N] } else { source.seen };
-            let grown: [u64; N] = std::array::from_fn(|i| totals[i] - seen[i]);
-            source.seen = totals;
-            if grown.iter().any(|by| *by > 0) {
-                source.grew = now;
-                let (held, _) = source.held.get_or_insert(([0; N], now));
-                add(held, &grown);
-            }
+            self.growth.note(key, totals, now);
         }
-        let waiting: Vec<_> = self
-            .sources
-            .iter()
-            .filter_map(|(key, source)| source.held.map(|(held, since)| (*key, held, since)))
-            .collect();
-        for (key, held, since) in waiting {
-            let patient = now.saturating_duration_since(since) < PATIENCE;
-            match resolve(key) {
-                Resolution::Pending(_) if patient => continue,
+        for key in self.growth.held() {
+            let resolution = resolve(key);
+            if matches!(resolution, Resolution::Pending(_)) && self.growth.may_wait(&key, now) {
+                continue;
+            }
+            let held = self.growth.take(&key);
+            match resolution {
                 Resolution::Owner(owner) | Resolution::Pending(Some(owner)) => {
-                    self.credit(&owner, &held, now)
+                    self.credit(&owner, &held, now);
                 }
                 Resolution::Host => {
                     add(&mut self.host, &held);
@@ -195,25 +165,17 @@ impl<K: Copy + Eq + Hash, const N: usize> Ledger<K, N> {
                 }
                 Resolution::Pending(None) | Resolution::Unknown => self.credit_unknown(&held),
             }
-            if let Some(source) = self.sources.get_mut(&key) {
-                source.held = None;
-            }
         }
     }
 
     /// Returns the sources that have not grown for `idle` and that `dead` says are gone, and forgets them: the kernel's
     /// entries may be removed. An event that comes later starts an entry from 0.
     pub fn retire(&mut self, idle: Duration, dead: impl Fn(K) -> bool, now: Instant) -> Vec<K> {
-        let mut retired = Vec::new();
-        self.sources.retain(|key, source| {
-            let gone = source.held.is_none()
-                && now.saturating_duration_since(source.grew) >= idle
-                && dead(*key);
-            if gone {
-                retired.push(*key);
-            }
-            !gone
-        });
+        let idle = self.growth.idle(idle, now);
+        let retired: Vec<_> = idle.filter(|key| dead(*key)).collect();
+        for key in &retired {
+            self.growth.forget(key);
+        }
         retired
     }
 
@@ -308,12 +270,8 @@ impl Shown {
 
     /// The labels under which an owner is shown.
     pub fn of(&mut self, resolution: Resolution) -> Labels {
-        let labels = match resolution {
-            Resolution::Owner(owner) | Resolution::Pending(Some(owner)) => owner.labels,
-            Resolution::Host => return Labels::default(),
-            Resolution::Pending(None) | Resolution::Unknown => return Labels::only_pod(UNKNOWN),
-        };
-        if !self.labels.contains(&labels) {
+        let labels = resolution.labels();
+        if resolution.owner().is_some() && !self.labels.contains(&labels) {
             if self.labels.len() >= self.limit {
                 return Labels::only_pod(OTHER);
             }

@@ -26,6 +26,9 @@ use k8s_openapi::{
 
 use crate::lock::lock;
 
+/// The label of owners that nobody can name.
+pub const UNKNOWN: &str = "unknown";
+
 /// The name of the root cgroup, which is the host itself.
 const ROOT: &str = "/";
 
@@ -111,6 +114,27 @@ pub enum Resolution {
     Pending(Option<Owner>),
     /// Nobody can tell, or the name belongs to a newer pod by now.
     Unknown,
+}
+
+impl Resolution {
+    /// The owner, as far as it is known.
+    pub fn owner(&self) -> Option<&Owner> {
+        match self {
+            Self::Owner(owner) | Self::Pending(Some(owner)) => Some(owner),
+            Self::Host | Self::Pending(None) | Self::Unknown => None,
+        }
+    }
+
+    /// The labels under which it is shown.
+    pub fn labels(&self) -> Labels {
+        match self {
+            Self::Host => Labels::default(),
+            _ => match self.owner() {
+                Some(owner) => owner.labels.clone(),
+                None => Labels::only_pod(UNKNOWN),
+            },
+        }
+    }
 }
 
 /// One pod as its source describes it.

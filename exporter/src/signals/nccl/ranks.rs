@@ -17,7 +17,7 @@ use std::{
 use exporter_common::nccl::{GROUP_SEATS, Member, NO_RANK, SOURCES, Seat};
 
 use crate::{
-    ledger::{OTHER, PATIENCE, UNKNOWN},
+    ledger::{Growth, OTHER},
     pods::{Labels, Owner, Resolution},
 };
 
@@ -71,12 +71,6 @@ pub struct Reading {
     pub source: usize,
 }
 
-#[derive(Debug)]
-struct Chair {
-    seen: Counts,
-    held: Option<(Counts, Instant)>,
-}
-
 /// Counts, and when who counts was last there.
 #[derive(Debug)]
 struct Total {
@@ -122,7 +116,7 @@ struct Account {
 /// The accounts.
 #[derive(Debug)]
 pub struct Ranks {
-    chairs: HashMap<Seat, Chair>,
+    growth: Growth<Seat, 4>,
     accounts: BTreeMap<Labels, Account>,
     limit: usize,
 }
@@ -131,7 +125,7 @@ impl Ranks {
     /// Makes accounts for `limit` owners beside the host and `unknown`; the rest is `pod="other"`.
     pub fn new(limit: usize) -> Self {
         Self {
-            chairs: HashMap::new(),
+            growth: Growth::default(),
             accounts: BTreeMap::new(),
             limit,
         }
@@ -152,49 +146,29 @@ impl Ranks {
             apart || known.contains(labels)
         });
         let there: HashSet<_> = readings.iter().map(|reading| reading.seat).collect();
-        self.chairs.retain(|seat, _| there.contains(seat));
+        self.growth.retain(|seat| there.contains(seat));
         let mut ended = Vec::new();
         for reading in readings {
-            let chair = self.chairs.entry(reading.seat).or_insert(Chair {
-                seen: [0; 4],
-                held: None,
-            });
-            let totals = counts(&reading.member);
-            let restarted = totals.iter().zip(&chair.seen).any(|(new, old)| new < old);
-            let seen = if restarted { [0; 4] } else { chair.seen };
-            chair.seen = totals;
-            let grown: Counts = std::array::from_fn(|i| totals[i] - seen[i]);
-            if grown.iter().any(|by| *by > 0) {
-                add(&mut chair.held.get_or_insert(([0; 4], now)).0, &grown);
-            }
+            let seat = reading.seat;
+            self.growth.note(seat, counts(&reading.member), now);
             let resolution = resolve(reading.member.cgroup);
-            let since = chair.held.map_or(now, |(_, since)| since);
-            let patient = now.saturating_duration_since(since) < PATIENCE;
-            let (labels, uid) = match resolution {
-                Resolution::Pending(_) if patient => {
-                    // One that waits for nothing waits for nobody.
-                    if reading.member.ended != 0 && chair.held.is_none() {
-                        ended.push(reading.seat);
-                    }
-                    continue;
+            if matches!(resolution, Resolution::Pending(_)) && self.growth.may_wait(&seat, now) {
+                // One that waits for nothing waits for nobody.
+                if reading.member.ended != 0 && !self.growth.holds(&seat) {
+                    ended.push(seat);
                 }
-                Resolution::Owner(owner) | Resolution::Pending(Some(owner)) => {
-                    (owner.labels, Some(owner.uid))
-                }
-                Resolution::Host => (Labels::default(), None),
-                Resolution::Pending(None) | Resolution::Unknown => {
-                    (Labels::only_pod(UNKNOWN), None)
-                }
-            };
-            let held = chair.held.take().map_or([0; 4], |(held, _)| held);
-            self.credit(labels, uid, reading, &held, now);
+                continue;
+            }
+            let uid = resolution.owner().map(|owner| Arc::clone(&owner.uid));
+            let held = self.growth.take(&seat);
+            self.credit(resolution.labels(), uid, reading, &held, now);
             if reading.member.ended != 0 {
                 ended.push(reading.seat);
             }
         }
         // Whoever sits there next begins anew.
         for seat in &ended {
-            self.chairs.remove(seat);
+            self.growth.forget(seat);
         }
         let is_fresh = |total: &Total| now.saturating_duration_since(total.there) < retention;
         for account in self.accounts.values_mut() {
