@@ -300,7 +300,7 @@ fn scrape(running: &mut Running, scope: &Scope<'_>, families: &mut Families) {
             let age = scope.now.saturating_duration_since(at);
             families.add(&READING_AGE, &[name], age.as_secs_f64());
         }
-        let skipped = signal.skipped().into_iter().flatten();
+        let skipped = running.status.skipped.into_iter().flatten();
         for (reason, count) in Skip::LABELS.iter().zip(skipped) {
             families.add(&LIBRARIES_SKIPPED, &[name, reason], count as f64);
         }

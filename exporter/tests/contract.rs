@@ -331,7 +331,7 @@ fn a_signals_word_is_a_file_in_every_layer_and_no_file_lacks_its_signal() {
         ("exporter-common/src", ".rs", &["lib", "histogram"][..]),
         ("exporter-ebpf/src/bin", ".rs", &[]),
         ("exporter-ebpf/objects", ".o", &[]),
-        ("exporter/src/signals", ".rs", &["mod", "running"]),
+        ("exporter/src/signals", ".rs", &["mod", "follow", "running"]),
         ("exporter/tests/golden", ".prom", &["exporter"]),
     ] {
         let mut found = BTreeSet::new();

@@ -2,6 +2,7 @@
 //! The signals: each is attached, read (maps → ledger) and rendered (ledger → families) by a file of its name.
 
 pub mod encryption;
+pub mod follow;
 pub mod gpu;
 pub mod nccl;
 pub mod rdma;
@@ -12,10 +13,7 @@ use std::{
     cell::Cell,
     io::ErrorKind,
     path::PathBuf,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -30,10 +28,9 @@ use crate::{
     capabilities::Need,
     families::{Desc, Families},
     hook::Hook,
-    kernel::{Kernel, uevents::Uevents},
+    kernel::Kernel,
     ledger::{Attribution, Ledger},
     libraries::{Gate, Skipped},
-    lock::lock,
     pods::{Drain, Resolution, View},
     probe::{Attached, Health, Outcome},
 };
@@ -97,9 +94,33 @@ pub struct Status {
     pub notes: Vec<String>,
     /// What it has found on this host, for people.
     pub found: Vec<String>,
+    /// What of libraries was not looked at, for a signal that looks into them.
+    #[serde(skip)]
+    pub skipped: Option<Skipped>,
 }
 
 impl Status {
+    /// What has become of an object, and what `build` makes of it: up where it can, and failed otherwise.
+    fn of<T>(
+        outcome: Outcome,
+        build: impl FnOnce(Attached) -> anyhow::Result<T>,
+    ) -> (Self, Option<T>) {
+        let mut status = Self {
+            hooks: outcome.hooks,
+            notes: outcome.notes,
+            ..Self::bare(State::Failed)
+        };
+        match outcome.attached.map(build) {
+            Some(Ok(built)) => {
+                status.state = State::Up;
+                return (status, Some(built));
+            }
+            Some(Err(error)) => status.notes.push(format!("{error:#}")),
+            None => {}
+        }
+        (status, None)
+    }
+
     /// That of a signal of which nothing else is known.
     fn bare(state: State) -> Self {
         Self {
@@ -107,6 +128,7 @@ impl Status {
             hooks: Vec::new(),
             notes: Vec::new(),
             found: Vec::new(),
+            skipped: None,
         }
     }
 }
@@ -162,28 +184,7 @@ impl Attempt {
         outcome: Outcome,
         build: impl FnOnce(Attached) -> anyhow::Result<Box<dyn Signal>>,
     ) -> Self {
-        let Outcome {
-            hooks,
-            attached,
-            mut notes,
-        } = outcome;
-        let signal = attached.and_then(|attached| match build(attached) {
-            Ok(signal) => Some(signal),
-            Err(error) => {
-                notes.push(format!("{error:#}"));
-                None
-            }
-        });
-        let state = if signal.is_some() {
-            State::Up
-        } else {
-            State::Failed
-        };
-        let status = Status {
-            hooks,
-            notes,
-            ..Status::bare(state)
-        };
+        let (status, signal) = Status::of(outcome, build);
         Self { status, signal }
     }
 
@@ -201,86 +202,6 @@ impl Attempt {
                 failed.status.notes.push(format!("{error:#}"));
                 failed
             }
-        }
-    }
-}
-
-/// What attaches to something of this host as it comes (modules, devices), and lets go of it.
-trait Follower {
-    /// Looks at what has come and gone.
-    fn follow(&mut self, kernel: impl FnOnce() -> Kernel);
-
-    /// What has become of it.
-    fn status(&self) -> &Status;
-}
-
-/// Has a signal's modules followed until it is told to stop, and logs what becomes of it.
-fn follow_modules(signal: &str, core: &Mutex<impl Follower>, stopped: &AtomicBool) {
-    let mut events = Uevents::listen(signal);
-    follow(signal, core, stopped, || events.wait());
-}
-
-/// The same of anything, each time that `wait` returns.
-fn follow(signal: &str, core: &Mutex<impl Follower>, stopped: &AtomicBool, mut wait: impl FnMut()) {
-    while !stopped.load(Ordering::Relaxed) {
-        wait();
-        let mut core = lock(core);
-        let before = core.status().state;
-        core.follow(Kernel::read);
-        announce(signal, before, core.status());
-    }
-}
-
-/// How many lines are logged about what containers have mapped, which may be another file each second: so many in such a time. All of it
-/// stands on the page for people.
-const LINES: u32 = 100;
-const LINES_IN: Duration = Duration::from_secs(600);
-
-/// A log that no container can fill.
-#[derive(Debug)]
-struct BoundedLog {
-    signal: &'static str,
-    since: Instant,
-    lines: u32,
-}
-
-impl BoundedLog {
-    fn new(signal: &'static str) -> Self {
-        Self {
-            signal,
-            since: Instant::now(),
-            lines: 0,
-        }
-    }
-
-    /// Logs a line, as long as there are few.
-    fn line(&mut self, is_warning: bool, text: &str) {
-        if self.since.elapsed() >= LINES_IN {
-            *self = Self::new(self.signal);
-        }
-        self.lines += 1;
-        let signal = self.signal;
-        match (self.lines, is_warning) {
-            (..LINES, true) => tracing::warn!("signal {signal}: {text}"),
-            (..LINES, false) => tracing::info!("signal {signal}: {text}"),
-            (LINES, _) => tracing::warn!(
-                "signal {signal}: more than {LINES} lines about files; for ten minutes only the page / tells more"
-            ),
-            _ => {}
-        }
-    }
-}
-
-/// Logs what a signal has become, where it was something else before.
-fn announce(signal: &str, before: State, now: &Status) {
-    if now.state == before {
-        return;
-    }
-    tracing::info!("signal {signal}: {}", now.state.label());
-    if now.state == State::Failed {
-        let details = now.hooks.iter().map(|hook| &hook.detail);
-        for detail in details.filter(|detail| !detail.is_empty()) {
-            tracing::error!("signal {signal}: {detail}");
         }
     }
 }
@@ -415,11 +336,6 @@ pub trait Signal: Send {
 
     /// What has become of it, for a signal that comes and goes with modules of the kernel.
     fn status(&self) -> Option<Status> {
-        None
-    }
-
-    /// What of libraries was not looked at, for a signal that looks into them.
-    fn skipped(&self) -> Option<Skipped> {
         None
     }
 }

@@ -27,7 +27,7 @@ use exporter_common::gpu::{
 };
 
 use super::{
-    Part,
+    LOOK_EVERY,
     library::{self, Site},
 };
 use crate::{
@@ -36,14 +36,18 @@ use crate::{
     kernel::Kernel,
     ledger::{Attribution, Ledger, Opening},
     libraries::{
-        Identity, Skipped,
+        Identity,
         maps::Interest,
         watch::{Found, Snapshot, Watch, Watched, processes, shown},
     },
-    lock::{lock, try_lock},
+    lock::lock,
     pods::Labels,
     probe::{self, Attached, Constants, Counters, FileLink, Health},
-    signals::{BoundedLog, Options, Read, Scope, entries, removed},
+    signals::{
+        Options, Read, Scope, Signal, State, Status, entries,
+        follow::{self, BoundedLog, Follower, Following},
+        removed,
+    },
 };
 
 pub(super) static OBJECT: &[u8] =
@@ -207,39 +211,41 @@ enum Window {
 
 /// Calls of the CUDA driver.
 pub(super) struct Calls {
-    /// Taken by who follows alone.
-    follower: Mutex<Follower>,
-    told: Mutex<Told>,
-    books: Books,
-    /// Taken by who reads alone.
-    account: Mutex<Account>,
-}
-
-/// The maps, where the object is loaded.
-type Books = Arc<Mutex<Option<Live>>>;
-
-/// What has been counted.
-struct Account {
+    following: Following<Core>,
     ledger: Ledger<u64, SLOTS>,
-    health: Health,
 }
 
-/// What who follows tells.
-#[derive(Clone, Default)]
-struct Told {
-    hooks: Vec<Hook>,
-    notes: Vec<String>,
-    skipped: Skipped,
+/// What is read: the maps, where the object is loaded.
+#[derive(Default)]
+struct Core {
+    live: Option<Live>,
+}
+
+impl Core {
+    /// Forgets calls that have not returned.
+    fn forget(&mut self, which: impl Fn(&CudaFrame) -> bool) -> anyhow::Result<()> {
+        match &mut self.live {
+            Some(live) => live.forget(which),
+            None => Ok(()),
+        }
+    }
+}
+
+impl follow::Core for Core {
+    fn health(&self) -> anyhow::Result<Option<Health>> {
+        let live = self.live.as_ref();
+        live.map(|live| live.counters.health()).transpose()
+    }
 }
 
 /// What attaches to libraries as they come, and opens and closes windows.
-struct Follower {
+struct Libraries {
+    gpu: Arc<Mutex<super::Core>>,
     budget: f64,
     watch: Watch,
     snapshot: Arc<Snapshot>,
     show_paths: bool,
     loaded: Option<Loaded>,
-    books: Books,
     /// What came of loading the object, where that failed.
     failed: Option<Vec<Hook>>,
     /// What works with less since the object was loaded.
@@ -251,7 +257,7 @@ struct Follower {
     trouble: Option<String>,
     log: BoundedLog,
     /// What has been logged last.
-    logged: Told,
+    logged: Status,
 }
 
 /// What is watched for. What is called as the driver is of use, or said why not.
@@ -268,17 +274,20 @@ impl Calls {
     ///
     /// # Errors
     /// When no thread can be started.
-    pub(super) fn new(budget: f64, options: &Options) -> anyhow::Result<Self> {
+    pub(super) fn new(
+        gpu: Arc<Mutex<super::Core>>,
+        budget: f64,
+        options: &Options,
+    ) -> anyhow::Result<Self> {
         let now = Instant::now();
-        let books = Books::default();
         let nobody = Some(BTreeSet::new());
-        let follower = Follower {
+        let libraries = Libraries {
+            gpu,
             budget,
             watch: Watch::start("cuda", watched(), nobody, &options.gate)?,
             snapshot: Arc::default(),
             show_paths: options.show_paths,
             loaded: None,
-            books: Arc::clone(&books),
             failed: None,
             lacks: Vec::new(),
             libraries: BTreeMap::new(),
@@ -286,21 +295,17 @@ impl Calls {
             swept: now,
             trouble: None,
             log: BoundedLog::new("gpu"),
-            logged: Told::default(),
+            logged: Status::bare(State::Absent),
         };
+        let wait = || thread::sleep(LOOK_EVERY);
         Ok(Self {
-            follower: Mutex::new(follower),
-            told: Mutex::default(),
-            books,
-            account: Mutex::new(Account {
-                ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
-                health: Health::default(),
-            }),
+            following: Following::start("gpu-calls", Core::default(), libraries, None, wait)?,
+            ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
         })
     }
 }
 
-impl Follower {
+impl Libraries {
     /// Takes over what is mapped now, and lets go of what nobody has any more.
     fn take_over(&mut self) {
         let found = &self.snapshot.files;
@@ -323,12 +328,12 @@ impl Follower {
     }
 
     /// Loads the object when there is something to probe.
-    fn load(&mut self) {
+    fn load(&mut self, core: &Mutex<Core>, kernel: &dyn Fn() -> Kernel) {
         let wanted = self.libraries.values().any(|library| library.sites.is_ok());
         if self.loaded.is_some() || self.failed.is_some() || !wanted {
             return;
         }
-        let mut kernel = Kernel::read();
+        let mut kernel = kernel();
         let outcome = probe::attach(OBJECT, PROGRAMS, kernel.types(), resolve, &kernel);
         kernel.forget_types();
         self.lacks = outcome.notes;
@@ -338,7 +343,7 @@ impl Follower {
         };
         match Live::new(&mut attached) {
             Ok(live) => {
-                *lock(&self.books) = Some(live);
+                lock(core).live = Some(live);
                 self.loaded = Some(Loaded { attached, kernel });
             }
             Err(error) => {
@@ -348,16 +353,8 @@ impl Follower {
         }
     }
 
-    /// Forgets calls that have not returned.
-    fn forget(&self, which: impl Fn(&CudaFrame) -> bool) -> anyhow::Result<()> {
-        match &mut *lock(&self.books) {
-            Some(live) => live.forget(which),
-            None => Ok(()),
-        }
-    }
-
     /// Opens and closes windows, so that their share of the time is within the budget.
-    fn turn(&mut self) -> anyhow::Result<()> {
+    fn turn(&mut self, core: &Mutex<Core>) -> anyhow::Result<()> {
         if self.loaded.is_none() {
             return Ok(());
         }
@@ -384,7 +381,7 @@ impl Follower {
             Window::Closing { since, .. } => {
                 let since = *since;
                 // Nothing runs any more that would write: no call of a later window is taken for one of these.
-                self.forget(|_| true)?;
+                lock(core).forget(|_| true)?;
                 self.window = Window::Shut {
                     due: now + (now - since).mul_f64(rest),
                 };
@@ -405,13 +402,13 @@ impl Follower {
         if self.swept.elapsed() >= SWEEP_EVERY {
             self.swept = now;
             let there = processes().context("list the processes")?;
-            self.forget(|frame| !there.contains(&((frame.thread >> 32) as u32)))?;
+            lock(core).forget(|frame| !there.contains(&((frame.thread >> 32) as u32)))?;
         }
         Ok(())
     }
 
     /// What has become of it, with the paths of files or only their names.
-    fn told(&self, with_paths: bool) -> Told {
+    fn told(&self, with_paths: bool) -> Status {
         let mut hooks: BTreeMap<&'static str, (Reason, String)> = BTreeMap::new();
         for library in self.libraries.values() {
             let path = shown(&library.found.path, with_paths);
@@ -453,10 +450,11 @@ impl Follower {
                 note.told(with_paths)
             )
         }));
-        Told {
+        Status {
             hooks,
             notes,
-            skipped: self.snapshot.skipped,
+            skipped: Some(self.snapshot.skipped),
+            ..Status::bare(State::Absent)
         }
     }
 
@@ -477,49 +475,43 @@ impl Follower {
     }
 }
 
-impl Part for Calls {
-    fn follow(&self, processes: &[u32]) {
-        let mut follower = lock(&self.follower);
-        follower.watch.only(processes.iter().copied().collect());
-        follower.snapshot = follower.watch.snapshot();
-        follower.take_over();
-        follower.load();
-        follower.trouble = follower.turn().err().map(|error| format!("{error:#}"));
-        follower.log();
-        *lock(&self.told) = follower.told(follower.show_paths);
+impl Follower<Core> for Libraries {
+    fn follow(&mut self, core: &Mutex<Core>, kernel: &dyn Fn() -> Kernel) -> Status {
+        let processes = lock(&self.gpu).processes();
+        self.watch.only(processes.into_iter().collect());
+        self.snapshot = self.watch.snapshot();
+        self.take_over();
+        self.load(core, kernel);
+        self.trouble = self.turn(core).err().map(|error| format!("{error:#}"));
+        self.log();
+        self.told(self.show_paths)
     }
+}
 
-    fn status(&self) -> (Vec<Hook>, Vec<String>) {
-        let told = lock(&self.told);
-        (told.hooks.clone(), told.notes.clone())
-    }
-
-    fn read(&self, scope: &Scope<'_>) -> anyhow::Result<Read> {
-        let Some(mut books) = try_lock(&self.books) else {
-            return Ok(Read::Before);
-        };
-        if let Some(live) = &mut *books {
-            let mut account = lock(&self.account);
-            scope.book(&mut account.ledger, &mut live.calls, |calls| calls.slots)?;
-            account.health = live.counters.health()?;
-        }
-        Ok(Read::Now)
+impl Signal for Calls {
+    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<Read> {
+        self.following.read(|core| {
+            if let Some(live) = &mut core.live {
+                scope.book(&mut self.ledger, &mut live.calls, |calls| calls.slots)?;
+            }
+            Ok(())
+        })
     }
 
     fn render(&self, families: &mut Families) {
-        render(lock(&self.account).ledger.accounts(), families);
+        render(self.ledger.accounts(), families);
     }
 
     fn attribution(&self) -> Attribution {
-        lock(&self.account).ledger.attribution()
+        self.ledger.attribution()
     }
 
-    fn health(&self) -> Health {
-        lock(&self.account).health.clone()
+    fn health(&self) -> anyhow::Result<Health> {
+        Ok(self.following.health())
     }
 
-    fn skipped(&self) -> Option<Skipped> {
-        Some(lock(&self.told).skipped)
+    fn status(&self) -> Option<Status> {
+        Some(self.following.status())
     }
 }
 

@@ -9,7 +9,8 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    sync::Mutex,
+    sync::{Arc, Mutex},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -22,17 +23,20 @@ use exporter_common::{
     gpu::{JOB, Job, Jobs as Totals, NAME, Ring},
 };
 
-use super::Part;
+use super::LOOK_EVERY;
 use crate::{
     families::{Desc, Families, Kind},
     hook::{Hook, Method, Program, Reason, Target},
     kernel::{Kernel, tracefs::Tracefs},
     ledger::{Attribution, Ledger, OTHER, Opening},
-    lock::{lock, try_lock},
-    losses::Losses,
+    lock::lock,
     pods::Labels,
     probe::{self, Attached, Constants, Health, NO_TRACEFS},
-    signals::{Read, Scope, entries, monotonic, removed},
+    signals::{
+        Read, Scope, Signal, State, Status, entries,
+        follow::{self, Follower, Following},
+        monotonic, removed,
+    },
 };
 
 pub(super) static OBJECT: &[u8] =
@@ -200,105 +204,138 @@ type Accounts = BTreeMap<Names, Ledger<Ring, SLOTS>>;
 const SHOWN_RINGS: usize = 64;
 
 /// The jobs of the kernel's GPU scheduler.
-#[derive(Default)]
-pub(super) struct Jobs(Mutex<Books>);
+pub(super) struct Jobs {
+    following: Following<Core>,
+    rings: Rings,
+}
 
+/// What is read.
 #[derive(Default)]
-struct Books {
+struct Core {
     live: Option<Live>,
     /// An object that is done with, for who follows to let go of.
     retired: Option<Live>,
-    hooks: Vec<Hook>,
-    notes: Vec<String>,
+    /// When a process was last seen with a device open.
+    used: Option<Instant>,
+    /// What objects that were let go of told of themselves, and jobs that were forgotten.
+    health: Health,
+}
+
+impl Core {
+    fn is_used(&self) -> bool {
+        self.used.is_some_and(|at| at.elapsed() < HOLD)
+    }
+}
+
+impl follow::Core for Core {
+    fn health(&self) -> anyhow::Result<Option<Health>> {
+        let mut health = self.health.clone();
+        if let Some(live) = &self.live {
+            health += live.attached.health()?;
+        }
+        Ok(Some(health))
+    }
+}
+
+/// What follows the use of devices.
+struct Uses {
+    gpu: Arc<Mutex<super::Core>>,
+    status: Status,
+    /// Whether the last attempt to attach failed: it is made once for each time that devices come into use.
+    failed: bool,
+}
+
+impl Follower<Core> for Uses {
+    fn follow(&mut self, core: &Mutex<Core>, kernel: &dyn Fn() -> Kernel) -> Status {
+        let is_used_now = !lock(&self.gpu).processes().is_empty();
+        let mut locked = lock(core);
+        let retired = locked.retired.take();
+        if is_used_now {
+            locked.used = Some(Instant::now());
+        }
+        let (used, there) = (locked.is_used(), locked.live.is_some());
+        drop(locked);
+        drop(retired);
+        self.failed &= used;
+        if there || self.failed {
+            return self.status.clone();
+        }
+        self.status = Status::bare(State::Absent);
+        if used && let Some((status, live)) = load(kernel) {
+            self.failed = live.is_none();
+            self.status = status;
+            lock(core).live = live;
+        }
+        self.status.clone()
+    }
+}
+
+impl Jobs {
+    /// Begins to follow who uses a GPU.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub(super) fn new(gpu: Arc<Mutex<super::Core>>, max_owners: usize) -> anyhow::Result<Self> {
+        let uses = Uses {
+            gpu,
+            status: Status::bare(State::Absent),
+            failed: false,
+        };
+        let wait = || thread::sleep(LOOK_EVERY);
+        Ok(Self {
+            following: Following::start("gpu-jobs", Core::default(), uses, None, wait)?,
+            rings: Rings {
+                max_owners,
+                ..Rings::default()
+            },
+        })
+    }
+}
+
+/// Loads the object. `None` where the kernel has no such scheduler now.
+fn load(kernel: &dyn Fn() -> Kernel) -> Option<(Status, Option<Live>)> {
+    let Some(tracefs) = Tracefs::find() else {
+        if !std::path::Path::new("/sys/module/gpu_sched").exists() {
+            return None;
+        }
+        let mut status = Status::bare(State::Failed);
+        status.hooks.push(Hook {
+            name: PROGRAMS[0].target.events()[0],
+            method: Method::Tracepoint,
+            reason: Reason::NoHook,
+            detail: NO_TRACEFS.to_owned(),
+        });
+        return Some((status, None));
+    };
+    // Without the module there is no such scheduler; it comes with a driver.
+    let mut names = PROGRAMS.iter().flat_map(|program| program.target.events());
+    if !names.any(|name| tracefs.has(name)) {
+        return None;
+    }
+    let kernel = kernel();
+    let constants = |constants: &mut Constants<'_>| resolve(constants, &tracefs);
+    let outcome = probe::attach(OBJECT, PROGRAMS, kernel.types(), constants, &kernel);
+    let (status, live) = Status::of(outcome, Live::new);
+    for hook in status.hooks.iter().filter(|hook| !hook.detail.is_empty()) {
+        tracing::warn!("signal gpu: {}", hook.detail);
+    }
+    Some((status, live))
+}
+
+/// What has been counted, by device and ring.
+#[derive(Default)]
+struct Rings {
     max_owners: usize,
     accounts: Accounts,
     /// The account that each ring of the map is booked to, as long as it is there.
     booked: HashMap<Ring, Names>,
     /// Of accounts that are gone.
     attribution: Attribution,
-    /// When a process was last seen with a device open.
-    used: Option<Instant>,
-    /// Whether the last attempt to attach failed: it is made once for each time that devices come into use.
-    failed: bool,
-    /// Losses of objects that were let go of, and of jobs that were forgotten.
-    lost: Losses,
-    health: Health,
 }
 
-/// What came of loading the object.
-#[derive(Default)]
-struct Loaded {
-    live: Option<Live>,
-    hooks: Vec<Hook>,
-    notes: Vec<String>,
-}
-
-impl Jobs {
-    pub(super) fn new(max_owners: usize) -> Self {
-        Self(Mutex::new(Books {
-            max_owners,
-            ..Books::default()
-        }))
-    }
-}
-
-/// Loads the object. `None` where the kernel has no such scheduler now.
-fn load() -> Option<Loaded> {
-    let Some(tracefs) = Tracefs::find() else {
-        if !std::path::Path::new("/sys/module/gpu_sched").exists() {
-            return None;
-        }
-        let hook = Hook {
-            name: PROGRAMS[0].target.events()[0],
-            method: Method::Tracepoint,
-            reason: Reason::NoHook,
-            detail: NO_TRACEFS.to_owned(),
-        };
-        return Some(Loaded {
-            hooks: vec![hook],
-            ..Loaded::default()
-        });
-    };
-    // Without the module there is no such scheduler; it comes with a driver.
-    let names = PROGRAMS.iter().flat_map(|program| program.target.events());
-    if !names.into_iter().any(|name| tracefs.has(name)) {
-        return None;
-    }
-    let kernel = Kernel::read();
-    let types = kernel.types();
-    let outcome = probe::attach(
-        OBJECT,
-        PROGRAMS,
-        types,
-        |constants| resolve(constants, &tracefs),
-        &kernel,
-    );
-    let mut loaded = Loaded {
-        live: None,
-        hooks: outcome.hooks,
-        notes: outcome.notes,
-    };
-    match outcome.attached.map(Live::new) {
-        Some(Ok(live)) => loaded.live = Some(live),
-        Some(Err(error)) => loaded.notes.push(format!("{error:#}")),
-        None => {}
-    }
-    for hook in loaded.hooks.iter().filter(|hook| !hook.detail.is_empty()) {
-        tracing::warn!("signal gpu: {}", hook.detail);
-    }
-    Some(loaded)
-}
-
-impl Books {
-    fn is_used(&self) -> bool {
-        self.used.is_some_and(|at| at.elapsed() < HOLD)
-    }
-
+impl Rings {
     /// Books what has been counted.
-    fn book(&mut self, scope: &Scope<'_>) -> anyhow::Result<()> {
-        let Some(live) = &mut self.live else {
-            return Ok(());
-        };
+    fn book(&mut self, live: &mut Live, scope: &Scope<'_>) -> anyhow::Result<()> {
         let mut by_names: BTreeMap<Names, Vec<_>> = BTreeMap::new();
         for (ring, totals) in entries(&live.rings)? {
             let names = match self.booked.get(&ring) {
@@ -342,8 +379,6 @@ impl Books {
             }
             stays
         });
-        self.lost[Loss::Untimed] += live.sweep()?;
-        self.health = live.attached.health()?;
         Ok(())
     }
 }
@@ -359,68 +394,41 @@ fn text(name: &[u8; NAME]) -> String {
     String::from_utf8_lossy(&name[..end]).into_owned()
 }
 
-impl Part for Jobs {
-    fn follow(&self, processes: &[u32]) {
-        let mut books = lock(&self.0);
-        let retired = books.retired.take();
-        if !processes.is_empty() {
-            books.used = Some(Instant::now());
-        }
-        let used = books.is_used();
-        books.failed &= used;
-        let wanted = used && books.live.is_none() && !books.failed;
-        drop(books);
-        drop(retired);
-        if wanted && let Some(loaded) = load() {
-            let mut books = lock(&self.0);
-            books.failed = loaded.live.is_none();
-            books.live = loaded.live;
-            books.hooks = loaded.hooks;
-            books.notes = loaded.notes;
-        }
-    }
-
-    fn status(&self) -> (Vec<Hook>, Vec<String>) {
-        let books = lock(&self.0);
-        (books.hooks.clone(), books.notes.clone())
-    }
-
-    fn read(&self, scope: &Scope<'_>) -> anyhow::Result<Read> {
-        let Some(mut books) = try_lock(&self.0) else {
-            return Ok(Read::Before);
-        };
-        books.book(scope)?;
-        // After what it counted has been read: the map goes with it.
-        if !books.is_used() && books.live.is_some() {
-            books.retired = books.live.take();
-            books.hooks.clear();
-            books.notes.clear();
-            let losses = std::mem::take(&mut books.health.losses);
-            books.lost += losses;
-            for ledger in books.accounts.values_mut() {
-                ledger.restart();
+impl Signal for Jobs {
+    fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<Read> {
+        self.following.read(|core| {
+            let Some(live) = &mut core.live else {
+                return Ok(());
+            };
+            self.rings.book(live, scope)?;
+            core.health.losses[Loss::Untimed] += live.sweep()?;
+            // After what it counted has been read: the map goes with it.
+            if core.used.is_none_or(|at| at.elapsed() >= HOLD) {
+                core.health += live.attached.health()?;
+                core.retired = core.live.take();
+                self.rings.accounts.values_mut().for_each(Ledger::restart);
             }
-        }
-        Ok(Read::Now)
+            Ok(())
+        })
     }
 
     fn render(&self, families: &mut Families) {
-        for ((device, ring), ledger) in &lock(&self.0).accounts {
+        for ((device, ring), ledger) in &self.rings.accounts {
             render(device, ring, ledger.accounts(), families);
         }
     }
 
     fn attribution(&self) -> Attribution {
-        let books = lock(&self.0);
-        let ledgers = books.accounts.values().map(Ledger::attribution);
-        ledgers.fold(books.attribution, Attribution::plus)
+        let ledgers = self.rings.accounts.values().map(Ledger::attribution);
+        ledgers.fold(self.rings.attribution, Attribution::plus)
     }
 
-    fn health(&self) -> Health {
-        let books = lock(&self.0);
-        let mut health = books.health.clone();
-        health.losses += books.lost;
-        health
+    fn health(&self) -> anyhow::Result<Health> {
+        Ok(self.following.health())
+    }
+
+    fn status(&self) -> Option<Status> {
+        Some(self.following.status())
     }
 }
 

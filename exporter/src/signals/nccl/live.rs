@@ -18,7 +18,7 @@ use aya::{
     maps::{self, MapData},
 };
 use exporter_common::{
-    NO_CGROUP,
+    Loss, NO_CGROUP,
     nccl::{
         ANY_PROCESS, Arrivals, Begun, COLLECTIVES, Communicator, Frame, GROUP_SEATS, Group, Handle,
         LATE, Layout, Member, Owner, PROCESSES, Pair, Seat, Share, Shares, Since, Started,
@@ -28,12 +28,26 @@ use exporter_common::{
 use crate::{
     libraries::watch::processes,
     lock::lock,
-    probe::{Attached, Counters},
-    signals::{entries, removed, was_there},
+    probe::{Attached, Counters, Health},
+    signals::{entries, follow, removed, was_there},
 };
 
-/// The maps, where the object is loaded.
-pub(super) type Books = Arc<Mutex<Option<Live>>>;
+/// What is read: the maps, where the object is loaded.
+#[derive(Default)]
+pub(super) struct Core {
+    pub(super) live: Option<Live>,
+}
+
+impl follow::Core for Core {
+    fn health(&self) -> anyhow::Result<Option<Health>> {
+        let Some(live) = &self.live else {
+            return Ok(None);
+        };
+        let mut health = live.counters.health()?;
+        health.losses[Loss::Untimed] += live.unpaired;
+        Ok(Some(health))
+    }
+}
 
 /// How long a group without ranks is kept, which may be about to have its first, and the shares of a cgroup that has nothing.
 const GROUP_STAYS: Duration = Duration::from_secs(60);
@@ -414,13 +428,13 @@ pub(super) fn fate(pair: &Pair, arrivals: &Arrivals, made: &HashMap<u64, Vec<Han
 }
 
 /// Lets go of what belonged to processes that are gone.
-pub(super) fn sweep(books: &Mutex<Option<Live>>) -> anyhow::Result<()> {
-    let held = match &*lock(books) {
+pub(super) fn sweep(core: &Mutex<Core>) -> anyhow::Result<()> {
+    let held = match &lock(core).live {
         Some(live) => live.held()?,
         None => return Ok(()),
     };
     let there = processes().context("list the processes")?;
-    match &mut *lock(books) {
+    match &mut lock(core).live {
         Some(live) => live.sweep(held, &there),
         None => Ok(()),
     }

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What comes and goes with the modules that encrypt, and what is read when addresses change hands?
+
+use std::{
+    collections::HashSet,
+    net::IpAddr,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use super::{
+    OBJECT, Settings,
+    addresses::{host_addresses, interfaces, of_host},
+    books::{Books, Holders},
+    live::Live,
+    programs::{MODULES, PROGRAMS, resolve},
+};
+use crate::{
+    hook::Reason,
+    kernel::Kernel,
+    lock::lock,
+    pods::{Drain, View},
+    probe::{self, Constants, Health},
+    signals::{
+        State, Status,
+        follow::{self, Follower, Loads},
+    },
+};
+
+/// How old the lists of the node's addresses and interfaces may be.
+const HOST_EVERY: Duration = Duration::from_secs(10);
+
+/// What is read, by scrapes and before addresses change hands.
+#[derive(Default)]
+pub(super) struct Core {
+    pub(super) live: Option<Live>,
+    pub(super) books: Books,
+    pub(super) host: HashSet<IpAddr>,
+    pub(super) interfaces: HashSet<String>,
+    /// When the node's addresses and interfaces were read.
+    listed: Option<Instant>,
+}
+
+impl Core {
+    /// Reads the node's addresses and interfaces anew, if the lists are old.
+    pub(super) fn list_host(&mut self, now: Instant) {
+        let stale = self
+            .listed
+            .is_none_or(|at| now.saturating_duration_since(at) >= HOST_EVERY);
+        if stale {
+            self.host = host_addresses();
+            let names = of_host("dev");
+            self.interfaces = interfaces(&names).map(str::to_owned).collect();
+            self.listed = Some(now);
+        }
+    }
+}
+
+impl follow::Core for Core {
+    fn health(&self) -> anyhow::Result<Option<Health>> {
+        let live = self.live.as_ref();
+        live.map(|live| live.attached.health()).transpose()
+    }
+}
+
+/// What follows the modules.
+pub(super) struct Modules {
+    settings: Settings,
+    status: Status,
+    is_loaded: bool,
+    loads: Loads<{ MODULES.len() }>,
+}
+
+impl Follower<Core> for Modules {
+    /// Attaches to what has been loaded, and lets go of what has been unloaded. The object stays: it has counted.
+    fn follow(&mut self, core: &Mutex<Core>, kernel: &dyn Fn() -> Kernel) -> Status {
+        let is_complete = self.loads.are_absent() || self.complete();
+        if self.loads.look(is_complete).is_none() {
+            return self.status.clone();
+        }
+        let absent = self.loads.are_absent();
+        let kernel = kernel();
+        let mut core = lock(core);
+        match &mut core.live {
+            Some(live) => self.status.hooks = live.attached.follow_modules(PROGRAMS, &kernel),
+            None if absent => {}
+            None => core.live = self.load(&kernel),
+        }
+        self.is_loaded = core.live.is_some();
+        self.status.state = match (absent, self.is_loaded) {
+            (true, _) => State::Absent,
+            (false, true) if self.complete() => State::Up,
+            // On its way in or out: to be looked at again.
+            (false, true) if self.loads.may_settle() => State::Absent,
+            (false, _) => State::Failed,
+        };
+        self.status.clone()
+    }
+}
+
+impl Modules {
+    pub(super) fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            status: Status::bare(State::Absent),
+            is_loaded: false,
+            loads: Loads::of(MODULES.map(|(module, _)| module)),
+        }
+    }
+
+    /// Says if each module that is loaded has the hooks that it cannot do without.
+    fn complete(&self) -> bool {
+        let attached = |function: &&str| {
+            let hooks = self
+                .status
+                .hooks
+                .iter()
+                .filter(|hook| hook.name == *function);
+            let mut hooks = hooks.peekable();
+            hooks.peek().is_some() && hooks.all(|hook| hook.reason == Reason::Attached)
+        };
+        let modules = MODULES
+            .iter()
+            .zip(self.loads.now())
+            .filter(|(_, load)| load.is_some());
+        self.is_loaded
+            && modules
+                .flat_map(|((_, needs), _)| needs.iter())
+                .all(attached)
+    }
+
+    fn load(&mut self, kernel: &Kernel) -> Option<Live> {
+        let settings = self.settings;
+        let constants = |constants: &mut Constants<'_>| resolve(constants, kernel, &settings);
+        let outcome = probe::attach(OBJECT, PROGRAMS, kernel.types(), constants, kernel);
+        let (status, live) = Status::of(outcome, Live::build);
+        self.status = status;
+        live
+    }
+}
+
+/// Reads what was counted before addresses change hands.
+pub(super) struct Drained(pub(super) Arc<Mutex<Core>>);
+
+impl Drain for Drained {
+    fn drain(&self, pods: &View<'_>) {
+        let mut core = lock(&self.0);
+        let core = &mut *core;
+        let Some(live) = &core.live else {
+            return;
+        };
+        match live.work() {
+            Ok(work) => {
+                let now = Instant::now();
+                core.list_host(now);
+                core.books.book(&work, &Holders::new(pods, &core.host), now);
+            }
+            Err(error) => tracing::error!(
+                "signal encryption: addresses change hands, and what was counted cannot be read: {error:#}"
+            ),
+        }
+    }
+
+    fn changed(&self, pods: &View<'_>) {
+        let mut core = lock(&self.0);
+        let core = &mut *core;
+        if let Some(live) = &mut core.live
+            && let Err(error) = live.tell(&Holders::new(pods, &core.host))
+        {
+            tracing::error!(
+                "signal encryption: a new address is a stranger's until the next scrape: {error:#}"
+            );
+        }
+    }
+}

@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: Apache-2.0
+//! How does a signal follow what comes and goes on this host: modules, devices, libraries?
+//!
+//! A thread of its own looks at what has come, attaches to it and lets go of what has gone. That may take seconds, and no scrape waits for it:
+//! it tries for the lock, and shows what was read before where it is not to be had.
+
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+
+use super::{Read, State, Status};
+use crate::{
+    kernel::{Kernel, symbols, uevents::Uevents},
+    lock::{lock, try_lock},
+    probe::Health,
+};
+
+/// What attaches to something of this host as it comes, and lets go of it.
+pub trait Follower<C>: Send + 'static {
+    /// Looks at what has come and gone, and tells what has become of it. `core` is held only while something is done to it.
+    fn follow(&mut self, core: &Mutex<C>, kernel: &dyn Fn() -> Kernel) -> Status;
+}
+
+/// What a scrape reads: the maps, and what goes with them.
+pub trait Core: Send + 'static {
+    /// What the kernel half tells of itself. `None` while nothing is attached: what was told last stands.
+    ///
+    /// # Errors
+    /// When a map cannot be read.
+    fn health(&self) -> anyhow::Result<Option<Health>>;
+}
+
+/// What is followed, for who reads.
+#[derive(Debug)]
+pub struct Following<C> {
+    core: Arc<Mutex<C>>,
+    status: Arc<Mutex<Status>>,
+    stopped: Arc<AtomicBool>,
+    health: Health,
+}
+
+/// What is followed, for who attaches.
+#[derive(Debug)]
+pub struct Followed<C> {
+    core: Arc<Mutex<C>>,
+    status: Arc<Mutex<Status>>,
+}
+
+impl<C: Core> Following<C> {
+    /// Begins with nothing attached. Who has the other half follows.
+    pub fn halves(core: C) -> (Self, Followed<C>) {
+        let core = Arc::new(Mutex::new(core));
+        let status = Arc::new(Mutex::new(Status::bare(State::Absent)));
+        let following = Self {
+            core: Arc::clone(&core),
+            status: Arc::clone(&status),
+            stopped: Arc::default(),
+            health: Health::default(),
+        };
+        (following, Followed { core, status })
+    }
+
+    /// Follows in a thread of its own, each time that `wait` returns; and once before, with the kernel as it is now, if that is given.
+    ///
+    /// # Errors
+    /// When the thread cannot be started.
+    pub fn start(
+        name: &'static str,
+        core: C,
+        mut follower: impl Follower<C>,
+        now: Option<&Kernel>,
+        mut wait: impl FnMut() + Send + 'static,
+    ) -> anyhow::Result<Self> {
+        let (following, followed) = Self::halves(core);
+        if let Some(kernel) = now {
+            followed.follow(&mut follower, &|| kernel.clone());
+        }
+        let stopped = Arc::clone(&following.stopped);
+        let follow = move || {
+            while !stopped.load(Ordering::Relaxed) {
+                wait();
+                let before = lock(&followed.status).state;
+                followed.follow(&mut follower, &Kernel::read);
+                announce(name, before, &lock(&followed.status));
+            }
+        };
+        thread::Builder::new()
+            .name(name.to_owned())
+            .stack_size(1 << 20)
+            .spawn(follow)
+            .with_context(|| {
+                format!("start the thread that follows what comes and goes for {name}")
+            })?;
+        Ok(following)
+    }
+
+    /// Reads what is attached, if it can be had soon.
+    ///
+    /// # Errors
+    /// When a map cannot be read; what was read before stays.
+    pub fn read(
+        &mut self,
+        read: impl FnOnce(&mut C) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Read> {
+        let Some(mut core) = try_lock(&self.core) else {
+            return Ok(Read::Before);
+        };
+        read(&mut core)?;
+        if let Some(health) = core.health()? {
+            self.health = health;
+        }
+        Ok(Read::Now)
+    }
+
+    /// What is read, for who may wait for it.
+    pub fn core(&self) -> Arc<Mutex<C>> {
+        Arc::clone(&self.core)
+    }
+
+    /// What has become of it.
+    pub fn status(&self) -> Status {
+        lock(&self.status).clone()
+    }
+
+    /// Whether this host has it, as far as is known.
+    pub fn state(&self) -> State {
+        lock(&self.status).state
+    }
+
+    /// What the kernel half last told of itself.
+    pub fn health(&self) -> Health {
+        self.health.clone()
+    }
+}
+
+impl<C> Drop for Following<C> {
+    fn drop(&mut self) {
+        // The thread sees it when it next wakes, and lets go of its programs.
+        self.stopped.store(true, Ordering::Relaxed);
+    }
+}
+
+impl<C: Core> Followed<C> {
+    /// Has a follower look, and tells what it tells.
+    pub fn follow(&self, follower: &mut impl Follower<C>, kernel: &dyn Fn() -> Kernel) {
+        let status = follower.follow(&self.core, kernel);
+        *lock(&self.status) = status;
+    }
+}
+
+/// Waits for modules of the kernel to come and go.
+pub fn modules(signal: &str) -> impl FnMut() + Send + 'static {
+    let mut events = Uevents::listen(signal);
+    move || events.wait()
+}
+
+/// Logs what a signal has become, where it was something else before.
+fn announce(signal: &str, before: State, now: &Status) {
+    if now.state == before {
+        return;
+    }
+    tracing::info!("signal {signal}: {}", now.state.label());
+    if now.state == State::Failed {
+        let details = now.hooks.iter().map(|hook| &hook.detail);
+        for detail in details.filter(|detail| !detail.is_empty()) {
+            tracing::error!("signal {signal}: {detail}");
+        }
+    }
+}
+
+/// How many lines are logged about what containers have mapped, which may be another file each second: so many in such a time. All of it
+/// stands on the page for people.
+const LINES: u32 = 100;
+const LINES_IN: Duration = Duration::from_secs(600);
+
+/// A log that no container can fill.
+#[derive(Debug)]
+pub(super) struct BoundedLog {
+    signal: &'static str,
+    since: Instant,
+    lines: u32,
+}
+
+impl BoundedLog {
+    pub(super) fn new(signal: &'static str) -> Self {
+        Self {
+            signal,
+            since: Instant::now(),
+            lines: 0,
+        }
+    }
+
+    /// Logs a line, as long as there are few.
+    pub(super) fn line(&mut self, is_warning: bool, text: &str) {
+        if self.since.elapsed() >= LINES_IN {
+            *self = Self::new(self.signal);
+        }
+        self.lines += 1;
+        let signal = self.signal;
+        match (self.lines, is_warning) {
+            (..LINES, true) => tracing::warn!("signal {signal}: {text}"),
+            (..LINES, false) => tracing::info!("signal {signal}: {text}"),
+            (LINES, _) => tracing::warn!(
+                "signal {signal}: more than {LINES} lines about files; for ten minutes only the page / tells more"
+            ),
+            _ => {}
+        }
+    }
+}
+
+/// Enough for the some seconds that a chain of modules takes.
+const LOOKS: u8 = 5;
+
+/// Which loads of modules the hooks are in.
+#[derive(Debug)]
+pub(super) struct Loads<const N: usize> {
+    modules: [&'static str; N],
+    loads: [Option<u64>; N],
+    /// How often what is missing is still looked for: a module is announced before all of it is in place.
+    looks: u8,
+}
+
+impl<const N: usize> Loads<N> {
+    /// None is known yet.
+    pub(super) fn of(modules: [&'static str; N]) -> Self {
+        Self {
+            modules,
+            loads: [None; N],
+            looks: 0,
+        }
+    }
+
+    /// Looks which are there. Returns those that were before, or nothing where there is nothing to do: none has come or gone, and what is
+    /// hooked is complete, or has been looked for often enough.
+    pub(super) fn look(&mut self, is_complete: bool) -> Option<[Option<u64>; N]> {
+        let loads = self.modules.map(symbols::loaded);
+        if loads != self.loads {
+            self.looks = LOOKS;
+        } else if is_complete || self.looks == 0 {
+            return None;
+        } else {
+            self.looks -= 1;
+        }
+        Some(std::mem::replace(&mut self.loads, loads))
+    }
+
+    /// Which are there.
+    pub(super) fn now(&self) -> &[Option<u64>; N] {
+        &self.loads
+    }
+
+    /// Whether none is there.
+    pub(super) fn are_absent(&self) -> bool {
+        self.loads.iter().all(Option::is_none)
+    }
+
+    /// Whether what is missing is still looked for, since one of them is on its way in or out.
+    pub(super) fn may_settle(&self) -> bool {
+        let mut there = self.modules.iter();
+        let in_motion =
+            there.any(|module| symbols::loaded(module).is_some() && !symbols::settled(module));
+        self.looks > 0 && in_motion
+    }
+
+    /// Has everything looked at anew.
+    pub(super) fn forget(&mut self) {
+        self.loads = [None; N];
+    }
+}

@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Which processes drive a GPU, as devices come and files are opened?
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use aya::maps::{self, MapData};
+use exporter_common::gpu::{Delays, Process, Thread};
+
+use super::{
+    OBJECT, Settings,
+    devices::Places,
+    programs::{PROGRAMS, resolve},
+};
+use crate::{
+    hook::{Method, Reason},
+    kernel::Kernel,
+    lock::lock,
+    probe::{self, Attached, Health},
+    signals::{
+        State, Status, entries,
+        follow::{self, Follower},
+        removed,
+    },
+};
+
+/// How old what is known of open files may be: where opens are heard of, and where they are not.
+const SEARCH_EVERY: Duration = Duration::from_secs(10);
+const SEARCH_OFTEN: Duration = Duration::from_secs(1);
+
+/// The object at work.
+pub(super) struct Live {
+    pub(super) attached: Attached,
+    pub(super) processes: maps::HashMap<MapData, u32, Process>,
+    threads: maps::HashMap<MapData, u32, Thread>,
+    devices: maps::HashMap<MapData, u32, u32>,
+    search: maps::Array<MapData, u32>,
+    pub(super) delays: maps::HashMap<MapData, u64, Delays>,
+    /// The number of the last search.
+    number: u32,
+    searched: Option<Instant>,
+}
+
+impl Live {
+    fn new(mut attached: Attached) -> anyhow::Result<Self> {
+        Ok(Self {
+            processes: attached.map("PROCESSES")?,
+            threads: attached.map("THREADS")?,
+            devices: attached.map("DEVICES")?,
+            search: attached.map("SEARCH")?,
+            delays: attached.map("DELAYS")?,
+            attached,
+            number: 0,
+            searched: None,
+        })
+    }
+
+    /// Tells the kernel half which devices drive a GPU.
+    fn set_devices(
+        &mut self,
+        old: &BTreeMap<u32, u32>,
+        new: &BTreeMap<u32, u32>,
+    ) -> anyhow::Result<()> {
+        for device in old.keys().filter(|device| !new.contains_key(device)) {
+            removed(self.devices.remove(device))?;
+        }
+        for (device, driver) in new {
+            self.devices.insert(device, driver, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Looks through all open files, and lets go of the processes that have no device open any more.
+    fn search(&mut self) -> anyhow::Result<()> {
+        let number = self.number.wrapping_add(1);
+        self.search.set(0, number, 0)?;
+        self.attached
+            .walk("open_files")
+            .context("walk over all open files (bpf iterator task_file)")?;
+        self.number = number;
+        self.searched = Some(Instant::now());
+        let mut gone = HashSet::new();
+        for (process, known) in entries(&self.processes)? {
+            if known.search == number {
+                continue;
+            }
+            // It may have opened one again this very moment.
+            let again = self.processes.get(&process, 0);
+            if again.is_ok_and(|now| now.search == number) {
+                continue;
+            }
+            removed(self.processes.remove(&process))?;
+            gone.insert(u64::from(process));
+        }
+        if !gone.is_empty() {
+            for (id, thread) in entries(&self.threads)? {
+                if gone.contains(&thread.process) {
+                    removed(self.threads.remove(&id))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What is read.
+#[derive(Default)]
+pub(super) struct Core {
+    pub(super) live: Option<Live>,
+}
+
+impl Core {
+    /// The processes that have a device open now.
+    pub(super) fn processes(&self) -> Vec<u32> {
+        let known = self.live.as_ref().map(|live| entries(&live.processes));
+        let known = known.and_then(Result::ok).unwrap_or_default();
+        known.into_iter().map(|(process, _)| process).collect()
+    }
+}
+
+impl follow::Core for Core {
+    fn health(&self) -> anyhow::Result<Option<Health>> {
+        let live = self.live.as_ref();
+        live.map(|live| live.attached.health()).transpose()
+    }
+}
+
+/// What follows devices and open files.
+pub(super) struct Devices {
+    status: Status,
+    settings: Settings,
+    places: Places,
+    known: BTreeMap<u32, u32>,
+    /// What is wrong with devices and searches now; notes of `status`.
+    troubles: Vec<String>,
+}
+
+impl Follower<Core> for Devices {
+    fn follow(&mut self, core: &Mutex<Core>, kernel: &dyn Fn() -> Kernel) -> Status {
+        let (devices, mut troubles) = self.places.devices(&self.settings.devices);
+        let changed = devices != self.known;
+        let mut core = lock(core);
+        if core.live.is_none() && changed && !devices.is_empty() {
+            core.live = self.load(&kernel());
+        }
+        if let Some(live) = &mut core.live {
+            let heard = self
+                .status
+                .hooks
+                .iter()
+                .any(|hook| hook.method == Method::Kprobe && hook.reason == Reason::Attached);
+            let every = if heard { SEARCH_EVERY } else { SEARCH_OFTEN };
+            let due = live.searched.is_none_or(|at| at.elapsed() >= every);
+            let done = match changed {
+                true => live.set_devices(&self.known, &devices),
+                false => Ok(()),
+            };
+            let done = done.and_then(|()| match changed || due {
+                true => live.search(),
+                false => Ok(()),
+            });
+            troubles.extend(done.err().map(|error| format!("{error:#}")));
+        }
+        self.known = devices;
+        if core.live.is_none() && self.known.is_empty() {
+            self.status = Status::bare(State::Absent);
+        }
+        self.note(troubles);
+        self.status.clone()
+    }
+}
+
+impl Devices {
+    pub(super) fn new(settings: &Settings) -> Self {
+        Self {
+            status: Status::bare(State::Absent),
+            settings: settings.clone(),
+            places: Places::default(),
+            known: BTreeMap::new(),
+            troubles: Vec::new(),
+        }
+    }
+
+    fn load(&mut self, kernel: &Kernel) -> Option<Live> {
+        let outcome = probe::attach(OBJECT, PROGRAMS, kernel.types(), resolve, kernel);
+        let (status, live) = Status::of(outcome, Live::new);
+        self.status = status;
+        live
+    }
+
+    /// Notes what is wrong now, and logs what was not before.
+    fn note(&mut self, troubles: Vec<String>) {
+        let new = troubles.iter().filter(|now| !self.troubles.contains(now));
+        new.for_each(|trouble| tracing::warn!("signal gpu: {trouble}"));
+        let notes = &mut self.status.notes;
+        notes.retain(|note| !self.troubles.contains(note));
+        notes.extend_from_slice(&troubles);
+        self.troubles = troubles;
+    }
+}
