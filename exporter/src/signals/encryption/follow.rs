@@ -74,13 +74,13 @@ pub(super) struct Modules {
 impl Follower<Core> for Modules {
     /// Attaches to what has been loaded, and lets go of what has been unloaded. The object stays: it has counted.
     fn follow(&mut self, core: &Mutex<Core>, kernel: &dyn Fn() -> Kernel) -> Status {
+        let mut core = lock(core);
         let is_complete = self.loads.are_absent() || self.complete();
         if self.loads.look(is_complete).is_none() {
             return self.status.clone();
         }
         let absent = self.loads.are_absent();
         let kernel = kernel();
-        let mut core = lock(core);
         match &mut core.live {
             Some(live) => self.status.hooks = live.attached.follow_modules(PROGRAMS, &kernel),
             None if absent => {}

@@ -90,11 +90,16 @@ pub(super) struct Modules {
 impl Follower<Core> for Modules {
     /// Attaches to what has been loaded, and lets go of what has been unloaded.
     fn follow(&mut self, core: &Mutex<Core>, kernel: &dyn Fn() -> Kernel) -> Status {
+        // Held from before it is looked: no scrape takes what is there for what belongs to the modules of now.
+        let mut core = lock(core);
         let lacks = |hook: &Hook| hook.reason != Reason::Attached;
         let is_complete = !self.status.hooks.iter().any(lacks);
         if let Some(before) = self.loads.look(is_complete) {
-            let mut core = lock(core);
             self.change(&mut core, before[0], kernel);
+            if symbols::loaded(MODULES[0]) != self.loads.now()[0] {
+                // It went while it was hooked, of which the kernel tells next.
+                self.status = Status::bare(State::Absent);
+            }
         }
         self.status.clone()
     }
