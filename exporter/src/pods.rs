@@ -8,6 +8,8 @@
 pub mod cgroups;
 pub mod file;
 pub mod kube;
+mod record;
+mod view;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -15,15 +17,11 @@ use std::{
     net::IpAddr,
     path::PathBuf,
     str::FromStr,
-    sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak},
+    sync::{Arc, Mutex, PoisonError, RwLock, RwLockWriteGuard, Weak},
     time::{Duration, Instant},
 };
 
-use k8s_openapi::{
-    api::core::v1::{ContainerStatus, Pod},
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
-};
-
+pub use self::{record::Record, view::View};
 use crate::lock::lock;
 
 /// The label of owners that nobody can name.
@@ -137,139 +135,8 @@ impl Resolution {
     }
 }
 
-/// One pod as its source describes it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Record {
-    /// What the cgroup's path calls the pod: its uid, or the config hash of a static pod.
-    pub uid: Arc<str>,
-    /// The uid of the object that says so: another for the mirror of a static pod, which only claims to be it. Of two objects that claim
-    /// one uid neither has it, unless it is one's own.
-    pub object: Arc<str>,
-    /// The pod's namespace.
-    pub namespace: Arc<str>,
-    /// The pod's name.
-    pub name: Arc<str>,
-    /// Seconds since 1970 at which the pod was created: of two pods with one name, the younger holds it.
-    pub created: i64,
-    /// Container ids (without the runtime's prefix) and their names, earlier instances of a container included.
-    pub containers: HashMap<Arc<str>, Arc<str>>,
-    /// The addresses that are the pod's own while it runs: none for one that has ended, or is in the host's network.
-    pub addresses: Vec<IpAddr>,
-}
-
-impl Record {
-    /// Reads what Chandra needs of a pod, or `None` of one that lacks a uid or a name.
-    pub fn of(pod: &Pod) -> Option<Self> {
-        let meta = &pod.metadata;
-        let own = meta.uid.as_ref()?;
-        let uid = mirrored(meta).unwrap_or(own);
-        let status = pod.status.as_ref();
-        let lists = [
-            status.and_then(|s| s.container_statuses.as_deref()),
-            status.and_then(|s| s.init_container_statuses.as_deref()),
-            status.and_then(|s| s.ephemeral_container_statuses.as_deref()),
-        ];
-        let containers = lists
-            .into_iter()
-            .flatten()
-            .flatten()
-            .flat_map(|container| {
-                ids(container).map(|id| (id.into(), container.name.as_str().into()))
-            })
-            .collect();
-        Some(Self {
-            uid: uid.into(),
-            object: own.as_str().into(),
-            namespace: meta.namespace.as_deref().unwrap_or("default").into(),
-            name: meta.name.as_deref()?.into(),
-            created: meta
-                .creation_timestamp
-                .as_ref()
-                .map_or(0, |t| t.0.as_second()),
-            containers,
-            addresses: addresses(pod),
-        })
-    }
-
-    fn full_name(&self) -> Name {
-        (Arc::clone(&self.namespace), Arc::clone(&self.name))
-    }
-
-    /// One of its containers as an owner.
-    fn owner(&self, container: &str) -> Owner {
-        Owner {
-            labels: Labels {
-                namespace: Arc::clone(&self.namespace),
-                pod: Arc::clone(&self.name),
-                container: container.into(),
-            },
-            uid: Arc::clone(&self.uid),
-        }
-    }
-}
-
-/// The hash of the manifest of the static pod that an object mirrors.
-///
-/// The API's object for a static pod has a uid of its own. The kubelet names the cgroup after the hash of the manifest
-/// (pkg/kubelet/config/common.go, applyDefaults), which the mirror carries, and makes its node the mirror's owner
-/// (pkg/kubelet/pod/mirror_client.go). Whoever may create pods can write all of this, so it is a claim: see [`Record::object`]. A pod
-/// that is no static one cannot be meant, since a uid of the API server has dashes and a hash has none.
-fn mirrored(meta: &ObjectMeta) -> Option<&str> {
-    let annotation = |key| meta.annotations.as_ref().and_then(|all| all.get(key));
-    annotation("kubernetes.io/config.mirror")?;
-    let hash = annotation("kubernetes.io/config.hash")?;
-    let of_node = meta.owner_references.iter().flatten();
-    let of_node = of_node.filter(|owner| owner.kind == "Node").count() == 1;
-    let is_hash = hash.len() == HASH && hash.bytes().all(|b| b.is_ascii_hexdigit());
-    (of_node && is_hash).then_some(hash)
-}
-
 /// Objects that are remembered to claim one uid. Two are a dispute.
 const CLAIMS: usize = 8;
-
-/// Hexadecimal digits of a manifest's hash.
-const HASH: usize = 32;
-
-/// The addresses of a pod that runs in a network of its own, of both families.
-fn addresses(pod: &Pod) -> Vec<IpAddr> {
-    let in_host = pod.spec.as_ref().and_then(|spec| spec.host_network);
-    let Some(status) = pod.status.as_ref() else {
-        return Vec::new();
-    };
-    if in_host == Some(true) || status.phase.as_deref() != Some("Running") {
-        return Vec::new();
-    }
-    let listed = status.pod_ips.iter().flatten();
-    let all = listed
-        .map(|ip| ip.ip.as_str())
-        .chain(status.pod_ip.as_deref());
-    let mut addresses: Vec<_> = all.filter_map(|ip| ip.parse().ok()).collect();
-    addresses.sort();
-    addresses.dedup();
-    addresses
-}
-
-/// The ids of a container's instances, `containerd://` and the like removed.
-fn ids(status: &ContainerStatus) -> impl Iterator<Item = &str> {
-    let earlier = status
-        .last_state
-        .as_ref()
-        .and_then(|state| state.terminated.as_ref());
-    let ended = status
-        .state
-        .as_ref()
-        .and_then(|state| state.terminated.as_ref());
-    [
-        status.container_id.as_deref(),
-        earlier.and_then(|t| t.container_id.as_deref()),
-        ended.and_then(|t| t.container_id.as_deref()),
-    ]
-    .into_iter()
-    .flatten()
-    .filter_map(|id| id.split_once("://"))
-    .map(|(_, id)| id)
-    .filter(|id| !id.is_empty())
-}
 
 /// A cgroup's place, read from its path.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -679,98 +546,5 @@ impl State {
                 None => Resolution::Pending(Some(record.owner(""))),
             },
         }
-    }
-}
-
-/// The directory during one scrape.
-#[derive(Debug)]
-pub struct View<'a> {
-    state: RwLockReadGuard<'a, State>,
-    named: bool,
-}
-
-impl View<'_> {
-    /// Returns the owner of a cgroup.
-    pub fn resolve(&self, cgroup: u64) -> Resolution {
-        match self.state.cgroups.get(&cgroup) {
-            Some(cgroup) => self.state.resolve(&cgroup.place, self.named),
-            None => Resolution::Pending(None),
-        }
-    }
-
-    /// Returns the pods that hold an address now, by address. One that several pods claim has no owner.
-    pub fn addresses(&self) -> HashMap<IpAddr, Option<Owner>> {
-        let mut addresses = HashMap::new();
-        for known in self.state.pods.values().flatten() {
-            let holder = self.state.holder(&known.record.uid);
-            let holds = holder.is_some_and(|holder| std::ptr::eq(holder, known));
-            for address in known.addresses() {
-                addresses
-                    .entry(*address)
-                    .and_modify(|owner| *owner = None)
-                    .or_insert_with(|| holds.then(|| known.record.owner("")));
-            }
-        }
-        addresses
-    }
-
-    /// Says if a cgroup is known, gone or not.
-    pub fn knows(&self, cgroup: u64) -> bool {
-        self.state.cgroups.contains_key(&cgroup)
-    }
-
-    /// Returns every owner that has a cgroup, gone ones within the retention time included. A container's pod is one as
-    /// well: it owns what comes before the container's name, or without it.
-    pub fn owners(&self) -> HashSet<Owner> {
-        let mut owners = HashSet::new();
-        for cgroup in self.state.cgroups.values() {
-            if let Resolution::Owner(owner) | Resolution::Pending(Some(owner)) =
-                self.state.resolve(&cgroup.place, self.named)
-            {
-                if !owner.labels.pod.is_empty() {
-                    let mut pod = owner.clone();
-                    pod.labels.container = "".into();
-                    owners.insert(pod);
-                }
-                owners.insert(owner);
-            }
-        }
-        owners
-    }
-
-    /// How long ago the pods' source last answered; `None` if it never did.
-    pub fn age(&self, now: Instant) -> Option<Duration> {
-        self.state.fresh.map(|at| now.saturating_duration_since(at))
-    }
-
-    /// Why the pods' source does not answer.
-    pub fn trouble(&self) -> Option<&str> {
-        self.state.trouble.as_deref()
-    }
-
-    /// The pods that the source lists, as namespace, name and number of containers, sorted.
-    pub fn listed(&self) -> Vec<(Arc<str>, Arc<str>, usize)> {
-        let known = self.state.pods.values().flatten();
-        let live = known.filter(|pod| pod.gone.is_none());
-        let mut all: Vec<_> = live
-            .map(|pod| {
-                (
-                    Arc::clone(&pod.record.namespace),
-                    Arc::clone(&pod.record.name),
-                    pod.record.containers.len(),
-                )
-            })
-            .collect();
-        all.sort();
-        all
-    }
-
-    /// How many cgroups exist.
-    pub fn cgroups(&self) -> usize {
-        self.state
-            .cgroups
-            .values()
-            .filter(|cgroup| cgroup.gone.is_none())
-            .count()
     }
 }

@@ -117,28 +117,9 @@ impl Tls {
             kx_groups: groups(&raw.curve_preferences)?,
             ..ring::default_provider()
         });
-        let chain_check = match policy {
-            Policy::VerifyIfGiven | Policy::RequireAndVerify => {
-                let pem = authorities.context(
-                    "client_auth_type needs client_ca or client_ca_file, the authority of the clients' certificates",
-                )?;
-                let mut roots = RootCertStore::empty();
-                for certificate in certificates("client_ca", &pem)? {
-                    roots
-                        .add(certificate)
-                        .map_err(|error| anyhow!("client_ca: {error}"))?;
-                }
-                let check = WebPkiClientVerifier::builder_with_provider(
-                    roots.into(),
-                    Arc::clone(&provider),
-                );
-                Some(check.build()?)
-            }
-            _ => None,
-        };
         let demanded = matches!(policy, Policy::RequireAny | Policy::RequireAndVerify);
         let verifier = Verifier {
-            chain: chain_check,
+            chain: policy.chain(authorities.as_deref(), &provider)?,
             mandatory: demanded,
             allowed: raw.client_allowed_sans.clone(),
             algorithms: provider.signature_verification_algorithms,
@@ -321,6 +302,28 @@ impl Policy {
                  VerifyClientCertIfGiven and RequireAndVerifyClientCert"
             ),
         })
+    }
+
+    /// The check of a client's chain, where there is one, against these authorities.
+    fn chain(
+        self,
+        authorities: Option<&str>,
+        provider: &Arc<CryptoProvider>,
+    ) -> anyhow::Result<Option<Arc<dyn ClientCertVerifier>>> {
+        if !matches!(self, Self::VerifyIfGiven | Self::RequireAndVerify) {
+            return Ok(None);
+        }
+        let pem = authorities.context(
+            "client_auth_type needs client_ca or client_ca_file, the authority of the clients' certificates",
+        )?;
+        let mut roots = RootCertStore::empty();
+        for certificate in certificates("client_ca", pem)? {
+            roots
+                .add(certificate)
+                .map_err(|error| anyhow!("client_ca: {error}"))?;
+        }
+        let check = WebPkiClientVerifier::builder_with_provider(roots.into(), Arc::clone(provider));
+        Ok(Some(check.build()?))
     }
 }
 

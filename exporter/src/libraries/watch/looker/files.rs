@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Which files are of use, which are not looked at again, and until when?
+
+use std::{collections::BTreeSet, sync::Arc, time::Instant};
+
+use super::{
+    AGAIN, AGAIN_AT_MOST, Looker, Met, REFUSED_OF_PROCESS, Refused, Slow,
+    asking::{Failed, late},
+    key,
+};
+use crate::libraries::{
+    Identity, Refusal, Skip,
+    helper::{Answer, Ask, Stuck},
+    maps::Mapped,
+    watch::{Found, shown},
+};
+
+/// Files that are probed at once: of the node, which have one or some containers their own, and of one pod.
+const FILES: usize = 16;
+
+const FILES_OF_POD: usize = FILES / 2;
+
+/// Files that are remembered: refused ones of a pod and the node, and those that are of no use, of which PyTorch has some four hundred.
+const REFUSED_OF_POD: usize = 1024;
+const REFUSED: usize = 8192;
+const STRANGERS_OF_POD: usize = 4096;
+const STRANGERS: usize = 65_536;
+/// Places in memory whose files did not come, of a pod and the node.
+const SLOW_OF_POD: usize = 64;
+const SLOW: usize = 1024;
+
+impl Looker {
+    /// Meets a file of a process.
+    pub(super) fn meet(
+        &mut self,
+        process: u32,
+        pod: &Arc<str>,
+        mapped: &Mapped,
+        identity: Result<Option<Identity>, Refusal>,
+        met: &mut Met,
+    ) {
+        let named = self.watched.interest.names(mapped.name());
+        let identity = match identity {
+            Ok(Some(identity)) => identity,
+            Ok(None) => return,
+            // Beside the driver some are not meant to be read.
+            Err(_) if !named => return,
+            Err(refusal) => {
+                self.put_off(process, mapped, pod, refusal, None);
+                met.late = true;
+                return;
+            }
+        };
+        self.slow.remove(&key(mapped));
+        if self.strangers.contains_key(&identity) {
+            return;
+        }
+        let now = Instant::now();
+        let is_refused = self.refused.get(&identity).is_some_and(|refused| {
+            // What one pod has no place for, another may have.
+            let waits = refused.again.is_none_or(|again| now < again);
+            waits && (refused.skip != Skip::Files || refused.pod == *pod)
+        });
+        if self.files.contains_key(&identity) {
+            met.files.insert(identity);
+            return;
+        }
+        if is_refused {
+            if !met.add_refused(identity) {
+                self.skipped[Skip::Files as usize] += 1;
+                self.is_beyond(process);
+            }
+            return;
+        }
+        if met.refused >= REFUSED_OF_PROCESS || !self.may_remember(pod) {
+            self.skipped[Skip::Files as usize] += 1;
+            self.is_beyond(process);
+            return;
+        }
+        if !self.has_time(pod) {
+            met.cut = true;
+            return;
+        }
+        let refusal = match self.examine(process, pod, mapped, identity) {
+            Ok(Some(library)) if (self.watched.is_of_use)(&library.library) => {
+                match self.admit(identity, library, pod) {
+                    Ok(()) => {
+                        met.files.insert(identity);
+                        return;
+                    }
+                    Err(refusal) => refusal,
+                }
+            }
+            Ok(Some(_)) => return self.is_stranger(identity, pod),
+            Ok(None) => {
+                met.late = true;
+                return;
+            }
+            Err(refusal) if !named && !refusal.skip.passes() => {
+                return self.is_stranger(identity, pod);
+            }
+            Err(refusal) => refusal,
+        };
+        met.add_refused(identity);
+        self.refuse(identity, pod, &mapped.path, refusal);
+    }
+
+    /// Whether more files of a pod are remembered.
+    fn may_remember(&self, pod: &Arc<str>) -> bool {
+        self.refused.len() < REFUSED
+            && self
+                .pods
+                .get(pod)
+                .is_some_and(|pod| pod.refused < REFUSED_OF_POD)
+    }
+
+    /// Remembers a file that is of no use.
+    fn is_stranger(&mut self, identity: Identity, pod: &Arc<str>) {
+        // Where a pod has had so many they are forgotten, and those that are still there met anew, on its account.
+        if let Some(of_pod) = self.pods.get_mut(pod)
+            && of_pod.strangers >= STRANGERS_OF_POD
+        {
+            of_pod.strangers = 0;
+            self.strangers.retain(|_, other| other != pod);
+        }
+        if self.strangers.insert(identity, Arc::clone(pod)).is_none()
+            && let Some(pod) = self.pods.get_mut(pod)
+        {
+            pod.strangers += 1;
+        }
+    }
+
+    /// Takes a library among those that are probed, if there is room.
+    fn admit(&mut self, identity: Identity, found: Found, pod: &Arc<str>) -> Result<(), Refusal> {
+        let of_pod = self.files.values().filter(|found| found.pod == *pod);
+        let why = if of_pod.count() == FILES_OF_POD {
+            format!("one more than the {FILES_OF_POD} files of one pod that are probed at once")
+        } else if self.files.len() == FILES {
+            format!("one more than the {FILES} files that are probed at once")
+        } else {
+            self.refused.remove(&identity);
+            for lack in &found.library.lacks {
+                self.skipped[lack.skip as usize] += 1;
+            }
+            self.files.insert(identity, Arc::new(found));
+            return Ok(());
+        };
+        Err(Refusal::new(Skip::Files, why))
+    }
+
+    fn refuse(&mut self, identity: Identity, pod: &Arc<str>, path: &str, refusal: Refusal) {
+        self.skipped[refusal.skip as usize] += 1;
+        let every = self
+            .refused
+            .get(&identity)
+            .map_or(AGAIN, |refused| refused.every);
+        // What is held of it is bounded, whatever its path is.
+        let refused = Refused {
+            path: shown(path, true),
+            why: refusal.why,
+            skip: refusal.skip,
+            pod: Arc::clone(pod),
+            again: refusal.skip.passes().then(|| Instant::now() + every),
+            every: AGAIN_AT_MOST.min(every * 2),
+        };
+        if self.refused.insert(identity, refused).is_none()
+            && let Some(pod) = self.pods.get_mut(pod)
+        {
+            pod.refused += 1;
+        }
+    }
+
+    /// Looks into a file. `None` where it is another meanwhile, or mapped no longer.
+    fn examine(
+        &mut self,
+        process: u32,
+        pod: &Arc<str>,
+        mapped: &Mapped,
+        identity: Identity,
+    ) -> Result<Option<Found>, Refusal> {
+        let ask = Ask::Examine {
+            process,
+            file: mapped.clone(),
+            wanted: self.watched.wanted.clone(),
+        };
+        let asked = self.ask(&ask, pod);
+        match asked.and_then(|()| self.answer(pod)) {
+            Ok((Answer::Library(Ok(Some((same, library)))), Some(file))) => Ok((same == identity)
+                .then(|| Found {
+                    path: mapped.path.clone(),
+                    file,
+                    library,
+                    pod: Arc::clone(pod),
+                })),
+            Ok((Answer::Library(Err(refusal)), _)) => Err(refusal),
+            Ok(_) => Ok(None),
+            Err(failed) => {
+                self.is_slow(process, mapped, pod, failed);
+                Ok(None)
+            }
+        }
+    }
+
+    /// A file did not come.
+    pub(super) fn is_slow(
+        &mut self,
+        process: u32,
+        mapped: &Mapped,
+        pod: &Arc<str>,
+        failed: Failed,
+    ) {
+        if let Failed::Late(stuck) = failed {
+            let why = format!("it is not looked at: {}", late());
+            let refusal = Refusal::new(Skip::Deadline, why);
+            self.put_off(process, mapped, pod, refusal, stuck);
+        }
+    }
+
+    /// Does not look at a file again for a while.
+    fn put_off(
+        &mut self,
+        process: u32,
+        mapped: &Mapped,
+        pod: &Arc<str>,
+        refusal: Refusal,
+        stuck: Option<Stuck>,
+    ) {
+        self.skipped[refusal.skip as usize] += 1;
+        let key = key(mapped);
+        let of_pod = self.slow.values().filter(|slow| slow.pod == *pod).count();
+        let full = of_pod >= SLOW_OF_POD || self.slow.len() >= SLOW;
+        if full && !self.slow.contains_key(&key) {
+            self.skipped[Skip::Files as usize] += 1;
+            self.stuck
+                .extend(stuck.map(|stuck| (Arc::clone(pod), stuck)));
+            self.is_beyond(process);
+            return;
+        }
+        let slow = self.slow.entry(key).or_insert_with(|| Slow {
+            path: shown(&mapped.path, true),
+            why: String::new(),
+            pod: Arc::clone(pod),
+            again: Instant::now(),
+            every: AGAIN,
+            stuck: None,
+            tried: false,
+        });
+        slow.why = refusal.why;
+        slow.stuck = stuck;
+        slow.put_off();
+    }
+
+    /// Lets go of what nobody has any more.
+    pub(super) fn forget(&mut self) {
+        let looks = || self.looks.values();
+        let used: BTreeSet<Identity> = looks().flat_map(|look| &look.files).copied().collect();
+        let before = self.files.len();
+        self.files.retain(|identity, _| used.contains(identity));
+        if self.files.len() < before {
+            let now = Instant::now();
+            let waiting = self.refused.values_mut();
+            let waiting = waiting.filter(|refused| refused.skip == Skip::Files);
+            for refused in waiting.take(before - self.files.len()) {
+                refused.again = Some(now);
+            }
+        }
+        self.refused.retain(|identity, _| used.contains(identity));
+        let pods: BTreeSet<&Arc<str>> = looks().map(|look| &look.pod).collect();
+        self.pods.retain(|pod, _| pods.contains(pod));
+        self.strangers.retain(|_, pod| self.pods.contains_key(pod));
+        for pod in self.pods.values_mut() {
+            (pod.refused, pod.strangers) = (0, 0);
+        }
+        for refused in self.refused.values() {
+            if let Some(pod) = self.pods.get_mut(&refused.pod) {
+                pod.refused += 1;
+            }
+        }
+        for pod in self.strangers.values() {
+            if let Some(pod) = self.pods.get_mut(pod) {
+                pod.strangers += 1;
+            }
+        }
+        if self.strangers.len() > STRANGERS {
+            let most = self.pods.iter().max_by_key(|(_, pod)| pod.strangers);
+            if let Some(most) = most.map(|(pod, _)| Arc::clone(pod)) {
+                self.strangers.retain(|_, pod| *pod != most);
+            }
+        }
+        for slow in self.slow.values_mut() {
+            slow.stuck.take_if(Stuck::has_ended);
+        }
+        let pods = &self.pods;
+        self.slow
+            .retain(|_, slow| pods.contains_key(&slow.pod) || slow.stuck.is_some());
+        self.stuck.retain_mut(|(_, stuck)| !stuck.has_ended());
+    }
+
+    /// Has the processes looked at again whose files are due to be tried again.
+    pub(super) fn try_again(&mut self) {
+        let now = Instant::now();
+        let due: BTreeSet<Identity> = self
+            .refused
+            .iter()
+            .filter(|(_, refused)| refused.again.is_some_and(|again| now >= again))
+            .map(|(identity, _)| *identity)
+            .collect();
+        // A slow file belongs to no process; those of its pod are looked at again.
+        let mut pods: BTreeSet<Arc<str>> = BTreeSet::new();
+        self.slow.retain(|_, slow| {
+            if slow.stuck.is_some() || now < slow.again {
+                return true;
+            }
+            // Where it has not been met again, nobody has it any more.
+            let first = !std::mem::replace(&mut slow.tried, true);
+            if first {
+                pods.insert(Arc::clone(&slow.pod));
+            }
+            first || now < slow.again + AGAIN_AT_MOST
+        });
+        for look in self.looks.values_mut() {
+            if pods.contains(&look.pod) || look.files.iter().any(|file| due.contains(file)) {
+                look.due = look.due.min(now);
+                look.next = look.next.min(now);
+            }
+        }
+    }
+}
+
+impl Slow {
+    fn put_off(&mut self) {
+        self.again = Instant::now() + self.every;
+        self.every = AGAIN_AT_MOST.min(self.every * 2);
+        self.tried = false;
+    }
+}
