@@ -16,6 +16,8 @@ mod growth;
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     hash::Hash,
+    iter::Sum,
+    ops::Add,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -41,14 +43,22 @@ pub struct Attribution {
     pub unknown: u64,
 }
 
-impl Attribution {
-    /// Adds the units of another ledger.
-    pub fn plus(self, other: Self) -> Self {
+/// Of another ledger.
+impl Add for Attribution {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
         Self {
             pod: self.pod + other.pod,
             host: self.host + other.host,
             unknown: self.unknown + other.unknown,
         }
+    }
+}
+
+impl Sum for Attribution {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), Self::add)
     }
 }
 

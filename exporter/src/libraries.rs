@@ -2,12 +2,13 @@
 //! Which libraries do processes have mapped, and what is in them?
 //!
 //! [`watch`] looks at processes in a thread of its own and publishes what it has found; [`helper`] is the process that reads what
-//! containers have made: [`maps`] which files are mapped, [`open`] the very file, [`elf`] what is in it.
+//! containers have made: [`maps`] which files are mapped, [`open`] the very file, [`elf`] what is in it. [`probed`] attaches to what is of use.
 
 pub(crate) mod elf;
 mod helper;
 pub(crate) mod maps;
 mod open;
+pub(crate) mod probed;
 pub(crate) mod watch;
 
 use std::{

@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! How many events were seen and could not be counted, and why?
 
-use std::{
-    iter::Sum,
-    ops::{Add, AddAssign, Index, IndexMut},
-};
+use std::ops::{Add, AddAssign, Index, IndexMut};
 
 use exporter_common::Loss;
 
@@ -49,11 +46,5 @@ impl AddAssign for Losses {
         for (events, by) in self.0.iter_mut().zip(other.0) {
             *events += by;
         }
-    }
-}
-
-impl Sum for Losses {
-    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
-        all.fold(Self::default(), Self::add)
     }
 }

@@ -5,6 +5,7 @@
 //! it tries for the lock, and shows what was read before where it is not to be had.
 
 use std::{
+    collections::BTreeSet,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -15,8 +16,9 @@ use std::{
 
 use anyhow::Context;
 
-use super::{Read, State, Status};
+use super::{Read, SIGNALS, State, Status};
 use crate::{
+    hook::Reason,
     kernel::{Kernel, symbols, uevents::Uevents},
     lock::{lock, try_lock},
     probe::Health,
@@ -24,7 +26,12 @@ use crate::{
 
 /// What attaches to something of this host as it comes, and lets go of it.
 pub trait Follower<C>: Send + 'static {
-    /// Looks at what has come and gone, and tells what has become of it. `core` is held only while something is done to it.
+    /// What is told before it has looked.
+    fn before(&self) -> Status {
+        Status::bare(State::Absent)
+    }
+
+    /// Looks at what has come and gone, and tells what has become of it.
     fn follow(&mut self, core: &Mutex<C>, kernel: &dyn Fn() -> Kernel) -> Status;
 }
 
@@ -46,28 +53,9 @@ pub struct Following<C> {
     health: Health,
 }
 
-/// What is followed, for who attaches.
-#[derive(Debug)]
-pub struct Followed<C> {
-    core: Arc<Mutex<C>>,
-    status: Arc<Mutex<Status>>,
-}
-
 impl<C: Core> Following<C> {
-    /// Begins with nothing attached. Who has the other half follows.
-    pub fn halves(core: C) -> (Self, Followed<C>) {
-        let core = Arc::new(Mutex::new(core));
-        let status = Arc::new(Mutex::new(Status::bare(State::Absent)));
-        let following = Self {
-            core: Arc::clone(&core),
-            status: Arc::clone(&status),
-            stopped: Arc::default(),
-            health: Health::default(),
-        };
-        (following, Followed { core, status })
-    }
-
-    /// Follows in a thread of its own, each time that `wait` returns; and once before, with the kernel as it is now, if that is given.
+    /// Follows in a thread of its own, each time that `wait` returns; and once before, with the kernel as it is now, if that is given. What
+    /// becomes of a signal is logged; a part of one logs by itself.
     ///
     /// # Errors
     /// When the thread cannot be started.
@@ -78,17 +66,31 @@ impl<C: Core> Following<C> {
         now: Option<&Kernel>,
         mut wait: impl FnMut() + Send + 'static,
     ) -> anyhow::Result<Self> {
-        let (following, followed) = Self::halves(core);
-        if let Some(kernel) = now {
-            followed.follow(&mut follower, &|| kernel.clone());
-        }
-        let stopped = Arc::clone(&following.stopped);
+        let core = Arc::new(Mutex::new(core));
+        let status = match now {
+            Some(kernel) => follower.follow(&core, &|| kernel.clone()),
+            None => follower.before(),
+        };
+        let is_signal = SIGNALS.iter().any(|entry| entry.name == name);
+        let following = Self {
+            core: Arc::clone(&core),
+            status: Arc::new(Mutex::new(status)),
+            stopped: Arc::default(),
+            health: Health::default(),
+        };
+        let (status, stopped) = (
+            Arc::clone(&following.status),
+            Arc::clone(&following.stopped),
+        );
         let follow = move || {
             while !stopped.load(Ordering::Relaxed) {
                 wait();
-                let before = lock(&followed.status).state;
-                followed.follow(&mut follower, &Kernel::read);
-                announce(name, before, &lock(&followed.status));
+                let before = lock(&status).state;
+                let now = follower.follow(&core, &Kernel::read);
+                if is_signal {
+                    announce(name, before, &now);
+                }
+                *lock(&status) = now;
             }
         };
         thread::Builder::new()
@@ -147,11 +149,13 @@ impl<C> Drop for Following<C> {
     }
 }
 
-impl<C: Core> Followed<C> {
-    /// Has a follower look, and tells what it tells.
-    pub fn follow(&self, follower: &mut impl Follower<C>, kernel: &dyn Fn() -> Kernel) {
-        let status = follower.follow(&self.core, kernel);
-        *lock(&self.status) = status;
+/// Returns at once, and then after each time.
+pub fn at_once_and_every(time: Duration) -> impl FnMut() + Send + 'static {
+    let mut is_first = true;
+    move || {
+        if !std::mem::take(&mut is_first) {
+            thread::sleep(time);
+        }
     }
 }
 
@@ -182,14 +186,14 @@ const LINES_IN: Duration = Duration::from_secs(600);
 
 /// A log that no container can fill.
 #[derive(Debug)]
-pub(super) struct BoundedLog {
+struct BoundedLog {
     signal: &'static str,
     since: Instant,
     lines: u32,
 }
 
 impl BoundedLog {
-    pub(super) fn new(signal: &'static str) -> Self {
+    fn new(signal: &'static str) -> Self {
         Self {
             signal,
             since: Instant::now(),
@@ -198,7 +202,7 @@ impl BoundedLog {
     }
 
     /// Logs a line, as long as there are few.
-    pub(super) fn line(&mut self, is_warning: bool, text: &str) {
+    fn line(&mut self, is_warning: bool, text: &str) {
         if self.since.elapsed() >= LINES_IN {
             *self = Self::new(self.signal);
         }
@@ -212,6 +216,44 @@ impl BoundedLog {
             ),
             _ => {}
         }
+    }
+}
+
+/// Logs what is new of a status, with all that is known of files.
+#[derive(Debug)]
+pub(super) struct StatusLog {
+    log: BoundedLog,
+    logged: Status,
+}
+
+impl StatusLog {
+    pub(super) fn new(signal: &'static str) -> Self {
+        Self {
+            log: BoundedLog::new(signal),
+            logged: Status::bare(State::Absent),
+        }
+    }
+
+    /// Takes over what has become of it.
+    pub(super) fn tell(&mut self, new: Status) {
+        for (word, before, now) in [
+            ("found ", &self.logged.found, &new.found),
+            ("works with less: ", &self.logged.notes, &new.notes),
+        ] {
+            for text in now.iter().filter(|text| !before.contains(text)) {
+                self.log.line(false, &format!("{word}{text}"));
+            }
+        }
+        let hooks = self.logged.hooks.iter();
+        let mut told: BTreeSet<&str> = hooks.map(|hook| hook.detail.as_str()).collect();
+        for hook in &new.hooks {
+            // That there is no room is a note, once for the file.
+            let is_told = hook.reason == Reason::NoRoom || hook.detail.is_empty();
+            if !is_told && told.insert(&hook.detail) {
+                self.log.line(true, &hook.detail);
+            }
+        }
+        self.logged = new;
     }
 }
 

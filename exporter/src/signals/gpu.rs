@@ -147,7 +147,7 @@ impl Signal for Gpu {
 
     fn attribution(&self) -> Attribution {
         let parts = self.parts.iter().map(|part| part.attribution());
-        parts.fold(self.ledger.attribution(), Attribution::plus)
+        self.ledger.attribution() + parts.sum::<Attribution>()
     }
 
     fn health(&self) -> anyhow::Result<Health> {

@@ -82,15 +82,18 @@ impl Running {
                 self.failed_reads += 1;
             }
         }
-        if let Ok(health) = signal.health() {
-            self.health = health;
-        }
         self.follow();
     }
 
-    /// Takes over what has become of a signal that comes and goes.
+    /// Takes over what a signal tells of itself now.
     pub(crate) fn follow(&mut self) {
-        if let Some(status) = self.signal.as_ref().and_then(|signal| signal.status()) {
+        let Some(signal) = &self.signal else {
+            return;
+        };
+        if let Ok(health) = signal.health() {
+            self.health = health;
+        }
+        if let Some(status) = signal.status() {
             self.status = status;
         }
     }

@@ -8,12 +8,9 @@
 //! budget: in a window all are attached, and after it none is left and nothing is paid.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    io, mem,
-    os::fd::AsRawFd,
-    path::Path,
+    collections::BTreeSet,
     sync::{Arc, Mutex},
-    thread::{self, JoinHandle},
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -32,20 +29,20 @@ use super::{
 };
 use crate::{
     families::{Desc, Families, Kind},
-    hook::{Hook, Method, Program, Reason, Target},
+    hook::{Program, Target},
     kernel::Kernel,
     ledger::{Attribution, Ledger, Opening},
     libraries::{
-        Identity,
         maps::Interest,
-        watch::{Found, Snapshot, Watch, Watched, processes, shown},
+        probed::{self, Place, detach},
+        watch::{Watch, Watched, processes, shown},
     },
     lock::lock,
     pods::Labels,
-    probe::{self, Attached, Constants, Counters, FileLink, Health},
+    probe::{Attached, Constants, Counters, Health},
     signals::{
         Options, Read, Scope, Signal, State, Status, entries,
-        follow::{self, BoundedLog, Follower, Following},
+        follow::{self, Follower, Following, StatusLog, at_once_and_every},
         removed,
     },
 };
@@ -109,13 +106,6 @@ const SHORTEST: Duration = Duration::from_secs(1);
 /// How often calls are looked for that will not return, their process being gone.
 const SWEEP_EVERY: Duration = Duration::from_secs(30);
 
-/// The object, for who attaches.
-struct Loaded {
-    attached: Attached,
-    /// For what to do about a refusal; without the types.
-    kernel: Kernel,
-}
-
 /// The object's maps, for as long as one of them is read or swept.
 struct Live {
     counters: Arc<Counters>,
@@ -143,57 +133,19 @@ impl Live {
     }
 }
 
-/// A library that processes have mapped.
-struct Library {
-    found: Arc<Found>,
-    /// Where it is probed, or why not.
-    sites: Result<Vec<Site>, String>,
-    /// What came of each site in the present window, or in the last.
-    outcomes: Vec<Result<(), (Reason, String)>>,
-    /// The probes, two for each site, that of the entry before that of the return.
-    links: Vec<FileLink>,
-}
+/// Where a library is probed, or why not.
+type Sites = Result<Vec<Site>, String>;
 
-impl Library {
-    fn new(found: Arc<Found>) -> Self {
-        let sites = library::sites(&found.library);
-        Self {
-            sites: sites.map_err(|error| format!("{error:#}")),
-            found,
-            outcomes: Vec::new(),
-            links: Vec::new(),
-        }
+impl probed::Sites for Sites {
+    fn places(&self) -> Vec<Place> {
+        let place = |site: &Site| Place {
+            names: site.names.clone(),
+            at: site.place.clone(),
+            entry: ENTRIES[site.call as usize],
+            exit: Some(RETURN),
+        };
+        self.iter().flatten().map(place).collect()
     }
-
-    /// Attaches the probes, those of the returns first: each entry that is seen is followed by a return that is.
-    fn attach(&mut self, identity: &Identity, snapshot: &Snapshot, loaded: &mut Loaded) {
-        let path = format!("/proc/self/fd/{}", self.found.file.as_raw_fd());
-        let path = Path::new(&path);
-        self.outcomes.clear();
-        for site in self.sites.iter().flatten() {
-            let mut attach = |place: u64| {
-                let mut to = |program, room| {
-                    let attached = &mut loaded.attached;
-                    attached.attach_to_file(program, path, place, room, &loaded.kernel)
-                };
-                let mut room = snapshot.room(identity, 2)?;
-                let returns = to(RETURN, room.pop().expect("two"))?;
-                let entries = to(ENTRIES[site.call as usize], room.pop().expect("two"))?;
-                self.links.extend([entries, returns]);
-                Ok(())
-            };
-            self.outcomes.push(match &site.place {
-                Ok(place) => attach(*place),
-                Err(why) => Err((Reason::Expensive, why.clone())),
-            });
-        }
-    }
-}
-
-/// Detaches probes, in the order of the list, beside everything else: the kernel takes about a tenth of a second for each.
-fn detach(links: Vec<FileLink>) -> io::Result<JoinHandle<()>> {
-    let thread = thread::Builder::new().name("cuda".to_owned());
-    thread.spawn(move || links.into_iter().for_each(drop))
 }
 
 /// Where the time goes.
@@ -242,22 +194,13 @@ impl follow::Core for Core {
 struct Libraries {
     gpu: Arc<Mutex<super::Core>>,
     budget: f64,
-    watch: Watch,
-    snapshot: Arc<Snapshot>,
+    probed: probed::Libraries<Sites>,
     show_paths: bool,
-    loaded: Option<Loaded>,
-    /// What came of loading the object, where that failed.
-    failed: Option<Vec<Hook>>,
-    /// What works with less since the object was loaded.
-    lacks: Vec<String>,
-    libraries: BTreeMap<Identity, Library>,
     window: Window,
     swept: Instant,
     /// Why the last window was not as it should.
     trouble: Option<String>,
-    log: BoundedLog,
-    /// What has been logged last.
-    logged: Status,
+    log: StatusLog,
 }
 
 /// What is watched for. What is called as the driver is of use, or said why not.
@@ -281,23 +224,18 @@ impl Calls {
     ) -> anyhow::Result<Self> {
         let now = Instant::now();
         let nobody = Some(BTreeSet::new());
+        let watch = Watch::start("cuda", watched(), nobody, &options.gate)?;
         let libraries = Libraries {
             gpu,
             budget,
-            watch: Watch::start("cuda", watched(), nobody, &options.gate)?,
-            snapshot: Arc::default(),
+            probed: probed::Libraries::new(watch),
             show_paths: options.show_paths,
-            loaded: None,
-            failed: None,
-            lacks: Vec::new(),
-            libraries: BTreeMap::new(),
             window: Window::Shut { due: now },
             swept: now,
             trouble: None,
-            log: BoundedLog::new("gpu"),
-            logged: Status::bare(State::Absent),
+            log: StatusLog::new("gpu"),
         };
-        let wait = || thread::sleep(LOOK_EVERY);
+        let wait = at_once_and_every(LOOK_EVERY);
         Ok(Self {
             following: Following::start("gpu-calls", Core::default(), libraries, None, wait)?,
             ledger: Ledger::new(options.max_owners, units).opening(Opening::Events),
@@ -306,56 +244,31 @@ impl Calls {
 }
 
 impl Libraries {
-    /// Takes over what is mapped now, and lets go of what nobody has any more.
+    /// Takes over what is mapped now.
     fn take_over(&mut self) {
-        let found = &self.snapshot.files;
-        for (identity, found) in found {
-            let library = || Library::new(Arc::clone(found));
-            self.libraries.entry(*identity).or_insert_with(library);
-        }
-        let mut gone = Vec::new();
-        self.libraries.retain(|identity, library| {
-            let stays = found.contains_key(identity);
-            if !stays {
-                gone.append(&mut library.links);
-            }
-            stays
+        let processes = lock(&self.gpu).processes();
+        self.probed.watch.only(processes.into_iter().collect());
+        self.probed.meet(|found| {
+            let sites = library::sites(&found.library);
+            Some(sites.map_err(|error| format!("{error:#}")))
         });
-        if !gone.is_empty() {
-            // Where no thread can be started, they are detached here.
-            let _ = detach(gone);
-        }
+        self.probed.let_go(|_, _| true);
     }
 
     /// Loads the object when there is something to probe.
     fn load(&mut self, core: &Mutex<Core>, kernel: &dyn Fn() -> Kernel) {
-        let wanted = self.libraries.values().any(|library| library.sites.is_ok());
-        if self.loaded.is_some() || self.failed.is_some() || !wanted {
-            return;
-        }
-        let mut kernel = kernel();
-        let outcome = probe::attach(OBJECT, PROGRAMS, kernel.types(), resolve, &kernel);
-        kernel.forget_types();
-        self.lacks = outcome.notes;
-        let Some(mut attached) = outcome.attached else {
-            self.failed = Some(outcome.hooks);
-            return;
-        };
-        match Live::new(&mut attached) {
-            Ok(live) => {
-                lock(core).live = Some(live);
-                self.loaded = Some(Loaded { attached, kernel });
-            }
-            Err(error) => {
-                self.lacks.push(format!("{error:#}"));
-                self.failed = Some(Vec::new());
-            }
+        let mut files = self.probed.files.values();
+        if self.probed.is_waiting() && files.any(|file| file.sites.is_ok()) {
+            let live = self
+                .probed
+                .load(OBJECT, PROGRAMS, resolve, kernel(), Live::new);
+            lock(core).live = live;
         }
     }
 
     /// Opens and closes windows, so that their share of the time is within the budget.
     fn turn(&mut self, core: &Mutex<Core>) -> anyhow::Result<()> {
-        if self.loaded.is_none() {
+        if !self.probed.is_loaded() {
             return Ok(());
         }
         let now = Instant::now();
@@ -367,9 +280,8 @@ impl Libraries {
             Window::Open { since } => {
                 let length = SHORTEST.max(SHORTEST.div_f64(rest.max(1e-6)));
                 if self.budget < 1.0 && now - *since >= length {
-                    let libraries = self.libraries.values_mut();
-                    let links = libraries.flat_map(|library| library.links.drain(..));
-                    let done = detach(links.collect()).context("start a thread")?;
+                    let links = self.probed.take_links();
+                    let done = detach(links).context("start a thread")?;
                     self.window = Window::Closing {
                         since: *since,
                         done,
@@ -388,16 +300,11 @@ impl Libraries {
                 return Ok(());
             }
         }
-        let Some(loaded) = &mut self.loaded else {
-            return Ok(());
-        };
-        for (identity, library) in &mut self.libraries {
-            if library.sites.is_ok() && library.links.is_empty() {
-                library.attach(identity, &self.snapshot, loaded);
-                if !library.links.is_empty() && matches!(self.window, Window::Shut { .. }) {
-                    self.window = Window::Open { since: now };
-                }
-            }
+        self.probed
+            .probe(|file| file.sites.is_ok() && file.links.is_empty());
+        let mut files = self.probed.files.values();
+        if matches!(self.window, Window::Shut { .. }) && files.any(|file| !file.links.is_empty()) {
+            self.window = Window::Open { since: now };
         }
         if self.swept.elapsed() >= SWEEP_EVERY {
             self.swept = now;
@@ -408,83 +315,34 @@ impl Libraries {
     }
 
     /// What has become of it, with the paths of files or only their names.
-    fn told(&self, with_paths: bool) -> Status {
-        let mut hooks: BTreeMap<&'static str, (Reason, String)> = BTreeMap::new();
-        for library in self.libraries.values() {
-            let path = shown(&library.found.path, with_paths);
-            let sites = library.sites.iter().flatten();
-            for (site, outcome) in sites.zip(&library.outcomes) {
-                for name in &site.names {
-                    let (reason, detail) = match outcome {
-                        Ok(()) => (Reason::Attached, String::new()),
-                        Err((reason, why)) => (*reason, format!("{name} of {path}: {why}")),
-                    };
-                    let known = hooks
-                        .entry(name)
-                        .or_insert((Reason::Attached, String::new()));
-                    if known.0 == Reason::Attached {
-                        *known = (reason, detail);
-                    }
-                }
-            }
-        }
-        let hook = |(name, (reason, detail))| Hook {
-            name,
-            method: Method::Uprobe,
-            reason,
-            detail,
-        };
-        let mut hooks: Vec<_> = hooks.into_iter().map(hook).collect();
-        hooks.extend(self.failed.iter().flatten().cloned());
-        let mut notes = self.lacks.clone();
-        notes.extend(self.trouble.clone());
-        notes.extend(self.libraries.values().filter_map(|library| {
-            let why = library.sites.as_ref().err()?;
-            let path = shown(&library.found.path, with_paths);
+    fn status(&self, with_paths: bool) -> Status {
+        let mut own: Vec<_> = self.trouble.iter().cloned().collect();
+        own.extend(self.probed.files.values().filter_map(|file| {
+            let why = file.sites.as_ref().err()?;
+            let path = shown(&file.found.path, with_paths);
             Some(format!("cannot probe {path}: {why}"))
         }));
-        let of_files = self.snapshot.notes.iter();
-        notes.extend(of_files.map(|note| {
-            format!(
-                "calls of CUDA are not seen everywhere: {}",
-                note.told(with_paths)
-            )
-        }));
+        let unseen = "calls of CUDA are not seen everywhere";
         Status {
-            hooks,
-            notes,
-            skipped: Some(self.snapshot.skipped),
+            hooks: self.probed.hooks(with_paths),
+            notes: self.probed.notes(own, unseen, with_paths),
+            skipped: Some(self.probed.snapshot.skipped),
             ..Status::bare(State::Absent)
-        }
-    }
-
-    /// Logs what is new, with all that is known.
-    fn log(&mut self) {
-        let new = self.told(true);
-        let before = mem::replace(&mut self.logged, new.clone());
-        for note in new.notes.iter().filter(|note| !before.notes.contains(note)) {
-            self.log.line(true, note);
-        }
-        let mut told: Vec<_> = before.hooks.into_iter().map(|hook| hook.detail).collect();
-        for hook in new.hooks {
-            if !hook.detail.is_empty() && !told.contains(&hook.detail) {
-                self.log.line(true, &hook.detail);
-                told.push(hook.detail);
-            }
         }
     }
 }
 
 impl Follower<Core> for Libraries {
+    fn before(&self) -> Status {
+        self.status(self.show_paths)
+    }
+
     fn follow(&mut self, core: &Mutex<Core>, kernel: &dyn Fn() -> Kernel) -> Status {
-        let processes = lock(&self.gpu).processes();
-        self.watch.only(processes.into_iter().collect());
-        self.snapshot = self.watch.snapshot();
         self.take_over();
         self.load(core, kernel);
         self.trouble = self.turn(core).err().map(|error| format!("{error:#}"));
-        self.log();
-        self.told(self.show_paths)
+        self.log.tell(self.status(true));
+        self.status(self.show_paths)
     }
 }
 

@@ -10,7 +10,6 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     sync::{Arc, Mutex},
-    thread,
     time::{Duration, Instant},
 };
 
@@ -34,7 +33,7 @@ use crate::{
     probe::{self, Attached, Constants, Health, NO_TRACEFS},
     signals::{
         Read, Scope, Signal, State, Status, entries,
-        follow::{self, Follower, Following},
+        follow::{self, Follower, Following, at_once_and_every},
         monotonic, removed,
     },
 };
@@ -281,7 +280,7 @@ impl Jobs {
             status: Status::bare(State::Absent),
             failed: false,
         };
-        let wait = || thread::sleep(LOOK_EVERY);
+        let wait = at_once_and_every(LOOK_EVERY);
         Ok(Self {
             following: Following::start("gpu-jobs", Core::default(), uses, None, wait)?,
             rings: Rings {
@@ -375,7 +374,7 @@ impl Rings {
         self.accounts.retain(|names, ledger| {
             let stays = used.contains(names);
             if !stays {
-                self.attribution = self.attribution.plus(ledger.attribution());
+                self.attribution = self.attribution + ledger.attribution();
             }
             stays
         });
@@ -420,7 +419,7 @@ impl Signal for Jobs {
 
     fn attribution(&self) -> Attribution {
         let ledgers = self.rings.accounts.values().map(Ledger::attribution);
-        ledgers.fold(self.rings.attribution, Attribution::plus)
+        self.rings.attribution + ledgers.sum::<Attribution>()
     }
 
     fn health(&self) -> anyhow::Result<Health> {

@@ -1,13 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Which libraries have processes mapped that have to do with NCCL, and where are they probed?
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    os::fd::AsRawFd,
-    path::Path,
-    sync::{Arc, Mutex},
-    thread,
-};
+use std::{collections::BTreeSet, sync::Mutex};
 
 use anyhow::Context;
 use exporter_common::nccl::{ANY_PROCESS, Layout};
@@ -15,21 +9,21 @@ use exporter_common::nccl::{ANY_PROCESS, Layout};
 use super::{
     OBJECT,
     live::{Core, Live, sweep},
-    sites::{self, Kind as Library, Sites},
+    sites::{self, Kind, Site, Sites},
 };
 use crate::{
-    hook::{Hook, Method, Program, Reason, Target},
+    hook::{Program, Target},
     kernel::Kernel,
     libraries::{
         Identity,
         maps::Interest,
-        watch::{Found, Snapshot, Watch, Watched, shown},
+        probed::{self, Place, Probed},
+        watch::{Watch, Watched, shown},
     },
     lock::lock,
-    probe::{self, Attached, FileLink},
     signals::{
         State, Status, entries,
-        follow::{BoundedLog, Follower},
+        follow::{Follower, StatusLog},
         removed,
     },
 };
@@ -42,40 +36,26 @@ fn programs() -> Vec<Program> {
     sites::programs().map(program).collect()
 }
 
-/// A file that processes have mapped and that has to do with NCCL.
-struct Probed {
-    found: Arc<Found>,
-    sites: Sites,
-    links: Vec<FileLink>,
-    /// What came of each site, once it has been probed.
-    outcomes: Vec<Result<(), (Reason, String)>>,
-}
-
-/// The object, for who attaches.
-struct Loaded {
-    attached: Attached,
-    /// For what to do about a refusal; without the types.
-    kernel: Kernel,
+impl probed::Sites for Sites {
+    fn places(&self) -> Vec<Place> {
+        let place = |site: &Site| Place {
+            names: vec![site.name],
+            at: Ok(site.place),
+            entry: site.probes.entry,
+            exit: site.probes.exit,
+        };
+        self.sites.iter().map(place).collect()
+    }
 }
 
 /// What attaches to libraries as they come.
 pub(super) struct Libraries {
-    watch: Watch,
-    snapshot: Arc<Snapshot>,
+    probed: probed::Libraries<Sites>,
     show_paths: bool,
-    loaded: Option<Loaded>,
-    /// Whether loading the object has been tried.
-    tried: bool,
-    files: BTreeMap<Identity, Probed>,
     /// What all libraries have in common, as the kernel half has been told.
     any: Option<Layout>,
-    /// What of the object's loading works with less.
-    lacks: Vec<String>,
-    failed: Vec<Hook>,
     trouble: Option<String>,
-    log: BoundedLog,
-    /// What has been logged last.
-    logged: Status,
+    log: StatusLog,
 }
 
 /// What is watched for.
@@ -88,21 +68,28 @@ pub(super) fn watched() -> Watched {
 }
 
 impl Follower<Core> for Libraries {
+    fn before(&self) -> Status {
+        self.status(self.show_paths)
+    }
+
     /// Attaches to what has come, lets go of what has gone, and tells what has become of it.
     fn follow(&mut self, core: &Mutex<Core>, kernel: &dyn Fn() -> Kernel) -> Status {
-        self.snapshot = self.watch.snapshot();
         self.take_over();
-        let nccl = |probed: &Probed| probed.sites.kind != Library::Cuda;
-        if !self.tried && self.files.values().any(nccl) {
-            self.tried = true;
-            self.load(core, kernel());
+        let mut files = self.probed.files.values();
+        let has_nccl = files.any(|file| file.sites.kind != Kind::Cuda);
+        if self.probed.is_waiting() && has_nccl {
+            let programs = programs();
+            let live = self
+                .probed
+                .load(OBJECT, &programs, |_| {}, kernel(), Live::new);
+            lock(core).live = live;
         }
-        self.probe();
+        self.probed.probe(Probed::is_new);
         let troubles = [self.tell_layouts(core), sweep(core)];
         let troubles = troubles.into_iter().filter_map(Result::err);
         let troubles: Vec<_> = troubles.map(|error| format!("{error:#}")).collect();
         self.trouble = (!troubles.is_empty()).then(|| troubles.join("; "));
-        self.log();
+        self.log.tell(self.status(true));
         self.status(self.show_paths)
     }
 }
@@ -110,120 +97,27 @@ impl Follower<Core> for Libraries {
 impl Libraries {
     pub(super) fn new(watch: Watch, show_paths: bool) -> Self {
         Self {
-            watch,
-            snapshot: Arc::default(),
+            probed: probed::Libraries::new(watch),
             show_paths,
-            loaded: None,
-            tried: false,
-            files: BTreeMap::new(),
             any: None,
-            lacks: Vec::new(),
-            failed: Vec::new(),
             trouble: None,
-            log: BoundedLog::new("nccl"),
-            logged: Status::bare(State::Absent),
+            log: StatusLog::new("nccl"),
         }
     }
 
     /// Takes over what is mapped now. Launches of graphs say something only beside NCCL.
     fn take_over(&mut self) {
-        let found = &self.snapshot.files;
-        for (identity, found) in found {
-            if !self.files.contains_key(identity)
-                && let Some(sites) = Sites::of(&found.library)
-            {
-                let probed = Probed {
-                    found: Arc::clone(found),
-                    sites,
-                    links: Vec::new(),
-                    outcomes: Vec::new(),
-                };
-                self.files.insert(*identity, probed);
-            }
-        }
-        let kind = |identity: &Identity| self.files.get(identity).map(|probed| probed.sites.kind);
-        let beside = self.snapshot.processes.values().filter(|files| {
-            let mut files = files.iter();
-            files.any(|file| kind(file) == Some(Library::Nccl))
-        });
+        self.probed.meet(|found| Sites::of(&found.library));
+        let files = &self.probed.files;
+        let is_nccl = |identity: &Identity| {
+            let file = files.get(identity);
+            file.is_some_and(|file| file.sites.kind == Kind::Nccl)
+        };
+        let processes = self.probed.snapshot.processes.values();
+        let beside = processes.filter(|files| files.iter().any(is_nccl));
         let beside: BTreeSet<Identity> = beside.flatten().copied().collect();
-        // Without its links the file is let go of beside everything else: the kernel takes a tenth of a second for each.
-        let mut gone = Vec::new();
-        self.files.retain(|identity, probed| {
-            let alone = probed.sites.kind == Library::Cuda && !beside.contains(identity);
-            let stays = found.contains_key(identity) && !alone;
-            if !stays {
-                gone.append(&mut probed.links);
-            }
-            stays
-        });
-        if !gone.is_empty() {
-            let detach = move || gone.into_iter().for_each(drop);
-            // Where no thread can be started, they have been dropped with the closure.
-            let _ = thread::Builder::new()
-                .name("nccl-detach".to_owned())
-                .spawn(detach);
-        }
-    }
-
-    fn load(&mut self, core: &Mutex<Core>, mut kernel: Kernel) {
-        let outcome = probe::attach(OBJECT, &programs(), kernel.types(), |_| {}, &kernel);
-        kernel.forget_types();
-        self.lacks = outcome.notes;
-        let Some(mut attached) = outcome.attached else {
-            self.failed = outcome.hooks;
-            return;
-        };
-        match Live::new(&mut attached) {
-            Ok(live) => {
-                lock(core).live = Some(live);
-                self.loaded = Some(Loaded { attached, kernel });
-            }
-            Err(error) => self.lacks.push(format!("{error:#}")),
-        }
-    }
-
-    /// Probes what is new, and what there was no room for.
-    fn probe(&mut self) {
-        let Some(loaded) = &mut self.loaded else {
-            return;
-        };
-        for (identity, probed) in &mut self.files {
-            let had_no_room = |outcome: &Result<(), (Reason, String)>| {
-                matches!(outcome, Err((Reason::NoRoom, _)))
-            };
-            if !probed.outcomes.is_empty() && !probed.outcomes.iter().all(had_no_room) {
-                continue;
-            }
-            let sites = probed.sites.sites.iter();
-            let places = sites.map(|site| site.probes.count()).sum();
-            let mut room = match self.snapshot.room(identity, places) {
-                Ok(room) => room,
-                Err(full) => {
-                    probed.outcomes = vec![Err(full); probed.sites.sites.len()];
-                    continue;
-                }
-            };
-            probed.outcomes.clear();
-            let path = format!("/proc/self/fd/{}", probed.found.file.as_raw_fd());
-            let path = Path::new(&path);
-            for site in &probed.sites.sites {
-                let mut attach = |program: &'static str| {
-                    let attached = &mut loaded.attached;
-                    let room = room.pop().expect("taken for all");
-                    attached.attach_to_file(program, path, site.place, room, &loaded.kernel)
-                };
-                // The return first: each entry that is seen is followed by a return that is.
-                let exit = site.probes.exit.map(&mut attach).transpose();
-                let outcome = exit.and_then(|exit| {
-                    let entry = attach(site.probes.entry)?;
-                    probed.links.push(entry);
-                    probed.links.extend(exit);
-                    Ok(())
-                });
-                probed.outcomes.push(outcome);
-            }
-        }
+        self.probed
+            .let_go(|identity, sites| sites.kind != Kind::Cuda || beside.contains(identity));
     }
 
     /// Tells the kernel half what communicators look like: all of them, or where libraries differ those of each process that has one.
@@ -232,8 +126,8 @@ impl Libraries {
         let Some(live) = &mut core.live else {
             return Ok(());
         };
-        let files = self.files.values();
-        let nccl = files.filter(|probed| probed.sites.kind == Library::Nccl);
+        let files = self.probed.files.values();
+        let nccl = files.filter(|probed| probed.sites.kind == Kind::Nccl);
         let mut layouts = nccl.map(|probed| probed.sites.layout());
         let first = layouts.next();
         let any = first.filter(|first| layouts.all(|layout| layout == *first));
@@ -245,9 +139,15 @@ impl Libraries {
             self.any = any;
         }
         for (process, told) in entries(&live.layouts)? {
-            let files = self.snapshot.processes.get(&process).into_iter().flatten();
-            let mut files = files.filter_map(|file| self.files.get(file));
-            let nccl = files.find(|probed| probed.sites.kind == Library::Nccl);
+            let files = self
+                .probed
+                .snapshot
+                .processes
+                .get(&process)
+                .into_iter()
+                .flatten();
+            let mut files = files.filter_map(|file| self.probed.files.get(file));
+            let nccl = files.find(|probed| probed.sites.kind == Kind::Nccl);
             let layout = nccl.map(|probed| probed.sites.layout());
             if let Some(layout) = layout.filter(|layout| *layout != told) {
                 let entered = live.layouts.insert(process, layout, 0);
@@ -260,9 +160,9 @@ impl Libraries {
     /// Versions of NCCL with which the plugin does harm, in processes that have both.
     fn denied(&self) -> BTreeSet<String> {
         let mut denied = BTreeSet::new();
-        for files in self.snapshot.processes.values() {
-            let files = || files.iter().filter_map(|file| self.files.get(file));
-            let plugin = files().any(|probed| probed.sites.kind == Library::Plugin);
+        for files in self.probed.snapshot.processes.values() {
+            let files = || files.iter().filter_map(|file| self.probed.files.get(file));
+            let plugin = files().any(|probed| probed.sites.kind == Kind::Plugin);
             let versions = files().filter_map(|probed| probed.sites.version);
             for version in versions.filter(|version| plugin && version.is_denied()) {
                 denied.insert(format!(
@@ -275,95 +175,52 @@ impl Libraries {
 
     /// What has become of it, with the paths of files or only their names.
     fn status(&self, with_paths: bool) -> Status {
-        let any = |kind| self.files.values().any(|probed| probed.sites.kind == kind);
-        let state = match (&self.loaded, self.tried) {
-            (Some(_), _) if any(Library::Nccl) || any(Library::Plugin) => State::Up,
-            (None, true) => State::Failed,
+        let mut files = self.probed.files.values();
+        let is_there = files.any(|file| file.sites.kind != Kind::Cuda);
+        let state = match (self.probed.is_loaded(), self.probed.is_waiting()) {
+            (true, _) if is_there => State::Up,
+            (false, false) => State::Failed,
             _ => State::Absent,
         };
-        // Of several files a hook may be attached in one and have no room in another: it is told twice.
-        let mut hooks: BTreeMap<(&'static str, &'static str), (Reason, String)> = BTreeMap::new();
+        let mut own: Vec<_> = self.trouble.iter().cloned().collect();
+        own.extend(self.denied());
+        let unseen = "NCCL is not seen everywhere";
+        Status {
+            hooks: self.probed.hooks(with_paths),
+            notes: self.probed.notes(own, unseen, with_paths),
+            found: self.found(with_paths),
+            skipped: Some(self.probed.snapshot.skipped),
+            ..Status::bare(state)
+        }
+    }
+
+    /// The libraries that have been found.
+    fn found(&self, with_paths: bool) -> Vec<String> {
         let mut found = Vec::new();
-        let mut full = Vec::new();
-        for probed in self.files.values() {
-            let library = &probed.found.library;
+        for file in self.probed.files.values() {
+            let library = &file.found.library;
             let build = match &library.build_id {
                 Some(id) if with_paths => format!(", build id {id}"),
                 _ => String::new(),
             };
-            let path = shown(&probed.found.path, with_paths);
+            let path = shown(&file.found.path, with_paths);
             for lack in &library.lacks {
                 found.push(format!("{path} is not read whole: {}", lack.why));
             }
-            match (probed.sites.kind, probed.sites.version) {
-                (Library::Nccl, Some(version)) if version.is_known() => {
+            match (file.sites.kind, file.sites.version) {
+                (Kind::Nccl, Some(version)) if version.is_known() => {
                     found.push(format!("NCCL {version}: {path}{build}"));
                 }
-                (Library::Nccl, Some(version)) => found.push(format!(
+                (Kind::Nccl, Some(version)) => found.push(format!(
                     "NCCL {version}: {path}{build}; communicators are followed from their beginning only, since this version's are not known"
                 )),
-                (Library::Nccl, None) => found.push(format!(
+                (Kind::Nccl, None) => found.push(format!(
                     "NCCL of a version that it does not tell: {path}{build}; communicators are followed from their beginning only"
                 )),
-                (Library::Plugin, _) => found.push(format!("NCCL profiler plugin: {path}{build}")),
-                (Library::Cuda, _) => {}
-            }
-            if let Some(Err((Reason::NoRoom, why))) = probed.outcomes.first() {
-                full.push(format!("{path} is not probed: {why}"));
-            }
-            for (site, outcome) in probed.sites.sites.iter().zip(&probed.outcomes) {
-                let (reason, detail) = match outcome {
-                    Ok(()) => (Reason::Attached, String::new()),
-                    Err((reason, why)) => (*reason, format!("{} of {path}: {why}", site.name)),
-                };
-                let known = hooks.entry((site.name, reason.label()));
-                known.or_insert((reason, detail));
+                (Kind::Plugin, _) => found.push(format!("NCCL profiler plugin: {path}{build}")),
+                (Kind::Cuda, _) => {}
             }
         }
-        let hook = |((name, _), (reason, detail))| Hook {
-            name,
-            method: Method::Uprobe,
-            reason,
-            detail,
-        };
-        let mut hooks: Vec<_> = hooks.into_iter().map(hook).collect();
-        hooks.extend(self.failed.iter().cloned());
-        let mut notes = self.lacks.clone();
-        notes.extend(self.trouble.clone());
-        notes.extend(self.denied());
-        notes.extend(full);
-        let of_files = self.snapshot.notes.iter();
-        notes.extend(
-            of_files.map(|note| format!("NCCL is not seen everywhere: {}", note.told(with_paths))),
-        );
-        Status {
-            state,
-            hooks,
-            notes,
-            found,
-            skipped: Some(self.snapshot.skipped),
-        }
-    }
-
-    /// Logs what is new, with all that is known.
-    fn log(&mut self) {
-        let new = self.status(true);
-        for (word, before, now) in [
-            ("found ", &self.logged.found, &new.found),
-            ("works with less: ", &self.logged.notes, &new.notes),
-        ] {
-            for text in now.iter().filter(|text| !before.contains(text)) {
-                self.log.line(false, &format!("{word}{text}"));
-            }
-        }
-        let told = |detail: &String| self.logged.hooks.iter().any(|hook| hook.detail == *detail);
-        for hook in &new.hooks {
-            // That there is no room is said once for the file.
-            let once = hook.reason == Reason::NoRoom;
-            if !once && !hook.detail.is_empty() && !told(&hook.detail) {
-                self.log.line(true, &hook.detail);
-            }
-        }
-        self.logged = new;
+        found
     }
 }

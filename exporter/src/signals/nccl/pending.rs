@@ -11,7 +11,9 @@ use std::{
     time::Duration,
 };
 
-use exporter_common::nccl::{Communicator, GROUP_SEATS, Group, Handle, NO_RANK, Seat, Source};
+use exporter_common::nccl::{
+    Communicator, GROUP_SEATS, Group, Handle, Member, NO_RANK, Seat, Source,
+};
 
 use super::{
     Salt,
@@ -150,6 +152,73 @@ impl Naming<'_> {
     }
 }
 
+/// What is found at a look, in an order, so that beyond the limit the same ones are shown each time.
+#[derive(Default)]
+struct Look {
+    /// By cgroup and group, the age of the oldest collective of those who wait.
+    pending: BTreeMap<(u64, u64), u64>,
+    /// By group and seat, for how long others have waited.
+    missing: BTreeMap<(u64, u64), u64>,
+}
+
+impl Look {
+    /// Finds what the host's tier sees: who has called, and who of those who have been `seen` has not.
+    fn at_pairs(
+        &mut self,
+        live: &Live,
+        seats: &HashMap<Seat, Member>,
+        made: &HashMap<u64, Vec<Handle>>,
+        seen: &HashMap<u64, HashMap<u64, Seen>>,
+        now: u64,
+    ) -> anyhow::Result<()> {
+        for (pair, arrivals) in entries(&live.pairs)? {
+            // What the plugin tells are finished collectives, of which others have not been told: nothing hangs by that.
+            if fate(&pair, &arrivals, made) != Fate::Waits {
+                continue;
+            }
+            let waited = now.saturating_sub(arrivals.since);
+            let mut by_host = false;
+            for (index, at) in arrivals.at.iter().enumerate() {
+                let seat = Seat {
+                    group: pair.group,
+                    index: index as u64,
+                };
+                let member = seats.get(&seat).filter(|_| *at != 0);
+                if let Some(member) = member
+                    && source(&member.handle) == Source::Host as usize
+                {
+                    by_host = true;
+                    note(&mut self.pending, (member.cgroup, pair.group), waited);
+                }
+            }
+            if !by_host || waited < TOLD_AFTER {
+                continue;
+            }
+            for index in seen.get(&pair.group).into_iter().flat_map(HashMap::keys) {
+                if arrivals.at[*index as usize % GROUP_SEATS] == 0 {
+                    note(&mut self.missing, (pair.group, *index), waited);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds what the plugin has told to be started and not to be finished.
+    fn at_started(&mut self, live: &Live, now: u64) -> anyhow::Result<()> {
+        for (name, since) in entries(&live.started)? {
+            let handle = live.communicators.get(&name.handle, 0);
+            // What started later has finished: this one is lost.
+            if let Ok(handle) = handle
+                && since.at >= handle.finished
+            {
+                let age = now.saturating_sub(since.at);
+                note(&mut self.pending, (since.cgroup, handle.group), age);
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Pending {
     /// Finds for how long whose collectives have been pending, and for whom.
     pub(super) fn find(
@@ -162,71 +231,39 @@ impl Pending {
         scope: &Scope<'_>,
     ) -> anyhow::Result<()> {
         let now = monotonic();
-        let age = |since: u64| now.saturating_sub(since);
-        // In an order, so that beyond the limit the same ones are shown each time.
-        let mut pending: BTreeMap<(u64, u64), u64> = BTreeMap::new();
+        let mut look = Look::default();
         let seats: HashMap<Seat, _> = live.seated()?.into_iter().collect();
-        for (seat, member) in &seats {
-            if member.ended == 0 {
-                note(&mut pending, (member.cgroup, seat.group), 0);
-                let seen = Seen {
-                    cgroup: member.cgroup,
-                    rank: member.rank,
-                    handle: member.handle,
-                };
-                self.seen
-                    .entry(seat.group)
-                    .or_default()
-                    .insert(seat.index, seen);
-            }
+        for (seat, member) in seats.iter().filter(|(_, member)| member.ended == 0) {
+            note(&mut look.pending, (member.cgroup, seat.group), 0);
+            let seen = Seen {
+                cgroup: member.cgroup,
+                rank: member.rank,
+                handle: member.handle,
+            };
+            let of_group = self.seen.entry(seat.group).or_default();
+            of_group.insert(seat.index, seen);
         }
         let made = made(known);
         self.seen.retain(|group, _| made.contains_key(group));
-        let mut missing: BTreeMap<(u64, u64), u64> = BTreeMap::new();
-        for (pair, arrivals) in entries(&live.pairs)? {
-            // What the plugin tells are finished collectives, of which others have not been told: nothing hangs by that.
-            if fate(&pair, &arrivals, &made) != Fate::Waits {
-                continue;
-            }
-            let waited = age(arrivals.since);
-            let mut by_host = false;
-            for (index, at) in arrivals.at.iter().enumerate() {
-                let seat = Seat {
-                    group: pair.group,
-                    index: index as u64,
-                };
-                let member = seats.get(&seat).filter(|_| *at != 0);
-                if let Some(member) = member
-                    && source(&member.handle) == Source::Host as usize
-                {
-                    by_host = true;
-                    note(&mut pending, (member.cgroup, pair.group), waited);
-                }
-            }
-            if by_host
-                && waited >= TOLD_AFTER
-                && let Some(seen) = self.seen.get(&pair.group)
-            {
-                for index in seen.keys() {
-                    if arrivals.at[*index as usize % GROUP_SEATS] == 0 {
-                        note(&mut missing, (pair.group, *index), waited);
-                    }
-                }
-            }
-        }
-        for (name, since) in entries(&live.started)? {
-            let handle = live.communicators.get(&name.handle, 0);
-            // What started later has finished: this one is lost.
-            if let Ok(handle) = handle
-                && since.at >= handle.finished
-            {
-                note(&mut pending, (since.cgroup, handle.group), age(since.at));
-            }
-        }
+        look.at_pairs(live, &seats, &made, &self.seen, now)?;
+        look.at_started(live, now)?;
+        let mut owners = Shown::new(max_owners);
+        self.tell_owners(look.pending, naming, ranks, &mut owners, scope);
+        let alive: HashSet<_> = known.iter().map(|(name, _)| *name).collect();
+        self.tell_missing(look.missing, &alive, naming, ranks, &mut owners, scope);
+        Ok(())
+    }
+
+    fn tell_owners(
+        &mut self,
+        pending: BTreeMap<(u64, u64), u64>,
+        naming: &Naming<'_>,
+        ranks: &Ranks,
+        owners: &mut Shown,
+        scope: &Scope<'_>,
+    ) {
         self.owners.clear();
         self.communicators.clear();
-        self.missing.clear();
-        let mut owners = Shown::new(max_owners);
         for ((cgroup, group), age) in pending {
             let labels = owners.of(scope.resolve(cgroup));
             if age >= TOLD_AFTER {
@@ -236,7 +273,19 @@ impl Pending {
             }
             note(&mut self.owners, labels, age);
         }
-        let alive: HashSet<_> = known.iter().map(|(name, _)| *name).collect();
+    }
+
+    /// `alive` are the communicators that there are.
+    fn tell_missing(
+        &mut self,
+        missing: BTreeMap<(u64, u64), u64>,
+        alive: &HashSet<Communicator>,
+        naming: &Naming<'_>,
+        ranks: &Ranks,
+        owners: &mut Shown,
+        scope: &Scope<'_>,
+    ) {
+        self.missing.clear();
         for (asked, ((group, index), waited)) in missing.into_iter().enumerate() {
             let seen = self.seen[&group][&index];
             let state = if !alive.contains(&seen.handle) {
@@ -262,7 +311,6 @@ impl Pending {
             };
             note(&mut self.missing, missing, waited);
         }
-        Ok(())
     }
 
     /// What a page shows, for tests: of each container its age, and from 10 s on its communicator and a rank that is stopped.
