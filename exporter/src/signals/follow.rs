@@ -21,7 +21,7 @@ use crate::{
     hook::Reason,
     kernel::{Kernel, symbols, uevents::Uevents},
     lock::{lock, try_lock},
-    probe::Health,
+    probe::{Attached, Health},
 };
 
 /// What attaches to something of this host as it comes, and lets go of it.
@@ -42,6 +42,18 @@ pub trait Core: Send + 'static {
     /// # Errors
     /// When a map cannot be read.
     fn health(&self) -> anyhow::Result<Option<Health>>;
+}
+
+/// What objects that were let go of told of themselves, and what the one at work tells.
+///
+/// # Errors
+/// When a map cannot be read.
+pub(super) fn health_of(gone: &Health, live: Option<&Attached>) -> anyhow::Result<Option<Health>> {
+    let mut health = gone.clone();
+    if let Some(attached) = live {
+        health += attached.health()?;
+    }
+    Ok(Some(health))
 }
 
 /// What is followed, for who reads.

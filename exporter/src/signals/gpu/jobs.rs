@@ -228,11 +228,7 @@ impl Core {
 
 impl follow::Core for Core {
     fn health(&self) -> anyhow::Result<Option<Health>> {
-        let mut health = self.health.clone();
-        if let Some(live) = &self.live {
-            health += live.attached.health()?;
-        }
-        Ok(Some(health))
+        follow::health_of(&self.health, self.live.as_ref().map(|live| &live.attached))
     }
 }
 
