@@ -183,21 +183,15 @@ where
     program.ok_or(ProgramError::NotLoaded)?.try_into()
 }
 
-impl Program {
-    /// Its hooks, by what came of loading or attaching it.
-    fn became(
-        &self,
-        outcome: Result<(), ProgramError>,
-        what: impl FnOnce() -> String,
-        kernel: &Kernel,
-    ) -> Vec<Hook> {
-        match outcome {
-            Ok(()) => self.hooks(Reason::Attached, ""),
-            Err(error) => {
-                let detail = explain(&what(), &error, kernel);
-                self.hooks(reason_of(&error), &detail)
-            }
-        }
+/// What is told of something that was to be loaded or attached.
+fn told(
+    outcome: Result<(), ProgramError>,
+    what: impl FnOnce() -> String,
+    kernel: &Kernel,
+) -> (Reason, String) {
+    match outcome {
+        Ok(()) => (Reason::Attached, String::new()),
+        Err(error) => (reason_of(&error), explain(&what(), &error, kernel)),
     }
 }
 
@@ -225,32 +219,34 @@ impl Attached {
         };
         let name = program.name;
         let attach = || format!("attach {} {name}", program.target.method().label());
-        let load = || format!("load the program {name}");
-        match (program.target, types) {
+        let (reason, detail) = match (program.target, types) {
             (Target::TpBtf, Some(types)) => {
                 let done = find::<BtfTracePoint>(&mut self.ebpf, name).and_then(|tracepoint| {
                     tracepoint.load(name, types)?;
                     tracepoint.attach().map(|_| ())
                 });
-                program.became(done, attach, kernel)
+                told(done, attach, kernel)
             }
             // Attached for each walk.
             (Target::Iter(object), Some(types)) => {
                 let done = find::<Iter>(&mut self.ebpf, name);
                 let done = done.and_then(|walk| walk.load(object, types));
-                program.became(done, attach, kernel)
+                told(done, attach, kernel)
             }
-            (Target::TpBtf | Target::Iter(_), None) => Vec::new(),
-            (Target::Tracepoint(events), _) => self.attach_tracepoint(program, events, kernel),
+            (Target::TpBtf | Target::Iter(_), None) => return Vec::new(),
+            (Target::Tracepoint(events), _) => {
+                return self.attach_tracepoint(program, events, kernel);
+            }
             (Target::Kprobe(functions) | Target::Kretprobe(functions), _) => {
-                self.attach_kprobe(program, functions, &means.symbols, kernel)
+                return self.attach_kprobe(program, functions, &means.symbols, kernel);
             }
             // Attached to files as they are found.
             (Target::Uprobe | Target::Uretprobe, _) => {
                 let done = find::<UProbe>(&mut self.ebpf, name).and_then(UProbe::load);
-                program.became(done, load, kernel)
+                told(done, || format!("load the program {name}"), kernel)
             }
-        }
+        };
+        program.hooks(reason, &detail)
     }
 
     /// Attaches to the one of a tracepoint's names that the kernel has.
@@ -271,13 +267,7 @@ impl Attached {
             tracepoint.load()?;
             tracepoint.attach(group, name).map(|_| ())
         });
-        let (reason, detail) = match done {
-            Ok(()) => (Reason::Attached, String::new()),
-            Err(error) => {
-                let what = format!("attach tracepoint {event}");
-                (reason_of(&error), explain(&what, &error, kernel))
-            }
-        };
+        let (reason, detail) = told(done, || format!("attach tracepoint {event}"), kernel);
         program.hooks_at(&[event], reason, &detail)
     }
 
@@ -323,13 +313,11 @@ impl Attached {
         let mut link = |(name, function): (&'static str, Result<Function, String>)| {
             let (reason, detail) = match function {
                 Err(why) => (Reason::NoHook, why),
-                Ok(function) => match self.link(program.name, name, &function) {
-                    Ok(()) => (Reason::Attached, String::new()),
-                    Err(error) => {
-                        let what = format!("attach {} {}", method.label(), function.target);
-                        (reason_of(&error), explain(&what, &error, kernel))
-                    }
-                },
+                Ok(function) => {
+                    let done = self.link(program.name, name, &function);
+                    let what = || format!("attach {} {}", method.label(), function.target);
+                    told(done, what, kernel)
+                }
             };
             Hook {
                 name,

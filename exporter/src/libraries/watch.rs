@@ -117,9 +117,6 @@ impl Snapshot {
         file: &Identity,
         places: usize,
     ) -> Result<Vec<Room>, (Reason, String)> {
-        if places == 0 {
-            return Ok(Vec::new());
-        }
         let mut refused = (Reason::NoRoom, "nobody has it any more".to_owned());
         for pod in self.pods.get(file).into_iter().flatten() {
             match Room::take(places, pod) {

@@ -46,7 +46,9 @@ impl Room {
                 "of {FILE_PROBES_OF_POD} probes of files that may be attached for one pod, {of_pod} are"
             )
         } else {
-            taken.insert(Arc::clone(pod), of_pod + places);
+            if places > 0 {
+                taken.insert(Arc::clone(pod), of_pod + places);
+            }
             return Ok((0..places).map(|_| Self(Arc::clone(pod))).collect());
         };
         Err((Reason::NoRoom, why))

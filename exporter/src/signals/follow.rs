@@ -37,23 +37,22 @@ pub trait Follower<C>: Send + 'static {
 
 /// What a scrape reads: the maps, and what goes with them.
 pub trait Core: Send + 'static {
-    /// What the kernel half tells of itself. `None` while nothing is attached: what was told last stands.
+    /// What the kernel half tells of itself, what was let go of included.
     ///
     /// # Errors
     /// When a map cannot be read.
-    fn health(&self) -> anyhow::Result<Option<Health>>;
+    fn health(&self) -> anyhow::Result<Health>;
 }
 
 /// What objects that were let go of told of themselves, and what the one at work tells.
 ///
 /// # Errors
 /// When a map cannot be read.
-pub(super) fn health_of(gone: &Health, live: Option<&Attached>) -> anyhow::Result<Option<Health>> {
-    let mut health = gone.clone();
+pub(super) fn health_of(mut gone: Health, live: Option<&Attached>) -> anyhow::Result<Health> {
     if let Some(attached) = live {
-        health += attached.health()?;
+        gone += attached.health()?;
     }
-    Ok(Some(health))
+    Ok(gone)
 }
 
 /// What is followed, for who reads.
@@ -127,9 +126,7 @@ impl<C: Core> Following<C> {
             return Ok(Read::Before);
         };
         read(&mut core)?;
-        if let Some(health) = core.health()? {
-            self.health = health;
-        }
+        self.health = core.health()?;
         Ok(Read::Now)
     }
 

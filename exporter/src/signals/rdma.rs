@@ -21,11 +21,7 @@ mod metrics;
 pub mod nldev;
 mod programs;
 
-use std::{
-    collections::BTreeSet,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use aya::include_bytes_aligned;
@@ -37,7 +33,6 @@ use self::{
     follow::{Core, Modules},
     gauge::Gauge,
     host::{Host, Owners},
-    live::SWEEP_EVERY,
     metrics::units,
 };
 use super::{
@@ -85,7 +80,6 @@ struct Rdma {
     max_owners: usize,
     devices: Devices,
     gauge: Gauge,
-    swept: Option<Instant>,
 }
 
 impl Rdma {
@@ -116,7 +110,6 @@ impl Rdma {
             max_owners: options.max_owners,
             devices: Devices::new(),
             gauge: Gauge::default(),
-            swept: None,
         })
     }
 }
@@ -143,12 +136,8 @@ impl Signal for Rdma {
             self.devices.book(core.owners.devices()?, scope.now);
             self.devices.make_room(&core.owners, &listed);
             scope.book(&mut self.ledger, &mut live.usage, |usage| usage.slots)?;
-            let age = |at| scope.now.saturating_duration_since(at);
-            if self.swept.is_none_or(|at| age(at) >= SWEEP_EVERY) {
-                self.swept = Some(scope.now);
-                let calls = live.sweep();
-                core.swept(calls);
-            }
+            let calls = live.sweep();
+            core.swept(calls);
             Ok(())
         })
     }

@@ -261,15 +261,14 @@ mod tests {
         began: Instant,
     }
 
+    fn all(kernel: &Mutex<HashMap<Counted, Work>>) -> Vec<(Counted, Work)> {
+        let kernel = kernel.lock().expect("no panic");
+        kernel.iter().map(|(flow, work)| (*flow, *work)).collect()
+    }
+
     impl Drain for Drainer {
         fn drain(&self, pods: &View<'_>) {
-            let work: Vec<_> = self
-                .kernel
-                .lock()
-                .expect("no panic")
-                .clone()
-                .into_iter()
-                .collect();
+            let work = all(&self.kernel);
             let holders = Holders::new(pods, &self.host);
             self.books
                 .lock()
@@ -347,13 +346,7 @@ mod tests {
 
         fn scrape(&self, after: u64) {
             let view = self.pods.view();
-            let work: Vec<_> = self
-                .kernel
-                .lock()
-                .expect("no panic")
-                .clone()
-                .into_iter()
-                .collect();
+            let work = all(&self.kernel);
             let holders = Holders::new(&view, &self.host);
             let now = self.began + Duration::from_secs(after);
             self.books

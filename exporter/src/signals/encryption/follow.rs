@@ -57,9 +57,9 @@ impl Core {
 }
 
 impl follow::Core for Core {
-    fn health(&self) -> anyhow::Result<Option<Health>> {
-        let live = self.live.as_ref();
-        live.map(|live| live.attached.health()).transpose()
+    fn health(&self) -> anyhow::Result<Health> {
+        let live = self.live.as_ref().map(|live| &live.attached);
+        follow::health_of(Health::default(), live)
     }
 }
 
@@ -67,7 +67,6 @@ impl follow::Core for Core {
 pub(super) struct Modules {
     settings: Settings,
     status: Status,
-    is_loaded: bool,
     loads: Loads<{ MODULES.len() }>,
 }
 
@@ -75,7 +74,7 @@ impl Follower<Core> for Modules {
     /// Attaches to what has been loaded, and lets go of what has been unloaded. The object stays: it has counted.
     fn follow(&mut self, core: &Mutex<Core>, kernel: &dyn Fn() -> Kernel) -> Status {
         let mut core = lock(core);
-        let is_complete = self.loads.are_absent() || self.complete();
+        let is_complete = self.loads.are_absent() || core.live.is_some() && self.complete();
         if self.loads.look(is_complete).is_none() {
             return self.status.clone();
         }
@@ -86,8 +85,7 @@ impl Follower<Core> for Modules {
             None if absent => {}
             None => core.live = self.load(&kernel),
         }
-        self.is_loaded = core.live.is_some();
-        self.status.state = match (absent, self.is_loaded) {
+        self.status.state = match (absent, core.live.is_some()) {
             (true, _) => State::Absent,
             (false, true) if self.complete() => State::Up,
             // On its way in or out: to be looked at again.
@@ -103,7 +101,6 @@ impl Modules {
         Self {
             settings,
             status: Status::bare(State::Absent),
-            is_loaded: false,
             loads: Loads::of(MODULES.map(|(module, _)| module)),
         }
     }
@@ -123,10 +120,8 @@ impl Modules {
             .iter()
             .zip(self.loads.now())
             .filter(|(_, load)| load.is_some());
-        self.is_loaded
-            && modules
-                .flat_map(|((_, needs), _)| needs.iter())
-                .all(attached)
+        let mut needs = modules.flat_map(|((_, needs), _)| needs.iter());
+        needs.all(attached)
     }
 
     fn load(&mut self, kernel: &Kernel) -> Option<Live> {

@@ -184,9 +184,11 @@ impl Core {
 }
 
 impl follow::Core for Core {
-    fn health(&self) -> anyhow::Result<Option<Health>> {
-        let live = self.live.as_ref();
-        live.map(|live| live.counters.health()).transpose()
+    fn health(&self) -> anyhow::Result<Health> {
+        match &self.live {
+            Some(live) => live.counters.health(),
+            None => Ok(Health::default()),
+        }
     }
 }
 

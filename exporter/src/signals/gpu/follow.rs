@@ -123,9 +123,9 @@ impl Core {
 }
 
 impl follow::Core for Core {
-    fn health(&self) -> anyhow::Result<Option<Health>> {
-        let live = self.live.as_ref();
-        live.map(|live| live.attached.health()).transpose()
+    fn health(&self) -> anyhow::Result<Health> {
+        let live = self.live.as_ref().map(|live| &live.attached);
+        follow::health_of(Health::default(), live)
     }
 }
 

@@ -227,8 +227,9 @@ impl Core {
 }
 
 impl follow::Core for Core {
-    fn health(&self) -> anyhow::Result<Option<Health>> {
-        follow::health_of(&self.health, self.live.as_ref().map(|live| &live.attached))
+    fn health(&self) -> anyhow::Result<Health> {
+        let live = self.live.as_ref().map(|live| &live.attached);
+        follow::health_of(self.health.clone(), live)
     }
 }
 
@@ -392,13 +393,14 @@ fn text(name: &[u8; NAME]) -> String {
 impl Signal for Jobs {
     fn read(&mut self, scope: &Scope<'_>) -> anyhow::Result<Read> {
         self.following.read(|core| {
+            let is_used = core.is_used();
             let Some(live) = &mut core.live else {
                 return Ok(());
             };
             self.rings.book(live, scope)?;
             core.health.losses[Loss::Untimed] += live.sweep()?;
             // After what it counted has been read: the map goes with it.
-            if core.used.is_none_or(|at| at.elapsed() >= HOLD) {
+            if !is_used {
                 core.health += live.attached.health()?;
                 core.retired = core.live.take();
                 self.rings.accounts.values_mut().for_each(Ledger::restart);

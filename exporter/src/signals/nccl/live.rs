@@ -39,13 +39,13 @@ pub(super) struct Core {
 }
 
 impl follow::Core for Core {
-    fn health(&self) -> anyhow::Result<Option<Health>> {
+    fn health(&self) -> anyhow::Result<Health> {
         let Some(live) = &self.live else {
-            return Ok(None);
+            return Ok(Health::default());
         };
         let mut health = live.counters.health()?;
         health.losses[Loss::Untimed] += live.unpaired;
-        Ok(Some(health))
+        Ok(health)
     }
 }
 

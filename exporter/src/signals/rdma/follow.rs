@@ -71,8 +71,9 @@ impl Core {
 }
 
 impl follow::Core for Core {
-    fn health(&self) -> anyhow::Result<Option<Health>> {
-        follow::health_of(&self.health, self.live.as_ref().map(|live| &live.attached))
+    fn health(&self) -> anyhow::Result<Health> {
+        let live = self.live.as_ref().map(|live| &live.attached);
+        follow::health_of(self.health.clone(), live)
     }
 }
 

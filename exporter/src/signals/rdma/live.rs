@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What has the object counted, and what is left of calls that were not seen to return?
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aya::maps::{self, MapData};
 use exporter_common::rdma::{Call, CallKey, Resolving, ResolvingKey, Usage};
@@ -30,6 +30,7 @@ pub(super) struct Live {
     pub(super) usage: maps::HashMap<MapData, u64, Usage>,
     calls: maps::HashMap<MapData, CallKey, Call>,
     resolving: maps::HashMap<MapData, ResolvingKey, Resolving>,
+    swept: Instant,
 }
 
 impl Live {
@@ -40,6 +41,7 @@ impl Live {
             resolving: attached.map("RESOLVING")?,
             attached,
             programs,
+            swept: Instant::now(),
         })
     }
 
@@ -51,8 +53,12 @@ impl Live {
         })
     }
 
-    /// Removes calls whose return was not seen and ids that were never answered. Returns how many.
+    /// Removes calls whose return was not seen and ids that were never answered, now and then. Returns how many.
     pub(super) fn sweep(&mut self) -> u64 {
+        if self.swept.elapsed() < SWEEP_EVERY {
+            return 0;
+        }
+        self.swept = Instant::now();
         let now = monotonic();
         let old = |since: u64| now.saturating_sub(since) > SWEEP_AFTER.as_nanos() as u64;
         let calls = self.calls.iter().filter_map(Result::ok);
@@ -76,4 +82,4 @@ impl Live {
 const SWEEP_AFTER: Duration = Duration::from_secs(600);
 
 /// How often the leftovers are looked for.
-pub(super) const SWEEP_EVERY: Duration = Duration::from_secs(60);
+const SWEEP_EVERY: Duration = Duration::from_secs(60);
