@@ -5,23 +5,23 @@ use crate::histogram::Shape;
 
 /// Flows at once of pods, of the node and of cgroups: two directions for each address and each cgroup that sends. 250 pods with two
 /// addresses have a thousand; those beyond are counted as nobody's. Each takes 32 bytes on every CPU.
-pub const FLOWS: u32 = 1024;
+pub const MAX_FLOWS: u32 = 1024;
 
 /// The same of addresses that are neither a pod's nor the node's: those of pods that are not known yet, and those that somebody made
 /// up. They have room of their own, so that whoever makes up many takes none from pods.
-pub const STRANGERS: u32 = 128;
+pub const MAX_STRANGERS: u32 = 128;
 
 /// Addresses of pods and of the node.
-pub const KNOWN: u32 = 1024;
+pub const MAX_KNOWN: u32 = 1024;
 
 /// Calls in progress: at most one for each CPU and task that is in the crypto of a packet.
-pub const CALLS: u32 = 4096;
+pub const MAX_CALLS: u32 = 4096;
 
 /// Peers that derived a session, on all interfaces.
-pub const PEERS: u32 = 8192;
+pub const MAX_PEERS: u32 = 8192;
 
 /// Interfaces and protocols that derived a session.
-pub const INTERFACES: u32 = 64;
+pub const MAX_INTERFACES: u32 = 64;
 
 /// Bytes of an interface's name (`IFNAMSIZ`).
 pub const INTERFACE_NAME: usize = 16;

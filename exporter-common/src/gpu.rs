@@ -4,16 +4,16 @@
 use crate::histogram::Shape;
 
 /// Processes that have a GPU's device open, at once. One more counts as lost.
-pub const PROCESSES: u32 = 4096;
+pub const MAX_PROCESSES: u32 = 4096;
 
 /// Threads of these. Those of eight training ranks are some thousands.
-pub const THREADS: u32 = 16384;
+pub const MAX_THREADS: u32 = 16384;
 
 /// Device files that drive a GPU.
-pub const DEVICES: u32 = 512;
+pub const MAX_DEVICES: u32 = 512;
 
 /// Cgroups of these processes.
-pub const OWNERS: u32 = 1024;
+pub const MAX_OWNERS: u32 = 1024;
 
 /// Time from runnable to running: 4 µs to 8.4 s, by factors of two.
 pub const DELAY: Shape = Shape {
@@ -89,10 +89,10 @@ pub struct Clock {
 }
 
 /// Jobs of the kernel's GPU scheduler that are queued or run, at once. One more counts as lost.
-pub const JOBS: u32 = 4096;
+pub const MAX_JOBS: u32 = 4096;
 
 /// Cgroups with the rings on which their jobs run. One more counts as lost.
-pub const RINGS: u32 = 512;
+pub const MAX_RINGS: u32 = 512;
 
 /// Time of a job in its queue or on the hardware: 4 µs to 17 s, by factors of four.
 pub const JOB: Shape = Shape {
@@ -179,10 +179,10 @@ pub const CUDA_CALL: Shape = Shape {
 pub const CUDA_CALL_SLOTS: usize = 2 * CUDA_CALL.slots();
 
 /// Cgroups of those that call.
-pub const CUDA_OWNERS: u32 = 192;
+pub const MAX_CUDA_OWNERS: u32 = 192;
 
 /// Calls in progress: at most one for each thread. One more counts as lost.
-pub const CUDA_IN_PROGRESS: u32 = 4096;
+pub const MAX_CUDA_IN_PROGRESS: u32 = 4096;
 
 /// The value of the map `CALLS`, whose key is a cgroup id (`u64`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -21,7 +21,7 @@ pub const NO_CGROUP: u64 = 0;
 
 /// Cgroups that one map can hold at once. A large node has 250 pods of 2 containers and some 200 host units; this
 /// leaves a factor of ten. When a map is full, the event counts as [`Loss::MapFull`].
-pub const CGROUPS: u32 = 8192;
+pub const MAX_CGROUPS: u32 = 8192;
 
 /// Why the kernel half lost an event. The value is the index into the object's `LOST` map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,31 +7,31 @@
 use crate::histogram::Shape;
 
 /// Seats of a group. Ranks of one communicator on one node beyond these are not seen, and counted as lost.
-pub const GROUP_SEATS: usize = 64;
+pub const MAX_SEATS: usize = 64;
 
 /// Groups, over all pods and processes.
-pub const GROUPS: u32 = 2048;
+pub const MAX_GROUPS: u32 = 2048;
 
 /// Communicators of all processes. One more counts as lost.
-pub const COMMUNICATORS: u32 = 4096;
+pub const MAX_COMMUNICATORS: u32 = 4096;
 
 /// Collectives that some rank has joined and another has not, at once: a rank that comes late does so by hundreds.
-pub const PAIRS: u32 = 2048;
+pub const MAX_PAIRS: u32 = 2048;
 
 /// Collectives that the plugin has told the start of, and not the end. One job on eight GPUs may have some thousand.
-pub const STARTED: u32 = 16384;
+pub const MAX_STARTED: u32 = 16384;
 
 /// Processes that have a communicator, on a node with several versions of NCCL.
-pub const PROCESSES: u32 = 2048;
+pub const MAX_PROCESSES: u32 = 2048;
 
 /// Their cgroups.
-pub const OWNERS: u32 = 96;
+pub const MAX_OWNERS: u32 = 96;
 
 /// Calls in progress: at most one and its inner ones for each thread.
-pub const IN_PROGRESS: u32 = 2048;
+pub const MAX_IN_PROGRESS: u32 = 2048;
 
 /// Cgroups of which it is known how much of the maps they have.
-pub const SHARES: u32 = 256;
+pub const MAX_SHARES: u32 = 256;
 
 /// What a cgroup has a share of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,11 +51,11 @@ pub enum Share {
 
 /// How much of each a cgroup may have at once, so that no job takes the room of all others.
 pub const SHARE: [u64; 5] = [
-    COMMUNICATORS as u64 / 4,
-    GROUPS as u64 / 4,
-    PAIRS as u64 / 2,
-    STARTED as u64 / 2,
-    IN_PROGRESS as u64 / 2,
+    MAX_COMMUNICATORS as u64 / 4,
+    MAX_GROUPS as u64 / 4,
+    MAX_PAIRS as u64 / 2,
+    MAX_STARTED as u64 / 2,
+    MAX_IN_PROGRESS as u64 / 2,
 ];
 
 /// By [`Share`], how many a cgroup has taken, less what the kernel half has given back: the value of the map `SHARES`, whose key is a
@@ -69,7 +69,7 @@ pub struct Shares {
 }
 
 /// Collectives that are being completed, at most one for each CPU.
-pub const CLAIMS: u32 = 256;
+pub const MAX_CLAIMS: u32 = 256;
 
 /// What is done: the labels, in the order of [`Operation`].
 pub const OPERATIONS: [&str; 11] = [
@@ -215,20 +215,21 @@ pub struct Owner {
     pub slots: [u64; SLOTS],
 }
 
-/// A communicator in a process: the key of the map `COMMUNICATORS`.
+/// What a rank calls its communicator: an `ncclComm_t` in its process, or what the plugin tells. The key of the map
+/// `COMMUNICATORS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
-pub struct Communicator {
+pub struct Handle {
     /// The process, and in the upper half the [`Source`].
     pub process: u64,
     /// Its address, or what the plugin calls it.
     pub address: u64,
 }
 
-/// The value of the map `COMMUNICATORS`.
+/// What a rank has of its communicator: the value of the map `COMMUNICATORS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
-pub struct Handle {
+pub struct Communicator {
     /// Its group.
     pub group: u64,
     /// Its seat there.
@@ -245,7 +246,7 @@ pub struct Handle {
     pub made: [u64; COLLECTIVES],
 }
 
-impl Handle {
+impl Communicator {
     /// Where it sits.
     pub const fn seat(&self) -> Seat {
         Seat {
@@ -287,7 +288,7 @@ pub struct Group {
 pub struct Seat {
     /// The group.
     pub group: u64,
-    /// Below [`GROUP_SEATS`].
+    /// Below [`MAX_SEATS`].
     pub index: u64,
 }
 
@@ -298,7 +299,7 @@ pub struct Member {
     /// The cgroup of its process.
     pub cgroup: u64,
     /// Which of the communicator's handles it is.
-    pub handle: Communicator,
+    pub handle: Handle,
     /// Its rank; [`NO_RANK`] if that is not known.
     pub rank: u64,
     /// Nanoseconds that it has waited for the last one.
@@ -340,7 +341,7 @@ pub struct Arrivals {
     pub since: u64,
     /// When each seat arrived; 0 if it has not. On the host CLOCK_MONOTONIC in nanoseconds; from the plugin a number that is the
     /// less the longer the collective took, since they end together.
-    pub at: [u64; GROUP_SEATS],
+    pub at: [u64; MAX_SEATS],
 }
 
 /// What an arrival by the plugin is counted from: the duration is taken off.
@@ -404,7 +405,7 @@ pub struct Begun {
 #[repr(C)]
 pub struct Started {
     /// Which communicator of which process.
-    pub handle: Communicator,
+    pub handle: Handle,
     /// Which rank of it (there are several in a process that drives several GPUs), and in the upper half the [`Operation`].
     pub rank: u64,
     /// Which of its operation.
@@ -423,14 +424,17 @@ pub struct Since {
 
 const _: () = {
     assert!(size_of::<Owner>() == 8 * SLOTS, "no padding");
-    assert!(size_of::<Communicator>() == 16, "no padding");
-    assert!(size_of::<Handle>() == 40 + 8 * COLLECTIVES, "no padding");
+    assert!(size_of::<Handle>() == 16, "no padding");
+    assert!(
+        size_of::<Communicator>() == 40 + 8 * COLLECTIVES,
+        "no padding"
+    );
     assert!(size_of::<Group>() == 40, "no padding");
     assert!(size_of::<Shares>() == 8 * SHARE.len(), "no padding");
     assert!(size_of::<Seat>() == 16, "no padding");
     assert!(size_of::<Member>() == 72, "no padding");
     assert!(size_of::<Pair>() == 24, "no padding");
-    assert!(size_of::<Arrivals>() == 24 + 8 * GROUP_SEATS, "no padding");
+    assert!(size_of::<Arrivals>() == 24 + 8 * MAX_SEATS, "no padding");
     assert!(size_of::<Layout>() == 16, "no padding");
     assert!(size_of::<Frame>() == 16, "no padding");
     assert!(size_of::<Begun>() == 56, "no padding");
@@ -448,8 +452,8 @@ mod user {
     }
     pods!(
         Owner,
-        Communicator,
         Handle,
+        Communicator,
         Group,
         Shares,
         Seat,

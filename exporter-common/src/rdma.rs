@@ -4,23 +4,23 @@
 use crate::histogram::Shape;
 
 /// Cgroups that use RDMA at once. A node has one or a few for each NIC or GPU; this leaves a factor of a hundred.
-pub const OWNERS: u32 = 1536;
+pub const MAX_OWNERS: u32 = 1536;
 
 /// Queue pairs of user space that can exist at once. NCCL makes at most some thousand on a node; storage and MPI
 /// all-to-all some ten thousand.
-pub const QUEUE_PAIRS: u32 = 32768;
+pub const MAX_QUEUE_PAIRS: u32 = 32768;
 
 /// Queue pairs older than the exporter whose owner user space has found out.
-pub const OLD_QUEUE_PAIRS: u32 = 16384;
+pub const MAX_OLD_QUEUE_PAIRS: u32 = 16384;
 
 /// RDMA devices that can be met between two loads of the object.
-pub const DEVICES: u32 = 128;
+pub const MAX_DEVICES: u32 = 128;
 
 /// Calls in progress: at most one of each function for each thread that is in the kernel.
-pub const CALLS: u32 = 8192;
+pub const MAX_CALLS: u32 = 8192;
 
 /// Resolutions in progress.
-pub const RESOLUTIONS: u32 = 8192;
+pub const MAX_RESOLUTIONS: u32 = 8192;
 
 /// Bytes of a device's name (`IB_DEVICE_NAME_MAX`, unchanged since 2.6.11).
 pub const DEVICE_NAME: usize = 64;

@@ -177,7 +177,7 @@ fn nccl_page() -> String {
     let accounts = [(Labels::default(), some), (pod.clone(), all)];
     // Beyond 32 communicators they are `other`; of the plugin one, of a rank that is not known one.
     let reading = |communicator: u64, rank: u64, source: usize| {
-        let handle = exporter_common::nccl::Communicator {
+        let handle = exporter_common::nccl::Handle {
             process: (source as u64) << 32,
             address: communicator,
         };

@@ -9,18 +9,17 @@
 use core::ffi::c_void;
 
 use aya_ebpf::{
-    bindings::BPF_NOEXIST,
-    helpers::{bpf_get_current_cgroup_id, bpf_get_current_pid_tgid, bpf_ktime_get_ns},
     macros::{btf_tracepoint, kprobe, map},
     maps::{Array, HashMap, PerCpuArray},
     programs::{BtfTracePointContext, ProbeContext},
 };
 use exporter_common::gpu::{
-    Clock, DELAY, DEVICES as MAX_DEVICES, Delays, OWNERS, PROCESSES as MAX_PROCESSES, Process,
-    THREADS as MAX_THREADS, Thread, WINDOW_BITS,
+    Clock, DELAY, Delays, MAX_DEVICES, MAX_OWNERS, MAX_PROCESSES, MAX_THREADS, Process, Thread,
+    WINDOW_BITS,
 };
 use exporter_ebpf::{
-    Loss, Registers, add, constants, entry, load, lose, object, read, task_cgroup, unknown,
+    Counters, Loss, Registers, add, cgroup, constants, entry, field, insert_new, load, lose, now,
+    object, task_cgroup, thread,
 };
 
 object!();
@@ -60,7 +59,7 @@ static SEARCH: Array<u32> = Array::with_max_entries(1, 0);
 
 /// By cgroup id.
 #[map]
-static DELAYS: HashMap<u64, Delays> = HashMap::with_max_entries(OWNERS, 0);
+static DELAYS: HashMap<u64, Delays> = HashMap::with_max_entries(MAX_OWNERS, 0);
 
 #[map]
 static CLOCKS: PerCpuArray<Clock> = PerCpuArray::with_max_entries(1, 0);
@@ -109,36 +108,55 @@ unsafe fn arrives(task: *const u8, process: u32) -> Result<(), Loss> {
     if queued == 0 {
         return Ok(());
     }
-    // SAFETY: the helper takes no arguments.
-    let now = unsafe { bpf_ktime_get_ns() };
-    let difference = now.wrapping_sub(clock);
-    let Some(known) = CLOCKS.get_ptr_mut(0) else {
+    let now = now();
+    let Some(ahead) = ahead(now, clock) else {
         return Ok(());
     };
-    let window = now >> WINDOW_BITS;
-    // SAFETY: a map value of this CPU, whose interrupts are off.
-    let least = unsafe {
-        let known = &mut *known;
-        if known.window != window {
-            known.before = if known.window + 1 == window {
-                known.least
-            } else {
-                u64::MAX
-            };
-            known.window = window;
-            known.least = difference;
-        } else if difference < known.least {
-            known.least = difference;
-        }
-        if known.before < known.least {
-            known.before
-        } else {
-            known.least
-        }
-    };
     // What it waited on this CPU, and on others from which it was moved while it waited.
-    let here = now.wrapping_sub(least).wrapping_sub(queued);
+    let here = now.wrapping_sub(ahead).wrapping_sub(queued);
     let here = if (here as i64) < 0 { 0 } else { here };
+    // SAFETY: typed.
+    let elsewhere = unsafe { elsewhere(task, process, clock.wrapping_sub(queued)) };
+    // SAFETY: typed.
+    let cgroup = unsafe { task_cgroup(task) };
+    let delays = entry(&DELAYS, &cgroup, &NO_DELAYS)?;
+    let waited = here.wrapping_add(elsewhere.unwrap_or(0));
+    // SAFETY: a map value.
+    unsafe { Counters::at(&raw mut (*delays).slots) }.observe(0, DELAY, waited);
+    // It is counted, but not what it will wait on other CPUs.
+    elsewhere.map(|_| ())
+}
+
+/// How far CLOCK_MONOTONIC is ahead of the clock of this CPU's run queue: see [`Clock`].
+#[inline(always)]
+fn ahead(now: u64, clock: u64) -> Option<u64> {
+    let difference = now.wrapping_sub(clock);
+    let window = now >> WINDOW_BITS;
+    let known = CLOCKS.get_ptr_mut(0)?;
+    // SAFETY: a map value of this CPU, whose interrupts are off.
+    let known = unsafe { &mut *known };
+    if known.window != window {
+        known.before = if known.window + 1 == window {
+            known.least
+        } else {
+            u64::MAX
+        };
+        known.window = window;
+        known.least = difference;
+    } else if difference < known.least {
+        known.least = difference;
+    }
+    Some(if known.before < known.least {
+        known.before
+    } else {
+        known.least
+    })
+}
+
+/// What a thread waited on other CPUs before it was moved to this one, where by the kernel's clock it waited for `here`: what
+/// the kernel has counted since the thread was last seen. An error where there is no room to note what it has counted now.
+#[inline(always)]
+unsafe fn elsewhere(task: *const u8, process: u32, here: u64) -> Result<u64, Loss> {
     // SAFETY: typed.
     let (thread, run_delay, arrivals): (u32, u64, u64) = unsafe {
         (
@@ -148,41 +166,26 @@ unsafe fn arrives(task: *const u8, process: u32) -> Result<(), Loss> {
         )
     };
     let next = Thread {
-        run_delay: run_delay.wrapping_add(clock.wrapping_sub(queued)),
+        run_delay: run_delay.wrapping_add(here),
         arrivals: arrivals + 1,
         process: u64::from(process),
     };
-    let mut elsewhere = 0;
-    let mut room = true;
     if let Some(last) = THREADS.get_ptr_mut(&thread) {
         // SAFETY: a map value that one CPU at a time uses, the one that the thread comes onto.
         let last = unsafe { core::ptr::replace(last, next) };
-        if arrivals >= last.arrivals {
-            elsewhere = run_delay.wrapping_sub(last.run_delay);
-            missed(arrivals - last.arrivals);
+        if arrivals < last.arrivals {
+            return Ok(0);
         }
-    } else {
-        // SAFETY: typed.
-        let flags: u32 = unsafe { load(task, &OFF_TASK_FLAGS) };
-        // Nobody would remove one that has been removed already.
-        if flags & EXITING == 0 {
-            room = THREADS.insert(&thread, &next, 0).is_ok();
-        }
+        missed(arrivals - last.arrivals);
+        return Ok(run_delay.wrapping_sub(last.run_delay));
     }
     // SAFETY: typed.
-    let cgroup = unsafe { task_cgroup(task) };
-    let delays: *mut u64 = entry(&DELAYS, &cgroup, &NO_DELAYS)?.cast();
-    let delay = here.wrapping_add(elsewhere);
-    let bucket = unknown(DELAY.bucket(delay) as u64);
-    if bucket <= DELAY.bounds as u64 {
-        // SAFETY: below the end of the map value.
-        unsafe {
-            add(delays.add(bucket as usize), 1);
-            add(delays.add(DELAY.sum()), delay);
-        }
+    let flags: u32 = unsafe { load(task, &OFF_TASK_FLAGS) };
+    // Nobody would remove one that has been removed already.
+    if flags & EXITING == 0 && THREADS.insert(&thread, &next, 0).is_err() {
+        return Err(Loss::MapFull);
     }
-    // It is counted, but not what it will wait on other CPUs.
-    if room { Ok(()) } else { Err(Loss::MapFull) }
+    Ok(0)
 }
 
 /// Counts arrivals that were not seen.
@@ -224,12 +227,8 @@ fn admit(process: u32, drivers: u32, cgroup: u64) {
                 ..new
             };
         }
-    } else if PROCESSES
-        .insert(&process, &new, u64::from(BPF_NOEXIST))
-        .is_err()
-        && PROCESSES.get_ptr(&process).is_none()
-    {
-        lose(&LOST, Loss::MapFull);
+    } else if let Err(loss) = insert_new(&PROCESSES, &process, &new) {
+        lose(&LOST, loss);
     }
 }
 
@@ -277,8 +276,7 @@ pub fn sched_process_exit(ctx: BtfTracePointContext) -> i32 {
 #[kprobe]
 pub fn device_open(ctx: ProbeContext) -> u32 {
     let inode = Registers::of(&ctx).argument::<0>();
-    // SAFETY: an inode and the offset of its field; the helper checks the address.
-    let device: u32 = match unsafe { read(inode as *const u8, &OFF_INODE_RDEV) } {
+    let device: u32 = match field(inode, &OFF_INODE_RDEV) {
         Ok(device) => device,
         Err(loss) => {
             lose(&LOST, loss);
@@ -286,10 +284,9 @@ pub fn device_open(ctx: ProbeContext) -> u32 {
         }
     };
     if let Some(driver) = DEVICES.get_ptr(&device) {
-        let process = (bpf_get_current_pid_tgid() >> 32) as u32;
-        // SAFETY: a map value; the helper takes no arguments.
-        let (driver, cgroup) = unsafe { (*driver, bpf_get_current_cgroup_id()) };
-        admit(process, driver, cgroup);
+        // SAFETY: a map value.
+        let driver = unsafe { *driver };
+        admit((thread() >> 32) as u32, driver, cgroup());
     }
     0
 }

@@ -9,16 +9,15 @@
 
 use aya_ebpf::{
     EbpfContext, Global,
-    helpers::{
-        bpf_get_current_cgroup_id, bpf_ktime_get_ns, bpf_probe_read_kernel,
-        bpf_probe_read_kernel_str_bytes,
-    },
+    helpers::bpf_probe_read_kernel_str_bytes,
     macros::{map, tracepoint},
     maps::HashMap,
     programs::TracePointContext,
 };
-use exporter_common::gpu::{JOB, JOBS as MAX_JOBS, Job, Jobs, NAME, RINGS as MAX_RINGS, Ring};
-use exporter_ebpf::{ABSENT, Loss, add, constants, entry, lose, object, unknown};
+use exporter_common::gpu::{JOB, Job, Jobs, MAX_JOBS, MAX_RINGS, NAME, Ring};
+use exporter_ebpf::{
+    ABSENT, Counters, Loss, cgroup, constants, entry, leave, lose, now, object, read_kernel,
+};
 
 object!();
 
@@ -58,8 +57,7 @@ fn at(ctx: &TracePointContext, offset: u32) -> *const u8 {
 
 #[inline(always)]
 fn read<T: Copy>(ctx: &TracePointContext, offset: &Global<u32>) -> Result<T, Loss> {
-    // SAFETY: the helper checks the address and copies.
-    unsafe { bpf_probe_read_kernel(at(ctx, offset.load()).cast()) }.map_err(|_| Loss::Unreadable)
+    read_kernel(at(ctx, offset.load()) as u64)
 }
 
 /// What names a job in all its records.
@@ -92,12 +90,6 @@ fn copy(from: *const u8, to: &mut [u8; NAME]) -> Result<(), Loss> {
     copied.map(|_| ()).map_err(|_| Loss::Unreadable)
 }
 
-#[inline(always)]
-fn now() -> u64 {
-    // SAFETY: the helper takes no arguments.
-    unsafe { bpf_ktime_get_ns() }
-}
-
 /// In the thread that submits.
 #[tracepoint]
 pub fn job_queued(ctx: TracePointContext) -> u32 {
@@ -111,8 +103,7 @@ pub fn job_queued(ctx: TracePointContext) -> u32 {
 fn queued(ctx: &TracePointContext) -> Result<(), Loss> {
     let mut job = Job {
         ring: Ring {
-            // SAFETY: the helper takes no arguments.
-            cgroup: unsafe { bpf_get_current_cgroup_id() },
+            cgroup: cgroup(),
             device: [0; NAME],
             name: [0; NAME],
         },
@@ -176,12 +167,9 @@ pub fn job_done(ctx: TracePointContext) -> u32 {
 fn done(ctx: &TracePointContext) -> Result<(), Loss> {
     let now = now();
     let key = key(ctx, &OFF_DONE_FENCE, &OFF_DONE_SEQNO)?;
-    let Some(job) = JOBS.get_ptr(&key) else {
+    let Some(job) = leave(&JOBS, &key) else {
         return Ok(());
     };
-    // SAFETY: a value of a preallocated map: its memory lives as long as the program runs.
-    let job = unsafe { *job };
-    let _ = JOBS.remove(&key);
     if job.runs == 0 {
         // Ended without the hardware.
         return Ok(());
@@ -192,14 +180,8 @@ fn done(ctx: &TracePointContext) -> Result<(), Loss> {
 /// Adds to one of the two histograms, which begins at a slot.
 #[inline(always)]
 fn observe(ring: &Ring, first: usize, nanoseconds: u64) -> Result<(), Loss> {
-    let slots: *mut u64 = entry(&RINGS, ring, &NO_JOBS)?.cast();
-    let bucket = unknown(JOB.bucket(nanoseconds) as u64);
-    if bucket <= JOB.bounds as u64 {
-        // SAFETY: below the end of the map value.
-        unsafe {
-            add(slots.add(first + bucket as usize), 1);
-            add(slots.add(first + JOB.sum()), nanoseconds);
-        }
-    }
+    let jobs = entry(&RINGS, ring, &NO_JOBS)?;
+    // SAFETY: a map value.
+    unsafe { Counters::at(&raw mut (*jobs).slots) }.observe(first as u64, JOB, nanoseconds);
     Ok(())
 }

@@ -13,7 +13,9 @@ use aya_ebpf::{
     programs::BtfTracePointContext,
 };
 use exporter_common::tcp::{Kind, Retransmits};
-use exporter_ebpf::{CGROUPS, Loss, add, constants, entry, load, lose, object, socket_cgroup};
+use exporter_ebpf::{
+    Counters, Loss, MAX_CGROUPS, constants, entry, load, lose, object, socket_cgroup,
+};
 
 object!();
 
@@ -28,7 +30,7 @@ constants!(
 
 /// By cgroup id. Preallocated, so an event never allocates.
 #[map]
-static RETRANSMITS: HashMap<u64, Retransmits> = HashMap::with_max_entries(CGROUPS, 0);
+static RETRANSMITS: HashMap<u64, Retransmits> = HashMap::with_max_entries(MAX_CGROUPS, 0);
 
 // SAFETY: named for itself, so that the object is the same bytes whatever the crate's hash.
 #[unsafe(no_mangle)]
@@ -118,14 +120,7 @@ unsafe fn count(sock: *const u8, kind: Kind, segments: u64) -> Result<(), Loss> 
     // SAFETY: the callers pass a typed `struct sock *`.
     let cgroup = unsafe { socket_cgroup(sock) }?;
     let value = entry(&RETRANSMITS, &cgroup, &NONE)?;
-    // SAFETY: `value` is a map value and `kind` an index below its length.
-    unsafe {
-        add(
-            (&raw mut (*value).segments)
-                .cast::<u64>()
-                .add(kind as usize),
-            segments,
-        )
-    };
+    // SAFETY: a map value.
+    unsafe { Counters::at(&raw mut (*value).segments) }.add(kind as u64, segments);
     Ok(())
 }

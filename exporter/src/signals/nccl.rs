@@ -108,7 +108,7 @@ impl Nccl {
 }
 
 /// Which tier tells of a communicator: an index of [`SOURCES`].
-fn source(handle: &Communicator) -> usize {
+fn source(handle: &Handle) -> usize {
     ((handle.process >> 32) as usize).min(SOURCES.len() - 1)
 }
 
@@ -121,14 +121,16 @@ impl Nameless {
     fn readings(
         &mut self,
         live: &Live,
-        known: &[(Communicator, Handle)],
+        known: &[(Handle, Communicator)],
         naming: &Naming<'_>,
         now: Instant,
     ) -> anyhow::Result<Vec<Reading>> {
         let unasked = known
             .iter()
-            .filter(|(_, handle)| handle.state & LEARNT == 0);
-        let unasked: HashSet<Seat> = unasked.map(|(_, handle)| handle.seat()).collect();
+            .filter(|(_, communicator)| communicator.state & LEARNT == 0);
+        let unasked: HashSet<Seat> = unasked
+            .map(|(_, communicator)| communicator.seat())
+            .collect();
         self.0.retain(|seat, _| unasked.contains(seat));
         let mut readings = Vec::new();
         for (seat, member) in live.seated()? {

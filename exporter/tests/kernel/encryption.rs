@@ -658,7 +658,7 @@ fn sources_that_somebody_makes_up_take_no_room_from_pods() {
         &format!("TRAFFIC scatter 10.82.0.1:9 10.66.0.1 {SOURCES}"),
     );
     // Most had no room, and are nobody's at once; of the others that is certain after half a minute.
-    let room = f64::from(exporter_common::encryption::STRANGERS);
+    let room = f64::from(exporter_common::encryption::MAX_STRANGERS);
     let scattered = exporter.scrape_until("those without room are nobody's", |scrape| {
         encrypted(scrape, "unknown") >= f64::from(SOURCES) - room
     });

@@ -9,7 +9,7 @@ use aya::{
     util::nr_cpus,
 };
 use exporter_common::encryption::{
-    DIRECTIONS, Flow, Interface, InterfaceKey, KNOWN, PROTOCOLS, Peer, PeerKey, Work,
+    DIRECTIONS, Flow, Interface, InterfaceKey, MAX_KNOWN, PROTOCOLS, Peer, PeerKey, Work,
 };
 
 use super::{
@@ -64,7 +64,7 @@ impl Live {
         let told = |address: &&[u8; 16]| self.told.contains(*address);
         let (old, new): (Vec<_>, Vec<_>) = of_host.difference(&of_pods).partition(told);
         let all = of_pods.iter().chain(old).chain(new);
-        let now: HashSet<_> = all.copied().take(KNOWN as usize).collect();
+        let now: HashSet<_> = all.copied().take(MAX_KNOWN as usize).collect();
         for gone in self.told.difference(&now).copied().collect::<Vec<_>>() {
             removed(self.known.remove(&gone))?;
             self.told.remove(&gone);

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use exporter_common::encryption::{INTERVAL, PEERS, slot};
+use exporter_common::encryption::{INTERVAL, MAX_PEERS, slot};
 
 use super::{
     live::Live,
@@ -91,7 +91,7 @@ impl Sessions {
         let longest = INTERVAL
             .bound(INTERVAL.bounds - 1)
             .map(Duration::from_nanos);
-        let is_roomy = all.len() < PEERS as usize / 2;
+        let is_roomy = all.len() < MAX_PEERS as usize / 2;
         let kept = longest
             .filter(|_| is_roomy)
             .unwrap_or_default()

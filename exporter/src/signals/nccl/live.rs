@@ -20,8 +20,8 @@ use aya::{
 use exporter_common::{
     Loss, NO_CGROUP,
     nccl::{
-        ANY_PROCESS, Arrivals, Begun, COLLECTIVES, Communicator, Frame, GROUP_SEATS, Group, Handle,
-        LATE, Layout, Member, Owner, PROCESSES, Pair, Seat, Share, Shares, Since, Started,
+        ANY_PROCESS, Arrivals, Begun, COLLECTIVES, Communicator, Frame, Group, Handle, LATE,
+        Layout, MAX_PROCESSES, MAX_SEATS, Member, Owner, Pair, Seat, Share, Shares, Since, Started,
     },
 };
 
@@ -56,7 +56,7 @@ const GROUP_STAYS: Duration = Duration::from_secs(60);
 pub(super) struct Live {
     pub(super) counters: Arc<Counters>,
     pub(super) owners: maps::HashMap<MapData, u64, Owner>,
-    pub(super) communicators: maps::HashMap<MapData, Communicator, Handle>,
+    pub(super) communicators: maps::HashMap<MapData, Handle, Communicator>,
     pub(super) groups: maps::HashMap<MapData, u64, Group>,
     left: Corrections<u64, u64>,
     seats: maps::HashMap<MapData, Seat, Member>,
@@ -122,7 +122,7 @@ struct Held {
     layouts: Vec<u32>,
     started: Vec<(Started, Since)>,
     in_progress: Vec<(Frame, Begun)>,
-    communicators: Vec<(Communicator, Handle)>,
+    communicators: Vec<(Handle, Communicator)>,
 }
 
 impl Live {
@@ -171,7 +171,7 @@ impl Live {
             .iter()
             .map(|(name, _)| name.process as u32)
             .collect();
-        let is_full = held.layouts.len() > PROCESSES as usize / 4 * 3;
+        let is_full = held.layouts.len() > MAX_PROCESSES as usize / 4 * 3;
         for process in std::mem::take(&mut held.layouts) {
             // Without a communicator it may have to ask again.
             let is_idle = is_full && !seated.contains(&process);
@@ -196,9 +196,9 @@ impl Live {
         });
         held.started.retain(|(name, since)| {
             // NCCL loses the times of a channel now and then: what started after it has finished.
-            let handle = self.communicators.get(&name.handle, 0).ok();
-            let passed = handle.is_some_and(|handle| since.at < handle.finished);
-            let stays = !passed && handle.is_some() && !gone(name.handle.process);
+            let communicator = self.communicators.get(&name.handle, 0).ok();
+            let passed = communicator.is_some_and(|communicator| since.at < communicator.finished);
+            let stays = !passed && communicator.is_some() && !gone(name.handle.process);
             if !stays {
                 let outcome = was_there(self.started.remove(name));
                 self.unpaired += u64::from(passed && matches!(outcome, Ok(true)));
@@ -218,10 +218,10 @@ impl Live {
     }
 
     /// Finds the seats of ranks whose communicator is gone. A rank that comes this moment seems to be one, but not at two looks.
-    fn find_orphans(&mut self, seats: &[(Seat, Member)], known: &[(Communicator, Handle)]) {
+    fn find_orphans(&mut self, seats: &[(Seat, Member)], known: &[(Handle, Communicator)]) {
         let known: HashMap<_, _> = known
             .iter()
-            .map(|(name, handle)| (name, handle.seat()))
+            .map(|(handle, communicator)| (handle, communicator.seat()))
             .collect();
         let sits = |(seat, member): &&(Seat, Member)| {
             member.ended != 0 || known.get(&member.handle) == Some(seat)
@@ -234,7 +234,10 @@ impl Live {
 
     /// Corrects how many ranks groups have. Where one comes or goes this moment it seems wrong, but not the same way at two looks.
     fn count_members(&mut self, groups: &HashMap<u64, Group>, held: &Held) -> anyhow::Result<()> {
-        let known = held.communicators.iter().map(|(_, handle)| handle.group);
+        let known = held
+            .communicators
+            .iter()
+            .map(|(_, communicator)| communicator.group);
         let begun = held.in_progress.iter().map(|(_, begun)| begun.group);
         let mut counted: HashMap<u64, u64> = HashMap::new();
         for group in known.chain(begun) {
@@ -341,7 +344,7 @@ impl Live {
     }
 
     /// Removes collectives for which nobody waits, and those that can never be complete since a rank has gone on. Returns those that are left.
-    fn clear_pairs(&mut self, known: &[(Communicator, Handle)]) -> anyhow::Result<Vec<Pair>> {
+    fn clear_pairs(&mut self, known: &[(Handle, Communicator)]) -> anyhow::Result<Vec<Pair>> {
         // What they have made was read before who has arrived: a rank that has gone on meanwhile has arrived too.
         let made = made(known);
         let (mut suspects, mut left) = (HashSet::new(), Vec::new());
@@ -364,10 +367,12 @@ impl Live {
 }
 
 /// What each rank of each group has made.
-pub(super) fn made(known: &[(Communicator, Handle)]) -> HashMap<u64, Vec<Handle>> {
-    let mut made: HashMap<u64, Vec<Handle>> = HashMap::new();
-    for (_, handle) in known {
-        made.entry(handle.group).or_default().push(*handle);
+pub(super) fn made(known: &[(Handle, Communicator)]) -> HashMap<u64, Vec<Communicator>> {
+    let mut made: HashMap<u64, Vec<Communicator>> = HashMap::new();
+    for (_, communicator) in known {
+        made.entry(communicator.group)
+            .or_default()
+            .push(*communicator);
     }
     made
 }
@@ -408,22 +413,30 @@ pub(super) enum Fate {
 }
 
 /// `made` are the ranks of each group that there are.
-pub(super) fn fate(pair: &Pair, arrivals: &Arrivals, made: &HashMap<u64, Vec<Handle>>) -> Fate {
+pub(super) fn fate(
+    pair: &Pair,
+    arrivals: &Arrivals,
+    made: &HashMap<u64, Vec<Communicator>>,
+) -> Fate {
     let members = made.get(&pair.group).map_or(&[][..], Vec::as_slice);
-    let arrived = |handle: &&Handle| arrivals.at[handle.seat as usize % GROUP_SEATS] != 0;
+    let arrived =
+        |communicator: &&Communicator| arrivals.at[communicator.seat as usize % MAX_SEATS] != 0;
     let (waiting, missing): (Vec<_>, Vec<_>) = members.iter().partition(arrived);
     if waiting.is_empty() || arrivals.count >= arrivals.expected {
         return Fate::Over;
     }
     // What the plugin tells is not numbered by the kernel half.
     let operation = pair.operation as usize;
-    let passed =
-        |handle: &&Handle| operation < COLLECTIVES && handle.made[operation] > pair.sequence;
+    let passed = |communicator: &&Communicator| {
+        operation < COLLECTIVES && communicator.made[operation] > pair.sequence
+    };
     if !missing.iter().any(passed) {
         return Fate::Waits;
     }
     // One that was late to be followed may have called it before.
-    let late = members.iter().any(|handle| handle.state & LATE != 0);
+    let late = members
+        .iter()
+        .any(|communicator| communicator.state & LATE != 0);
     if late { Fate::Over } else { Fate::Missed }
 }
 
@@ -450,10 +463,10 @@ mod tests {
         sequence: 7,
     };
 
-    fn handle(seat: u64, made: u64, state: u64) -> Handle {
+    fn communicator(seat: u64, made: u64, state: u64) -> Communicator {
         let mut all = [0; COLLECTIVES];
         all[PAIR.operation as usize] = made;
-        Handle {
+        Communicator {
             group: PAIR.group,
             seat,
             state,
@@ -464,7 +477,7 @@ mod tests {
     }
 
     fn arrivals(seats: &[usize]) -> Arrivals {
-        let mut at = [0; GROUP_SEATS];
+        let mut at = [0; MAX_SEATS];
         for seat in seats {
             at[*seat] = 100;
         }
@@ -478,12 +491,15 @@ mod tests {
 
     #[test]
     fn a_collective_waits_as_long_as_some_rank_does() {
-        let of = |seats: &[usize], handles: Vec<Handle>| {
-            let made = HashMap::from([(PAIR.group, handles)]);
+        let of = |seats: &[usize], communicators: Vec<Communicator>| {
+            let made = HashMap::from([(PAIR.group, communicators)]);
             fate(&PAIR, &arrivals(seats), &made)
         };
-        let (gone_on, waits) = (|seat| handle(seat, 9, 0), |seat| handle(seat, 8, 0));
-        let behind = |seat| handle(seat, 7, 0);
+        let (gone_on, waits) = (
+            |seat| communicator(seat, 9, 0),
+            |seat| communicator(seat, 8, 0),
+        );
+        let behind = |seat| communicator(seat, 7, 0);
         // The third has not come yet; it is dead.
         assert_eq!(
             of(&[0, 1], vec![waits(0), waits(1), behind(2)]),
@@ -499,7 +515,7 @@ mod tests {
         // The third has gone on without having been seen here; it may have been before it was followed.
         let passed = vec![waits(0), waits(1), gone_on(2)];
         assert_eq!(of(&[0, 1], passed), Fate::Missed);
-        let late = vec![waits(0), waits(1), handle(2, 9, LATE)];
+        let late = vec![waits(0), waits(1), communicator(2, 9, LATE)];
         assert_eq!(of(&[0, 1], late), Fate::Over);
     }
 }

@@ -12,7 +12,7 @@ use std::{
 };
 
 use exporter_common::nccl::{
-    Communicator, GROUP_SEATS, Group, Handle, Member, NO_RANK, Seat, Source,
+    Communicator, Group, Handle, MAX_SEATS, Member, NO_RANK, Seat, Source,
 };
 
 use super::{
@@ -97,7 +97,7 @@ fn state(stat: &str) -> State {
 struct Seen {
     cgroup: u64,
     rank: u64,
-    handle: Communicator,
+    handle: Handle,
 }
 
 /// A rank that others wait for.
@@ -167,7 +167,7 @@ impl Look {
         &mut self,
         live: &Live,
         seats: &HashMap<Seat, Member>,
-        made: &HashMap<u64, Vec<Handle>>,
+        made: &HashMap<u64, Vec<Communicator>>,
         seen: &HashMap<u64, HashMap<u64, Seen>>,
         now: u64,
     ) -> anyhow::Result<()> {
@@ -195,7 +195,7 @@ impl Look {
                 continue;
             }
             for index in seen.get(&pair.group).into_iter().flat_map(HashMap::keys) {
-                if arrivals.at[*index as usize % GROUP_SEATS] == 0 {
+                if arrivals.at[*index as usize % MAX_SEATS] == 0 {
                     note(&mut self.missing, (pair.group, *index), waited);
                 }
             }
@@ -206,13 +206,13 @@ impl Look {
     /// Finds what the plugin has told to be started and not to be finished.
     fn at_started(&mut self, live: &Live, now: u64) -> anyhow::Result<()> {
         for (name, since) in entries(&live.started)? {
-            let handle = live.communicators.get(&name.handle, 0);
+            let communicator = live.communicators.get(&name.handle, 0);
             // What started later has finished: this one is lost.
-            if let Ok(handle) = handle
-                && since.at >= handle.finished
+            if let Ok(communicator) = communicator
+                && since.at >= communicator.finished
             {
                 let age = now.saturating_sub(since.at);
-                note(&mut self.pending, (since.cgroup, handle.group), age);
+                note(&mut self.pending, (since.cgroup, communicator.group), age);
             }
         }
         Ok(())
@@ -224,7 +224,7 @@ impl Pending {
     pub(super) fn find(
         &mut self,
         live: &Live,
-        known: &[(Communicator, Handle)],
+        known: &[(Handle, Communicator)],
         naming: &Naming<'_>,
         ranks: &Ranks,
         max_owners: usize,
@@ -279,7 +279,7 @@ impl Pending {
     fn tell_missing(
         &mut self,
         missing: BTreeMap<(u64, u64), u64>,
-        alive: &HashSet<Communicator>,
+        alive: &HashSet<Handle>,
         naming: &Naming<'_>,
         ranks: &Ranks,
         owners: &mut Shown,

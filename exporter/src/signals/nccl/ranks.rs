@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use exporter_common::nccl::{GROUP_SEATS, Member, NO_RANK, SOURCES, Seat};
+use exporter_common::nccl::{MAX_SEATS, Member, NO_RANK, SOURCES, Seat};
 
 use crate::{
     ledger::{Growth, OTHER},
@@ -25,7 +25,7 @@ use crate::{
 pub const NAMED: usize = 32;
 
 /// Ranks of a communicator that one who tells shows by name: as many as have seats.
-pub const RANKS: usize = GROUP_SEATS;
+pub const RANKS: usize = MAX_SEATS;
 
 /// Ranks of all communicators of an owner, of both who tell: 16 communicators with 8 ranks have 256. Each has up to four series.
 pub const OF_OWNER: usize = 512;
@@ -377,7 +377,7 @@ impl Account {
 
 #[cfg(test)]
 mod tests {
-    use exporter_common::nccl::Communicator as Handle;
+    use exporter_common::nccl::Handle;
 
     use super::*;
 

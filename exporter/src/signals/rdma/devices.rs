@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use exporter_common::rdma::DEVICES;
+use exporter_common::rdma::MAX_DEVICES;
 
 use super::host::{DeviceTotals, Owners};
 use crate::ledger::{Growth, Names, OTHER};
@@ -80,7 +80,7 @@ impl Devices {
 
     /// Makes room for devices to come, once half of the map is taken: forgets those that have gone and are booked.
     pub(super) fn make_room(&mut self, owners: &Owners, listed: &BTreeSet<String>) {
-        if self.booked.len() < DEVICES as usize / 2 {
+        if self.booked.len() < MAX_DEVICES as usize / 2 {
             return;
         }
         let gone = |name: &String| !listed.is_empty() && !listed.contains(name);
