@@ -235,37 +235,16 @@ impl<'a> Linter<'a> {
         let ours = &self.rules.ours["hubble"]["metrics"]["enabled"];
         let ours = ours.as_array().into_iter().flatten();
         for entry in ours.filter_map(Value::as_str) {
-            let want = Metric::parse(entry);
-            let own = list.iter().find(|own| Metric::parse(own).name == want.name);
-            let (message, fix) = match own {
-                None => (
-                    format!("has no {}: there is no {}", want.name, series(want.name)),
-                    written(entry),
-                ),
-                Some(text) => {
-                    let own = Metric::parse(text);
-                    let lacks = own.lacks_labels(&want);
-                    if lacks.is_empty() {
-                        continue;
-                    }
-                    let message = format!(
-                        "{} lacks labelsContext={}: {} cannot tell whose packets they are",
-                        want.name,
-                        lacks.join(","),
-                        series(want.name)
-                    );
-                    let united = cilium::inserted(text, &own.lacks(&want));
-                    (message, written(&united))
-                }
-            };
-            self.say(
-                found.at(),
-                Severity::Warning,
-                path,
-                message,
-                format!("write {fix}"),
-            );
+            if let Some((message, fix)) = lacking(entry, &list) {
+                let fix = format!("write {}", written(&fix));
+                self.say(found.at(), Severity::Warning, path, message, fix);
+            }
         }
+        self.verdicts(&list);
+    }
+
+    /// Whether the metric of policy verdicts, if it is asked for, can count.
+    fn verdicts(&mut self, list: &[String]) {
         let verdicts = "bpf.events.policyVerdict.enabled";
         if list.iter().any(|own| Metric::parse(own).name == "policy") && !self.is_true(verdicts) {
             let found = self.effective(verdicts);
@@ -385,13 +364,12 @@ impl<'a> Linter<'a> {
         let kind = self.effective("encryption.type").value;
         let wireguard = kind == json!("wireguard");
         let ipsec = kind == json!("ipsec");
-        let seconds = |value: &Value| value.as_str().and_then(go_duration);
         let chained = match self.effective("cni.chainingMode").value {
             Value::String(mode) => !mode.is_empty() && mode != "none",
             _ => false,
         };
         let routed = self.is_true("gke.enabled");
-        let rules: [Setting; 10] = [
+        self.check([
             Setting {
                 path: "routingMode",
                 severity: Severity::Warning,
@@ -420,6 +398,14 @@ impl<'a> Linter<'a> {
                 message: "pods of the chained plugin do not know the smaller MTU: packets are fragmented and each fragment is encrypted, or they are lost",
                 fix: "write cni.enableRouteMTUForCNIChaining: true",
             },
+        ]);
+        self.lasting(wireguard, ipsec);
+    }
+
+    /// What makes sessions end.
+    fn lasting(&mut self, wireguard: bool, ipsec: bool) {
+        let seconds = |value: &Value| value.as_str().and_then(go_duration);
+        self.check([
             Setting {
                 path: "cleanState",
                 severity: Severity::Error,
@@ -468,7 +454,10 @@ impl<'a> Linter<'a> {
                 message: "the old key goes before every node has the new one, and packets between them are lost",
                 fix: "write encryption.ipsec.keyRotationDuration: 5m, more in a Cluster Mesh",
             },
-        ];
+        ]);
+    }
+
+    fn check<const N: usize>(&mut self, rules: [Setting<'_>; N]) {
         for rule in rules {
             let found = self.effective(rule.path);
             if self.rules.keys.at(&split(rule.path)).is_none() || !(rule.bad)(&found.value) {
@@ -478,6 +467,28 @@ impl<'a> Linter<'a> {
             self.say(found.at(), rule.severity, rule.path, message, rule.fix);
         }
     }
+}
+
+/// What a list of metrics lacks of one that is needed, and the entry that it should have.
+fn lacking(entry: &str, list: &[String]) -> Option<(String, String)> {
+    let want = Metric::parse(entry);
+    let own = list.iter().find(|own| Metric::parse(own).name == want.name);
+    let Some(text) = own else {
+        let message = format!("has no {}: there is no {}", want.name, series(want.name));
+        return Some((message, entry.to_owned()));
+    };
+    let own = Metric::parse(text);
+    let lacks = own.lacks_labels(&want);
+    if lacks.is_empty() {
+        return None;
+    }
+    let message = format!(
+        "{} lacks labelsContext={}: {} cannot tell whose packets they are",
+        want.name,
+        lacks.join(","),
+        series(want.name)
+    );
+    Some((message, cilium::inserted(text, &own.lacks(&want))))
 }
 
 /// A setting that is not as an encrypted packet would like it.
