@@ -14,6 +14,13 @@ pub const MAX_STRANGERS: u32 = 128;
 /// Addresses of pods and of the node.
 pub const MAX_KNOWN: u32 = 1024;
 
+/// Cgroups of which it is told in whose network they are: a node has 250 pods of a few containers, and some hundred services.
+pub const MAX_SENDERS: u32 = 2048;
+
+/// In the maps `KNOWN` and `SENDERS`, beside the numbers of pods that have a network of their own: an address that is the node's, or
+/// that several pods claim; a cgroup that is in the node's network.
+pub const NO_POD: u32 = 0;
+
 /// Calls in progress: at most one for each CPU and task that is in the crypto of a packet.
 pub const MAX_CALLS: u32 = 4096;
 
@@ -69,9 +76,10 @@ pub enum Direction {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct Flow {
-    /// The inner address, an IPv4 one as `::ffff:a.b.c.d`; all 0 where the owner is a cgroup or could not be read.
+    /// The inner address, an IPv4 one as `::ffff:a.b.c.d`; all 0 where the sender tells the owner, or it could not be read.
     pub address: [u8; 16],
-    /// The cgroup of the socket that sent the packet; [`crate::NO_CGROUP`] where there is none.
+    /// The cgroup of the socket that sent the packet; [`crate::NO_CGROUP`] where there is none, or the address tells the owner. Of a
+    /// cgroup that the kernel half has not been told of, and a pod's address, both are here.
     pub cgroup: u64,
     /// A [`Protocol`].
     pub protocol: u32,

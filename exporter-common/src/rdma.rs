@@ -13,14 +13,15 @@ pub const MAX_QUEUE_PAIRS: u32 = 32768;
 /// Queue pairs older than the exporter whose owner user space has found out.
 pub const MAX_OLD_QUEUE_PAIRS: u32 = 16384;
 
-/// RDMA devices that can be met between two loads of the object.
-pub const MAX_DEVICES: u32 = 128;
+/// RDMA devices: those that are enumerated, and those that can be met between two loads of the object. A node has some ten, with
+/// virtual functions (SR-IOV) some hundred.
+pub const MAX_DEVICES: u32 = 256;
 
 /// Calls in progress: at most one of each function for each thread that is in the kernel.
 pub const MAX_CALLS: u32 = 8192;
 
 /// Resolutions in progress.
-pub const MAX_RESOLUTIONS: u32 = 8192;
+pub const MAX_RESOLUTIONS: u32 = 4096;
 
 /// Bytes of a device's name (`IB_DEVICE_NAME_MAX`, unchanged since 2.6.11).
 pub const DEVICE_NAME: usize = 64;

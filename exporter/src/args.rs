@@ -42,6 +42,9 @@ pub enum Command {
             value_parser = Salt::read
         )]
         nccl_salt: Option<Salt>,
+        /// A file with this node's pods as `kubectl get pods -o json` prints them: are their containers where cgroups are looked for?
+        #[arg(long, value_name = "FILE")]
+        pods: Option<PathBuf>,
     },
     /// Put the NCCL profiler plugin into a folder from where jobs load it, as libnccl-profiler.so.
     InstallNcclProfiler {

@@ -3,7 +3,13 @@
 //!
 //! Signals are really attached, for a moment, since nothing else tells what a kernel permits.
 
-use std::{fmt::Write, fs, path::Path};
+use std::{
+    fmt::Write,
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use serde::Serialize;
 
@@ -12,6 +18,7 @@ use crate::{
     hook::Reason,
     kernel::{Hierarchy, Kernel},
     libraries, maps,
+    pods::{Pods, Record, Source, cgroups::Watcher},
     signals::{
         Options, SIGNALS, State, Status,
         running::{self, Running},
@@ -65,14 +72,25 @@ pub struct Maps {
     pub budget: u64,
 }
 
+/// What is to be looked at.
+#[derive(Debug)]
+pub struct Look {
+    /// Where cgroup v2 is mounted, if not where this process sees it.
+    pub cgroupfs: Option<PathBuf>,
+    /// Whether there is a secret for the names of NCCL's communicators.
+    pub is_salted: bool,
+    /// The pods of this node, where they are told.
+    pub pods: Option<Vec<Record>>,
+}
+
 /// Looks at everything.
 ///
 /// # Errors
 /// When an embedded object cannot be parsed.
-pub fn run(cgroupfs: Option<&Path>, is_salted: bool) -> anyhow::Result<Report> {
+pub fn run(look: Look) -> anyhow::Result<Report> {
     let kernel = Kernel::read();
-    let hierarchy = Hierarchy::of_host(cgroupfs);
-    let host = facts(&kernel, &hierarchy, is_salted);
+    let hierarchy = Hierarchy::of_host(look.cgroupfs.as_deref());
+    let host = facts(&kernel, cgroups(&hierarchy, look.pods), look.is_salted);
     let options = Options {
         show_paths: true,
         ..Options::default()
@@ -110,7 +128,31 @@ pub fn run(cgroupfs: Option<&Path>, is_salted: bool) -> anyhow::Result<Report> {
     })
 }
 
-fn facts(kernel: &Kernel, hierarchy: &Hierarchy, is_salted: bool) -> Vec<Fact> {
+/// Where cgroups are looked for, and if the containers of pods are there.
+fn cgroups(hierarchy: &Hierarchy, records: Option<Vec<Record>>) -> Result<String, String> {
+    let Hierarchy::V2 { root, whole: true } = hierarchy else {
+        return Err(hierarchy.trouble().unwrap_or_default());
+    };
+    let pods = Arc::new(Pods::new(&Source::Kube, Duration::ZERO));
+    // It walks once.
+    let walked = Watcher::new(root.clone(), Arc::clone(&pods));
+    walked.map_err(|error| format!("{error:#}"))?;
+    let has_pods = pods.view().has_pods();
+    pods.pods_listed(records.unwrap_or_default(), Instant::now());
+    let misplaced = pods.view().misplaced();
+    match (misplaced, Hierarchy::pods_elsewhere()) {
+        (Some(pods), _) => Err(hierarchy.misplaced(pods).unwrap_or_default()),
+        (None, Some(place)) if !has_pods => Err(format!(
+            "v2 at {}, which has no pods; those at {} are in cgroup v1 alone, so every count is the host's: boot with \
+             systemd.unified_cgroup_hierarchy=1, or have the kubelet and the runtime use the systemd cgroup driver",
+            root.display(),
+            place.display()
+        )),
+        _ => Ok(format!("v2 at {}", root.display())),
+    }
+}
+
+fn facts(kernel: &Kernel, cgroups: Result<String, String>, is_salted: bool) -> Vec<Fact> {
     let fact = |name, result: Result<String, String>| match result {
         Ok(detail) => Fact {
             name,
@@ -133,10 +175,6 @@ fn facts(kernel: &Kernel, hierarchy: &Hierarchy, is_salted: bool) -> Vec<Fact> {
             "{mode}: the kernel may refuse kprobes and fentry; tracepoints work under integrity"
         )),
         _ => Ok("off".to_owned()),
-    };
-    let cgroups = match hierarchy {
-        Hierarchy::V2 { root, whole: true } => Ok(format!("v2 at {}", root.display())),
-        other => Err(other.trouble().unwrap_or_default()),
     };
     vec![
         fact("kernel", release(&kernel.release)),

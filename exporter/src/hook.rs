@@ -73,6 +73,8 @@ pub enum Reason {
     NoCgroupV2,
     /// The mount shows only a part of the hierarchy.
     PartOfHierarchy,
+    /// Pods are listed, and none of their containers is in the hierarchy.
+    ContainersElsewhere,
     /// It would cost what is probed too much.
     Expensive,
     /// As many probes of files are attached as may be.
@@ -81,7 +83,7 @@ pub enum Reason {
 
 impl Reason {
     /// Every reason, for the reference.
-    pub const LABELS: [&'static str; 12] = [
+    pub const LABELS: [&'static str; 13] = [
         "attached",
         "no_btf",
         "no_hook",
@@ -92,6 +94,7 @@ impl Reason {
         "failed",
         "no_cgroup_v2",
         "part_of_hierarchy",
+        "containers_elsewhere",
         "expensive",
         "no_room",
     ];

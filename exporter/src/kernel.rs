@@ -2,17 +2,15 @@
 //! What is this host, as far as eBPF cares?
 
 pub mod btf;
+mod hierarchy;
 pub mod symbols;
 pub mod tracefs;
 pub mod uevents;
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{fs, sync::Arc};
 
 use btf::Btf;
+pub use hierarchy::Hierarchy;
 use rustix::process::{Resource, getrlimit};
 
 use crate::capabilities::{self, CapabilitySet};
@@ -143,148 +141,9 @@ fn cpus(list: &str) -> Option<usize> {
     last.parse::<usize>().ok().map(|last| last + 1)
 }
 
-/// Which cgroup hierarchies this host has.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Hierarchy {
-    /// cgroup v2 is mounted here. `whole` is false where the mount shows only a part (a cgroup namespace).
-    V2 {
-        /// The mount point.
-        root: PathBuf,
-        /// Whether the mount shows the hierarchy from its root.
-        whole: bool,
-    },
-    /// Only cgroup v1 is mounted: sockets and tasks have no cgroup id that means anything.
-    V1,
-    /// No cgroup file system is mounted.
-    Absent,
-    /// The place that the user named is not where cgroup v2 is mounted.
-    Wrong(PathBuf),
-}
-
-impl Hierarchy {
-    /// Finds the hierarchy in a `mountinfo` (proc(5)).
-    pub fn find(mountinfo: &str) -> Self {
-        let mut v1 = false;
-        let mut best: Option<(PathBuf, bool)> = None;
-        for line in mountinfo.lines() {
-            let Some((left, right)) = line.split_once(" - ") else {
-                continue;
-            };
-            let mut fields = left.split(' ').skip(3);
-            let (Some(root), Some(point)) = (fields.next(), fields.next()) else {
-                continue;
-            };
-            match right.split(' ').next() {
-                Some("cgroup2") => {
-                    let whole = root == "/";
-                    if best.as_ref().is_none_or(|(_, seen)| whole && !seen) {
-                        best = Some((PathBuf::from(unescape(point)), whole));
-                    }
-                }
-                Some("cgroup") => v1 = true,
-                _ => {}
-            }
-        }
-        match best {
-            Some((root, whole)) => Self::V2 { root, whole },
-            None if v1 => Self::V1,
-            None => Self::Absent,
-        }
-    }
-
-    /// Finds the hierarchy of this host, or takes the given mount point.
-    pub fn of_host(given: Option<&Path>) -> Self {
-        match given {
-            // Every folder of a cgroup v2 hierarchy has this file, the root included; any other could be walked as well.
-            Some(root) if !root.join("cgroup.controllers").is_file() => {
-                Self::Wrong(root.to_owned())
-            }
-            Some(root) => Self::V2 {
-                root: root.to_owned(),
-                whole: true,
-            },
-            None => Self::find(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default()),
-        }
-    }
-
-    /// What this means for attribution, where it is not whole: one line with what to do.
-    pub fn trouble(&self) -> Option<String> {
-        match self {
-            Self::V2 { whole: true, .. } => None,
-            Self::V2 { root, whole: false } => Some(format!(
-                "{} shows only a part of the cgroup hierarchy (a cgroup namespace): mount the host's and name it with \
-                 --path.cgroupfs",
-                root.display()
-            )),
-            Self::V1 => Some(
-                "only cgroup v1 is mounted, so nothing can be attributed to pods and every count is the host's: boot with \
-                 systemd.unified_cgroup_hierarchy=1"
-                    .to_owned(),
-            ),
-            Self::Wrong(root) => Some(format!(
-                "{} is not where cgroup v2 is mounted, so nothing can be attributed to pods: name the place with --path.cgroupfs",
-                root.display()
-            )),
-            Self::Absent => Some(
-                "no cgroup file system is mounted, so nothing can be attributed to pods: mount cgroup2 at /sys/fs/cgroup \
-                 or name it with --path.cgroupfs"
-                    .to_owned(),
-            ),
-        }
-    }
-}
-
-/// Undoes the octal escapes of `mountinfo`.
-fn unescape(field: &str) -> String {
-    ["\\040", "\\011", "\\012", "\\134"]
-        .iter()
-        .zip([" ", "\t", "\n", "\\"])
-        .fold(field.to_owned(), |text, (escape, plain)| {
-            text.replace(escape, plain)
-        })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_hierarchy_is_found_on_every_kind_of_host() {
-        let v2 = "29 1 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n";
-        assert_eq!(
-            Hierarchy::find(v2),
-            Hierarchy::V2 {
-                root: "/sys/fs/cgroup".into(),
-                whole: true
-            }
-        );
-        let hybrid = "30 1 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
-                      31 1 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
-        assert_eq!(
-            Hierarchy::find(hybrid),
-            Hierarchy::V2 {
-                root: "/sys/fs/cgroup/unified".into(),
-                whole: true
-            }
-        );
-        let part = "31 1 0:28 /kubepods/pod1 /sys/fs/cgroup rw shared:3 - cgroup2 cgroup2 rw\n\
-                    32 1 0:28 / /host/cgroup\\040two rw - cgroup2 cgroup2 rw\n";
-        assert_eq!(
-            Hierarchy::find(part),
-            Hierarchy::V2 {
-                root: "/host/cgroup two".into(),
-                whole: true
-            }
-        );
-        let v1 = "30 1 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n";
-        assert_eq!(Hierarchy::find(v1), Hierarchy::V1);
-        assert_eq!(Hierarchy::find("garbage\n - \n"), Hierarchy::Absent);
-        assert!(
-            Hierarchy::V1
-                .trouble()
-                .is_some_and(|text| text.contains("cgroup v1"))
-        );
-    }
 
     #[test]
     fn possible_cpus_are_counted_to_the_last() {

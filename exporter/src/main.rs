@@ -2,7 +2,7 @@
 //! `chandra`: the command line.
 #![forbid(unsafe_code)]
 
-use std::{path::Path, process::ExitCode};
+use std::process::ExitCode;
 
 use chandra::{
     app::{
@@ -12,7 +12,7 @@ use chandra::{
     },
     args::{Args, Command},
     capabilities::{CUDA_CALLS, GPU_DEVICE},
-    check, libraries, reference,
+    check, libraries, pods, reference,
 };
 use clap::Parser;
 
@@ -27,7 +27,19 @@ fn main() -> ExitCode {
             json,
             cgroupfs,
             nccl_salt,
-        }) => return check(json, cgroupfs.as_deref(), nccl_salt.is_some()),
+            pods,
+        }) => {
+            let pods = match pods.as_deref().map(pods::file::read).transpose() {
+                Ok(pods) => pods,
+                Err(error) => return refuse(USAGE, &format!("{error:#}")),
+            };
+            let look = check::Look {
+                cgroupfs,
+                is_salted: nccl_salt.is_some(),
+                pods,
+            };
+            return check(json, look);
+        }
         Some(Command::InstallNcclProfiler { folder, from, keep }) => {
             app::install_plugin(&from, &folder, keep)
         }
@@ -43,9 +55,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn check(json: bool, cgroupfs: Option<&Path>, is_salted: bool) -> ExitCode {
+fn check(json: bool, look: check::Look) -> ExitCode {
     prepare(&[], &[CUDA_CALLS, GPU_DEVICE]);
-    let report = match check::run(cgroupfs, is_salted) {
+    let report = match check::run(look) {
         Ok(report) => report,
         Err(error) => return refuse(1, &format!("{error:#}")),
     };

@@ -8,6 +8,7 @@
 pub mod cgroups;
 pub mod file;
 pub mod kube;
+mod places;
 mod record;
 mod view;
 
@@ -21,7 +22,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use self::{record::Record, view::View};
+use self::places::{Cgroup, Cgroups};
+pub use self::{
+    places::{Found, Place, Rival},
+    record::Record,
+    view::{Network, View},
+};
 use crate::lock::lock;
 
 /// The label of owners that nobody can name.
@@ -138,34 +144,6 @@ impl Resolution {
 /// Objects that are remembered to claim one uid. Two are a dispute.
 const CLAIMS: usize = 8;
 
-/// A cgroup's place, read from its path.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// Outside of pods; the name is what a host without Kubernetes shows as `container`.
-    Unit(Arc<str>),
-    /// A container of a pod, or a cgroup below one.
-    Container {
-        /// The pod's uid, with dashes.
-        uid: Arc<str>,
-        /// The container's id.
-        id: Arc<str>,
-    },
-    /// The pod's own cgroup, or one below it that is no container's.
-    Pod {
-        /// The pod's uid, with dashes.
-        uid: Arc<str>,
-    },
-}
-
-impl Place {
-    fn uid(&self) -> Option<&Arc<str>> {
-        match self {
-            Self::Container { uid, .. } | Self::Pod { uid } => Some(uid),
-            Self::Unit(_) => None,
-        }
-    }
-}
-
 /// What has to read the kernel's counts by address before addresses change hands.
 pub trait Drain: Send + Sync {
     /// Reads them, for the owners that the addresses have until now.
@@ -173,6 +151,9 @@ pub trait Drain: Send + Sync {
 
     /// Takes in who holds which address from now on.
     fn changed(&self, pods: &View<'_>);
+
+    /// Takes in which cgroups there are, if that does not take long.
+    fn met(&self, _: &View<'_>) {}
 }
 
 /// Both sources, joined. Reading never waits for a source.
@@ -187,7 +168,7 @@ pub struct Pods {
 
 #[derive(Debug, Default)]
 struct State {
-    cgroups: HashMap<u64, Cgroup>,
+    cgroups: Cgroups,
     /// By what their cgroups are called, the objects that claim to be that pod: one, but for forged mirrors. None has another's name.
     pods: HashMap<Arc<str>, Vec<Known>>,
     /// By its own uid, which pod an object claims to be. It cannot become another, or whoever writes it could claim many.
@@ -198,12 +179,6 @@ struct State {
     fresh: Option<Instant>,
     /// Why the pods' source does not answer, in one line.
     trouble: Option<String>,
-}
-
-#[derive(Debug)]
-struct Cgroup {
-    place: Place,
-    gone: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -247,27 +222,27 @@ impl Pods {
         self.cgroup_found(ROOT_ID, Place::Unit(ROOT.into()));
     }
 
+    /// Tells who counts by address that there are new cgroups.
+    pub fn cgroups_met(&self) {
+        let drains = lock(&self.drains).clone();
+        for drain in drains.iter().filter_map(Weak::upgrade) {
+            drain.met(&self.view());
+        }
+    }
+
     /// Adds or keeps a cgroup that exists.
-    pub fn cgroup_found(&self, id: u64, place: Place) {
-        self.write()
-            .cgroups
-            .insert(id, Cgroup { place, gone: None });
+    pub fn cgroup_found(&self, id: u64, found: impl Into<Found>) {
+        self.write().cgroups.found(id, found.into());
     }
 
     /// Marks a cgroup as removed.
     pub fn cgroup_gone(&self, id: u64, now: Instant) {
-        if let Some(cgroup) = self.write().cgroups.get_mut(&id) {
-            cgroup.gone.get_or_insert(now);
-        }
+        self.write().cgroups.gone(id, now);
     }
 
     /// Marks as removed every cgroup that a full walk did not meet.
     pub fn cgroups_walked(&self, met: &HashSet<u64>, now: Instant) {
-        for (id, cgroup) in &mut self.write().cgroups {
-            if !met.contains(id) {
-                cgroup.gone.get_or_insert(now);
-            }
-        }
+        self.write().cgroups.walked(met, now);
     }
 
     /// Has counts by address read before each change of who holds an address, for as long as the reader lives.
@@ -352,6 +327,17 @@ impl Pods {
     /// Forgets what has been gone for the retention time. Returns how many cgroups and pods are left.
     pub fn expire(&self, now: Instant) -> (usize, usize) {
         let mut state = self.write();
+        let kept = |gone: Option<Instant>| {
+            gone.is_none_or(|at| now.saturating_duration_since(at) < self.retention)
+        };
+        state.cgroups.retain(kept);
+        // What may be anybody's keeps no pod in mind.
+        let own = state.cgroups.all().map(|(_, cgroup)| cgroup);
+        let own = own.filter(|cgroup| !cgroup.rival.as_ref().is_some_and(|rival| rival.is_worse));
+        let used: HashSet<_> = own
+            .filter_map(|cgroup| cgroup.place.uid())
+            .cloned()
+            .collect();
         let State {
             cgroups,
             pods,
@@ -359,14 +345,6 @@ impl Pods {
             holders,
             ..
         } = &mut *state;
-        let kept = |gone: Option<Instant>| {
-            gone.is_none_or(|at| now.saturating_duration_since(at) < self.retention)
-        };
-        cgroups.retain(|_, cgroup| kept(cgroup.gone));
-        let used: HashSet<_> = cgroups
-            .values()
-            .filter_map(|cgroup| cgroup.place.uid())
-            .collect();
         pods.retain(|uid, claims| {
             // A pod is remembered as long as its cgroups are, if it is known which it is.
             let own = claims.iter().position(|known| known.record.object == *uid);
@@ -385,7 +363,7 @@ impl Pods {
             let mut known = pods.get(uid).into_iter().flatten();
             known.any(|known| known.record.full_name() == *name)
         });
-        (cgroups.len(), objects.len())
+        (cgroups.all().count(), objects.len())
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, State> {
@@ -446,6 +424,15 @@ impl State {
         self.pod(uid).filter(holds)
     }
 
+    /// In whose network a cgroup is: its pod's, by uid, or the host's (`Some(None)`). `None` if that is not known.
+    fn network(&self, cgroup: &Cgroup) -> Option<Option<Arc<str>>> {
+        let Some(uid) = self.place(cgroup).uid() else {
+            return Some(None);
+        };
+        let record = &self.holder(uid)?.record;
+        Some((!record.in_host).then(|| Arc::clone(uid)))
+    }
+
     fn answered(&mut self, now: Instant) {
         self.fresh = Some(now);
         self.trouble = None;
@@ -468,13 +455,11 @@ impl State {
                 .filter(|(id, _)| !record.containers.contains_key(*id))
                 .collect();
             if !earlier.is_empty() {
-                let places = self
-                    .cgroups
-                    .values()
-                    .filter_map(|cgroup| match &cgroup.place {
-                        Place::Container { uid, id } if *uid == record.uid => Some(id),
-                        _ => None,
-                    });
+                let places = self.cgroups.all();
+                let places = places.filter_map(|(_, cgroup)| match &cgroup.place {
+                    Place::Container { uid, id } if *uid == record.uid => Some(id),
+                    _ => None,
+                });
                 let used: HashSet<_> = places.collect();
                 earlier.retain(|(id, _)| used.contains(id));
             }
@@ -507,8 +492,27 @@ impl State {
         }
     }
 
-    fn resolve(&self, place: &Place, named: bool) -> Resolution {
-        let (uid, id) = match place {
+    /// What a cgroup is. In a tree that may be anybody's it is a pod's only if no better tree and no other of its kind has the pod; and on
+    /// a node that has a better one only if the pods' source says that the pod runs and has the container.
+    fn place<'a>(&self, cgroup: &'a Cgroup) -> &'a Place {
+        let Some(rival) = &cgroup.rival else {
+            return &cgroup.place;
+        };
+        let is_listed = || match &cgroup.place {
+            Place::Container { uid, id } => self.holder(uid).is_some_and(|known| {
+                let Known { record, gone } = known;
+                gone.is_none() && record.is_running && record.containers.contains_key(id)
+            }),
+            _ => false,
+        };
+        match self.cgroups.is_sole(cgroup) && (!rival.is_worse || is_listed()) {
+            true => &cgroup.place,
+            false => &rival.otherwise,
+        }
+    }
+
+    fn resolve(&self, cgroup: &Cgroup, named: bool) -> Resolution {
+        let (uid, id) = match self.place(cgroup) {
             Place::Unit(name) if named || &**name == ROOT => return Resolution::Host,
             Place::Unit(name) => {
                 let labels = Labels {

@@ -9,7 +9,7 @@ mod explain;
 mod files;
 mod runs;
 
-use std::{io, os::fd::AsFd, path::Path, sync::Arc};
+use std::{collections::HashMap, io, os::fd::AsFd, path::Path, sync::Arc};
 
 use anyhow::Context;
 use aya::{
@@ -44,6 +44,8 @@ pub struct Attached {
     counters: Arc<Counters>,
     values: Vec<(&'static str, u32)>,
     links: Vec<Link>,
+    /// Programs that this kernel lacks a field for, and which.
+    lacking: HashMap<&'static str, String>,
 }
 
 /// A kprobe at work.
@@ -119,6 +121,7 @@ pub fn attach(
         let new = match constants.lacks(program) {
             Some(why) => {
                 let detail = format!("this kernel lacks a field: {why}");
+                attached.lacking.insert(program.name, detail.clone());
                 program.hooks(Reason::NoField, &detail)
             }
             None => attached.attach(program, &means),
@@ -160,6 +163,7 @@ fn load(
         counters: Arc::new(Counters::new(lost)),
         values: constants.values().to_vec(),
         links: Vec::new(),
+        lacking: HashMap::new(),
     })
 }
 
@@ -172,6 +176,27 @@ fn symbols_of(programs: &[Program]) -> Result<Symbols, String> {
         return Ok(Symbols::default());
     }
     Symbols::of_kernel(functions).map_err(|error| format!("cannot read /proc/kallsyms: {error}"))
+}
+
+/// The functions of a kprobe that cannot be probed, as far as that is told: what the compiler has changed, or has several copies of,
+/// in any case. Of several functions for one thing each kernel has some, so that one that is not there is told if none is.
+fn refused(program: &Program, functions: &[&'static str], symbols: &Symbols) -> Vec<Hook> {
+    let is_any_here = functions.iter().any(|name| symbols.has(name));
+    let is_told = |name: &str| match program.need {
+        Need::IfThere => symbols.is_refused(name),
+        _ => !is_any_here || symbols.is_refused(name),
+    };
+    let found = functions.iter().filter(|name| is_told(name));
+    let hook = |name: &&'static str| {
+        let detail = symbols.find(name).err()?;
+        Some(Hook {
+            name,
+            method: program.target.method(),
+            reason: Reason::NoHook,
+            detail,
+        })
+    };
+    found.filter_map(hook).collect()
 }
 
 /// A program of an object, as what it is.
@@ -283,22 +308,15 @@ impl Attached {
             Ok(symbols) => symbols,
             Err(why) => return program.hooks_at(functions, Reason::NoHook, why),
         };
+        let mut hooks = refused(program, functions, symbols);
         let found = functions.iter();
-        let found = found.map(|name| (*name, symbols.find(name)));
-        let (here, missing): (Vec<_>, Vec<_>) = found.partition(|(_, function)| function.is_ok());
-        let method = program.target.method();
+        let here: Vec<_> = found
+            .filter_map(|name| Some((*name, symbols.find(name).ok()?)))
+            .collect();
         if here.is_empty() {
-            if program.need == Need::IfThere {
-                return Vec::new();
-            }
-            let hook = |(name, function): (&'static str, Result<Function, String>)| Hook {
-                name,
-                method,
-                reason: Reason::NoHook,
-                detail: function.err().unwrap_or_default(),
-            };
-            return missing.into_iter().map(hook).collect();
+            return hooks;
         }
+        let method = program.target.method();
         let probe = find::<KProbe>(&mut self.ebpf, program.name);
         let loaded = probe.and_then(|probe| match probe.fd() {
             Ok(_) => Ok(()),
@@ -309,24 +327,18 @@ impl Attached {
             let detail = explain(&what, &error, kernel);
             return program.hooks_at(functions, reason_of(&error), &detail);
         }
-        // Of several functions for one thing, each kernel has some.
-        let mut link = |(name, function): (&'static str, Result<Function, String>)| {
-            let (reason, detail) = match function {
-                Err(why) => (Reason::NoHook, why),
-                Ok(function) => {
-                    let done = self.link(program.name, name, &function);
-                    let what = || format!("attach {} {}", method.label(), function.target);
-                    told(done, what, kernel)
-                }
-            };
-            Hook {
+        for (name, function) in here {
+            let done = self.link(program.name, name, &function);
+            let what = || format!("attach {} {}", method.label(), function.target);
+            let (reason, detail) = told(done, what, kernel);
+            hooks.push(Hook {
                 name,
                 method,
                 reason,
                 detail,
-            }
-        };
-        here.into_iter().map(&mut link).collect()
+            });
+        }
+        hooks
     }
 
     fn link(
@@ -338,7 +350,12 @@ impl Attached {
         // Read before the attach: a reload in between is then seen as one.
         let module = function.module.as_ref();
         let load = module.and_then(|module| symbols::loaded(module));
-        let id = find::<KProbe>(&mut self.ebpf, program)?.attach(&function.target, 0)?;
+        let probe = find::<KProbe>(&mut self.ebpf, program)?;
+        let id = probe.attach(&function.target, 0).or_else(|error| {
+            let short = function.short.as_ref();
+            let short = short.filter(|_| reason_of(&error) == Reason::NoHook);
+            short.map_or(Err(error), |short| probe.attach(short, 0))
+        })?;
         self.links.push(Link {
             program,
             name,
@@ -398,6 +415,10 @@ impl Attached {
         let symbols = symbols_of(programs);
         let mut hooks = Vec::new();
         for program in programs {
+            if let Some(detail) = self.lacking.get(program.name) {
+                hooks.extend(program.hooks(Reason::NoField, detail));
+                continue;
+            }
             let is_linked = |name: &&'static str| {
                 let mut links = self.links.iter();
                 links.any(|link| link.program == program.name && link.name == *name)
@@ -414,6 +435,12 @@ impl Attached {
             let came = |name: &&str| symbols.as_ref().is_ok_and(|symbols| symbols.has(name));
             if linked == 0 || left.iter().any(came) {
                 hooks.extend(self.attach_kprobe(program, &left, &symbols, kernel));
+            } else if let Ok(symbols) = &symbols {
+                hooks.extend(
+                    refused(program, &left, symbols)
+                        .into_iter()
+                        .filter(|hook| symbols.is_refused(hook.name)),
+                );
             }
         }
         hooks

@@ -191,7 +191,9 @@ pub struct Exporter {
     web: Arc<Web>,
     bell: Option<Bell>,
     host: Host,
-    cgroups: Reason,
+    hierarchy: Hierarchy,
+    /// What was last found of pods that are not in the hierarchy, for how many, and when.
+    misplaced: Mutex<Option<Misplaced>>,
     source: Source,
     retention: Duration,
     started: Instant,
@@ -234,11 +236,8 @@ impl Exporter {
                 release: kernel.release.clone(),
                 cgroups: hierarchy.trouble(),
             },
-            cgroups: match hierarchy {
-                Hierarchy::V2 { whole: true, .. } => Reason::Attached,
-                Hierarchy::V2 { whole: false, .. } => Reason::PartOfHierarchy,
-                _ => Reason::NoCgroupV2,
-            },
+            hierarchy: hierarchy.clone(),
+            misplaced: Mutex::default(),
             source: args.source(),
             retention: args.retention,
             started: Instant::now(),
@@ -253,16 +252,23 @@ impl Exporter {
         if let Some(successful) = self.web.reloaded() {
             families.add(&WEB_CONFIG, &[], f64::from(u8::from(successful)));
         }
-        let cgroups = [
-            "exporter",
-            "cgroups",
-            Method::Inotify.label(),
-            self.cgroups.label(),
-        ];
-        families.add(&HOOK_INFO, &cgroups, 1.0);
         let now = Instant::now();
         self.pods.expire(now);
         let view = self.pods.view();
+        let reason = match &self.hierarchy {
+            Hierarchy::V2 { whole: true, .. } if view.misplaced().is_some() => {
+                Reason::ContainersElsewhere
+            }
+            Hierarchy::V2 { whole: true, .. } => Reason::Attached,
+            Hierarchy::V2 { whole: false, .. } => Reason::PartOfHierarchy,
+            _ => Reason::NoCgroupV2,
+        };
+        let method = Method::Inotify.label();
+        families.add(
+            &HOOK_INFO,
+            &["exporter", "cgroups", method, reason.label()],
+            1.0,
+        );
         if self.source != Source::None {
             let age = view
                 .age(now)
@@ -283,7 +289,26 @@ impl Exporter {
         }
         families
     }
+
+    /// What it means that so many pods are not in the hierarchy.
+    fn misplaced(&self, pods: usize) -> Option<String> {
+        let mut last = lock(&self.misplaced);
+        match &*last {
+            Some((of, at, told)) if *of == pods && at.elapsed() < MISPLACED_EVERY => told.clone(),
+            _ => {
+                let told = self.hierarchy.misplaced(pods);
+                *last = Some((pods, Instant::now(), told.clone()));
+                told
+            }
+        }
+    }
 }
+
+/// Of how many pods it was told that they are not in the hierarchy, when, and what.
+type Misplaced = (usize, Instant, Option<String>);
+
+/// How old that may be: to find the pods takes a walk.
+const MISPLACED_EVERY: Duration = Duration::from_secs(60);
 
 /// Reads a signal and renders what it shows.
 fn scrape(running: &mut Running, scope: &Scope<'_>, families: &mut Families) {
@@ -348,10 +373,17 @@ impl Site for Exporter {
     }
 
     fn landing(&self) -> String {
+        let mut host = self.host.clone();
+        let misplaced = self.pods.view().misplaced();
+        // To find them takes a walk, for which nobody waits.
+        if let Some(pods) = misplaced {
+            host.cgroups = self.misplaced(pods);
+        }
+        // In the order of a scrape, or the two would wait for each other.
+        let view = self.pods.view();
         let mut signals = lock(&self.signals);
         signals.iter_mut().for_each(Running::follow);
-        let view = self.pods.view();
-        page::landing(&signals, &view, &self.host, &self.source, self.show_paths)
+        page::landing(&signals, &view, &host, &self.source, self.show_paths)
     }
 }
 

@@ -150,6 +150,7 @@ fn the_declared_label_values_are_those_that_the_code_produces() {
         Reason::Failed,
         Reason::NoCgroupV2,
         Reason::PartOfHierarchy,
+        Reason::ContainersElsewhere,
         Reason::Expensive,
         Reason::NoRoom,
     ];
@@ -164,6 +165,7 @@ fn the_declared_label_values_are_those_that_the_code_produces() {
         | Reason::Failed
         | Reason::NoCgroupV2
         | Reason::PartOfHierarchy
+        | Reason::ContainersElsewhere
         | Reason::Expensive
         | Reason::NoRoom => reason.label(),
     });
@@ -472,6 +474,8 @@ fn a_node_with_eight_gpu_pods_stays_within_the_series_budget() {
             name: format!("llama-worker-{pod}").into(),
             created: 0,
             containers: containers.into(),
+            is_running: true,
+            in_host: false,
             addresses: Vec::new(),
         };
         pods.pod_found(record, now);
@@ -506,7 +510,10 @@ fn a_node_with_eight_gpu_pods_stays_within_the_series_budget() {
                 let devices: Vec<String> = (0..8).map(|i| format!("mlx5_{i}")).collect();
                 let created = devices.iter().map(|device| (device.clone(), [1, 1]));
                 rdma::render_devices(&created.collect(), &mut families);
-                let ages: Vec<_> = devices.iter().map(|device| (device.clone(), 1.0)).collect();
+                let ages: Vec<_> = devices
+                    .iter()
+                    .map(|device| (device.clone(), 1.0, false))
+                    .collect();
                 let accounts: Vec<_> = ledger.accounts().map(|(labels, _)| labels).collect();
                 let own = accounts
                     .iter()

@@ -5,6 +5,7 @@
 mod common;
 
 use std::{
+    collections::HashSet,
     env, fs,
     io::Write,
     path::{Path, PathBuf},
@@ -18,7 +19,7 @@ use chandra::{
     args::Args,
     families::{Desc, Families, Kind, POD},
     kernel::{Hierarchy, Kernel},
-    pods::{Labels, Owner, Pods, Resolution},
+    pods::{Labels, Owner, Pods, Resolution, Source, cgroups},
     scrape::{self, Exporter},
     server::Site,
     signals::{
@@ -44,12 +45,38 @@ const PAGES: &[(&str, Make)] = &[
     ("nccl", nccl_page),
     ("rdma", rdma_page),
     ("tcp", tcp_page),
+    ("tcp_names", names_page),
 ];
 
 fn encode(families: Families) -> String {
     let mut page = Vec::new();
     families.encode(&mut page).expect("a vector takes all");
     String::from_utf8(page).expect("the format is UTF-8")
+}
+
+/// What cgroups are called on hosts without Kubernetes: each of the cases by a name of its own.
+fn names_page() -> String {
+    let pods = Pods::new(&Source::None, Duration::from_secs(300));
+    let mut accounts = Vec::new();
+    for case in ["slurm-sluid", "odd-host-paths"] {
+        let file = format!(
+            "{}/tests/cases/{case}/paths.txt",
+            env!("CARGO_MANIFEST_DIR")
+        );
+        let text = fs::read_to_string(file).expect("a case");
+        for path in text.lines().filter(|line| line.starts_with('/')) {
+            let id = 100 + accounts.len() as u64;
+            pods.cgroup_found(id, cgroups::place(path));
+            let labels = pods.view().resolve(id).labels();
+            accounts.push((labels, [0, 0, 0, id, 0]));
+        }
+    }
+    let distinct: HashSet<_> = accounts.iter().map(|(labels, _)| labels).collect();
+    assert_eq!(distinct.len(), accounts.len(), "two cgroups have one name");
+    let mut families = Families::default();
+    let borrowed = accounts.iter().map(|(labels, n)| (labels.clone(), n));
+    tcp::render(borrowed, &mut families);
+    encode(families)
 }
 
 fn tcp_page() -> String {
@@ -117,7 +144,10 @@ fn rdma_page() -> String {
         (&pod, "mlx5_0", "RC", "ERR", 2),
         (&pod, "mlx5_0", "RC", "RTS", 10_000),
     ];
-    let ages = [("mlx5_0".to_owned(), 0.25), ("mlx5_1".to_owned(), 17.0)];
+    let ages = [
+        ("mlx5_0".to_owned(), 0.25, false),
+        ("mlx5_1".to_owned(), 17.0, true),
+    ];
     rdma::render_gauge(rows, &ages, &mut families);
     encode(families)
 }

@@ -62,6 +62,8 @@ fn record(pod: u64) -> Record {
         name: format!("job-{pod}").into(),
         created: pod as i64,
         containers: [(format!("{pod:064x}").into(), "main".into())].into(),
+        is_running: true,
+        in_host: false,
         addresses: vec![IpAddr::from([10, a, b, c])],
     }
 }

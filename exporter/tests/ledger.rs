@@ -163,6 +163,8 @@ fn record(uid: &str, name: &str, created: i64, containers: &[(&str, &str)]) -> R
         namespace: "ml".into(),
         name: name.into(),
         created,
+        is_running: true,
+        in_host: false,
         addresses: Vec::new(),
         containers: containers
             .iter()

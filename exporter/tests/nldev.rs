@@ -14,8 +14,8 @@ use std::{
 use chandra::signals::rdma::{
     enumeration::{Answer, Enumeration, Fabric, Limits, Listing, PairOwner},
     nldev::{
-        self, Device, GET, MAX_PAIRS, NldevError, QueuePair, RES_QP_GET, SYS_GET, messages,
-        queue_pairs,
+        self, Device, GET, MAX_PAIRS, NldevError, Part, Question, QueuePair, RES_QP_GET, SYS_GET,
+        messages, queue_pairs,
     },
 };
 use proptest::prelude::*;
@@ -164,6 +164,87 @@ proptest! {
     }
 }
 
+/// One pair that the driver does not describe ends the kernel's list, with what its message has before it: whole messages stay.
+#[test]
+fn what_can_be_had_of_a_list_that_ends_early_is_kept() {
+    const DRIVER: u8 = 255;
+    const EINVAL: i32 = -22;
+    const ENOSYS: i32 = -38;
+    let pair = |number, kind, state| QueuePair {
+        number,
+        kind,
+        state,
+        of_kernel: false,
+        pid: None,
+    };
+    let (ordinary, of_driver) = (pair(7, 2, 3), pair(9, DRIVER, 3));
+    let (later, other, ended) = (pair(7, 2, 6), pair(8, 2, 3), pair(6, 2, 3));
+    /// What each part of a list has before its end, and how it ends.
+    type Lists<'a> = &'a [(Part, &'a [QueuePair], i32)];
+    let listed = |ports, lists: Lists<'_>| {
+        let mut asked = Vec::new();
+        let pairs = nldev::list(ports, |part, each| {
+            asked.push(part);
+            let sequence = asked.len() as u32;
+            let (_, pairs, code) = lists
+                .iter()
+                .find(|(of, ..)| *of == part)
+                .expect("asked for");
+            let mut bytes = Vec::new();
+            if !pairs.is_empty() {
+                let table: Vec<u8> = pairs.iter().flat_map(entry).collect();
+                let payload = attribute(uapi::RES_QP | NESTED, &table);
+                bytes = message(kind(RES_QP_GET), sequence, &payload);
+            }
+            bytes.extend(done(sequence, *code));
+            messages(&bytes, (RES_QP_GET, sequence), true, each).map(|_| ())
+        });
+        (pairs, asked)
+    };
+    let whole: Lists<'_> = &[(Part::All, &[ordinary, of_driver], 0)];
+    let (pairs, asked) = listed(1, whole);
+    let pairs = pairs.expect("whole");
+    assert_eq!(pairs.pairs, [ordinary, of_driver]);
+    assert_eq!((pairs.partial, &asked[..]), (None, &[Part::All][..]));
+
+    // A target of DC: without details the rest is there. What ended meanwhile is not.
+    let (pairs, asked) = listed(
+        1,
+        &[
+            (Part::All, &[ended, ordinary, of_driver], EINVAL),
+            (Part::Plain, &[later, other], 0),
+        ],
+    );
+    let pairs = pairs.expect("kept");
+    assert_eq!(pairs.pairs, [of_driver, later, other]);
+    let why = pairs.partial.expect("said");
+    assert!(
+        why.contains("Invalid argument") && why.contains("only the driver knows"),
+        "{why}"
+    );
+    assert_eq!(asked, [Part::All, Part::Plain]);
+
+    // A raw pair with RSS, which comes first: by port it is left out. One port of two cannot be listed at all.
+    let (pairs, asked) = listed(
+        2,
+        &[
+            (Part::All, &[], ENOSYS),
+            (Part::Plain, &[], ENOSYS),
+            (Part::Port(1), &[later], EINVAL),
+            (Part::Port(2), &[other], 0),
+        ],
+    );
+    let pairs = pairs.expect("kept");
+    assert_eq!(pairs.pairs, [later, other]);
+    let why = pairs.partial.expect("said");
+    assert!(why.contains("those in RESET"), "{why}");
+    assert_eq!(asked.len(), 4);
+
+    // Nothing at all, of a device that does not say how many ports it has, or of one that has gone.
+    let (pairs, _) = listed(0, &[(Part::All, &[], EINVAL), (Part::Plain, &[], EINVAL)]);
+    assert!(matches!(pairs, Err(NldevError::Refused(_))));
+}
+
 #[test]
 fn requests_are_those_of_the_uapi() {
     let mut attributes = attribute(uapi::DEV_INDEX, &3_u32.to_ne_bytes());
@@ -172,20 +253,26 @@ fn requests_are_those_of_the_uapi() {
     // NLM_F_REQUEST and NLM_F_DUMP; the kernel fills in the port.
     dump[6..8].copy_from_slice(&0x301_u16.to_ne_bytes());
     dump[12..16].fill(0);
-    assert_eq!(nldev::request(RES_QP_GET, 9, Some(3), true), dump);
-    let plain = nldev::request(SYS_GET, 1, None, false);
+    assert_eq!(nldev::request(Question::pairs_of(3, Part::All), 9), dump);
+    let plain = nldev::request(Question::of_all(SYS_GET, false), 1);
     assert_eq!((plain.len(), plain[6]), (16, 1));
+    let of_port = nldev::request(Question::pairs_of(3, Part::Port(2)), 1);
+    let mut attributes = attribute(uapi::DEV_INDEX, &3_u32.to_ne_bytes());
+    attributes.extend(attribute(uapi::PORT_INDEX, &2_u32.to_ne_bytes()));
+    assert_eq!(of_port[16..], attributes);
 }
 
 #[test]
 fn devices_and_the_mode_are_read() {
     let mut payload = attribute(uapi::DEV_INDEX, &7_u32.to_ne_bytes());
     payload.extend(attribute(uapi::DEV_NAME, b"rocep1s0f0\0"));
+    payload.extend(attribute(uapi::PORT_INDEX, &2_u32.to_ne_bytes()));
     payload.extend(attribute(40, &[1, 2, 3]));
     let device = nldev::device(&payload).expect("a device");
     let named = Device {
         index: 7,
         name: "rocep1s0f0".to_owned(),
+        ports: 2,
     };
     assert_eq!(device, named);
     assert!(nldev::device(&attribute(uapi::DEV_INDEX, &[1, 0, 0, 0])).is_err());
@@ -310,6 +397,7 @@ impl Fabric for Devices {
                 let owners = [PairOwner::Cgroup(7), PairOwner::Unknown];
                 let pairs = pairs.into_iter();
                 Ok(Answer {
+                    is_partial: false,
                     pairs: pairs
                         .map(|pair| (pair, owners[pair.number as usize % 2]))
                         .collect(),
@@ -317,6 +405,7 @@ impl Fabric for Devices {
                 })
             }
             "odd" => Ok(Answer {
+                is_partial: true,
                 pairs: vec![(pair(1), PairOwner::Kernel)],
                 odd: Some("3 queue pairs have no number, type or state".to_owned()),
             }),

@@ -9,7 +9,8 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use chandra::pods::{Pods, Source, file};
+use chandra::pods::{Pods, Record, Source, file};
+use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
@@ -90,6 +91,144 @@ fn what_kubectl_prints_is_read() {
     assert_eq!(file::read(&path).expect("a list"), []);
     fs::write(&path, json!({"kind": "PodList", "items": null}).to_string()).expect("written");
     assert_eq!(file::read(&path).expect("a list"), []);
+}
+
+/// A pod with all that is read of one.
+fn full() -> Value {
+    let status = |name: &str, id: &str| {
+        json!({
+            "name": name, "image": "", "imageID": "", "ready": true, "restartCount": 2,
+            "containerID": format!("containerd://{id}"),
+            "state": {"terminated": {"exitCode": 1, "containerID": format!("containerd://{id}0")}},
+            "lastState": {"terminated": {"exitCode": 1, "containerID": format!("containerd://{id}1")}},
+        })
+    };
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": "a", "namespace": "ml", "uid": "uid-a", "creationTimestamp": "2025-01-01T00:00:00Z",
+            "annotations": {
+                "kubernetes.io/config.mirror": "x",
+                "kubernetes.io/config.hash": "0123456789abcdef0123456789abcdef",
+            },
+            "ownerReferences": [{"apiVersion": "v1", "kind": "Node", "name": "n", "uid": "u"}],
+        },
+        "spec": {"containers": [{"name": "main"}], "hostNetwork": true},
+        "status": {
+            "phase": "Running",
+            "podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}],
+            "hostIP": "10.0.0.2", "hostIPs": [{"ip": "10.0.0.2"}],
+            "containerStatuses": [status("main", "c")],
+            "initContainerStatuses": [status("init", "d")],
+            "ephemeralContainerStatuses": [status("debug", "e")],
+        },
+    })
+}
+
+/// The paths of all that a value has, itself left out.
+fn paths(value: &Value, at: &str, all: &mut Vec<String>) {
+    let inner: Vec<(String, &Value)> = match value {
+        Value::Object(fields) => fields
+            .iter()
+            .map(|(key, value)| (key.replace('/', "~1"), value))
+            .collect(),
+        Value::Array(items) => items
+            .iter()
+            .enumerate()
+            .map(|(at, value)| (at.to_string(), value))
+            .collect(),
+        _ => Vec::new(),
+    };
+    for (key, value) in inner {
+        let path = format!("{at}/{key}");
+        all.push(path.clone());
+        paths(value, &path, all);
+    }
+}
+
+fn without(value: &Value, path: &str) -> Value {
+    let mut value = value.clone();
+    let (above, key) = path.rsplit_once('/').expect("a path");
+    match value.pointer_mut(above) {
+        Some(Value::Object(fields)) => drop(fields.remove(&key.replace("~1", "/"))),
+        Some(Value::Array(items)) => drop(items.remove(key.parse().expect("an index"))),
+        _ => unreachable!("{path}"),
+    }
+    value
+}
+
+/// The parser skips most of a pod. Whatever of one is there or not, the record is that of the whole pod.
+#[test]
+fn every_field_that_a_record_is_made_of_survives_the_parser() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("pods.json");
+    let read = |pod: &Value| {
+        fs::write(&path, json!({"items": [pod]}).to_string()).expect("written");
+        file::read(&path).ok().and_then(|mut records| records.pop())
+    };
+    let whole = |pod: &Value| {
+        let pod: Result<Pod, _> = serde_json::from_value(pod.clone());
+        pod.ok().and_then(|pod| Record::of(&pod))
+    };
+    let full = full();
+    let mut all = Vec::new();
+    paths(&full, "", &mut all);
+    let ordinary = without(&full, "/spec/hostNetwork");
+    let mut differ = 0;
+    for pod in [&full, &ordinary] {
+        let record = whole(pod);
+        assert!(record.is_some());
+        assert_eq!(read(pod), record);
+        for removed in &all {
+            if pod.pointer(removed).is_none() {
+                continue;
+            }
+            let less = without(pod, removed);
+            // What the API server never leaves out the whole type may demand.
+            let Some(expected) = whole(&less) else {
+                continue;
+            };
+            differ += usize::from(Some(&expected) != record.as_ref());
+            assert_eq!(read(&less), Some(expected), "without {removed}");
+        }
+    }
+    assert!(differ > 30, "{differ} of what is there matters");
+}
+
+#[test]
+fn a_pod_in_the_hosts_network_has_no_address_of_its_own() {
+    let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases/hostnetwork-address");
+    for case in ["one-host-pod.json", "two-host-pods.json"] {
+        let pods = Pods::new(&Source::Kube, Duration::from_secs(300));
+        let records = file::read(&cases.join(case)).expect("a list");
+        assert!(records.iter().any(|record| record.in_host), "{case}");
+        pods.pods_listed(records, Instant::now());
+        let addresses = pods.view().addresses();
+        let owned: Vec<_> = addresses
+            .iter()
+            .map(|(address, owner)| {
+                (
+                    address.to_string(),
+                    owner.as_ref().map(|owner| owner.labels.pod.to_string()),
+                )
+            })
+            .collect();
+        assert_eq!(
+            owned,
+            [("10.1.0.5".to_owned(), Some("vllm-0".to_owned()))],
+            "{case}"
+        );
+    }
+    // Where the spec is not told, the addresses tell.
+    let bare = without(&without(&full(), "/spec"), "/status/hostIPs");
+    let mut bare = bare;
+    bare["status"]["hostIP"] = json!("fd00::1");
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("pods.json");
+    fs::write(&path, json!({"items": [bare]}).to_string()).expect("written");
+    let record = file::read(&path).expect("a list").remove(0);
+    assert!(record.in_host && record.addresses.is_empty());
 }
 
 #[test]

@@ -140,7 +140,7 @@ local text = import '../lib/text.libsonnet';
         $.signals.encryption.first + panels.wide { h: 9 },
         panels.timeseries(
           'Encryption CPU by pod',
-          'Whose packets cost it: the inner source of what is encrypted, the inner destination of what is decrypted. Above the line EncryptionCpuHigh fires.',
+          'Whose packets cost it: the inner source of what is encrypted, the inner destination of what is decrypted. What a proxy sends with a pod\'s own address is that pod\'s; after SNAT it is the node\'s (docs/owners.md). Above the line EncryptionCpuHigh fires.',
           [{ expr: 'topk(10, pod:chandra_encryption_cpu_seconds:rate%(w)s{%(where)s})' % p, legend: legend }],
           panels.cores,
           [panels.above(e.EncryptionCpuHigh.threshold)],

@@ -126,7 +126,7 @@ local text = import '../lib/text.libsonnet';
         $.signals.tcp.first { w: 24, h: 11 },
         panels.timeseries(
           'Retransmits per pod',
-          'The ten pods with most. Above the line the alert fires. One pod: look at its node and link; all pods of a node: at the NIC; all nodes: at the switch.',
+          'The ten pods with most. Above the line the alert fires. One pod: look at its node and link; all pods of a node: at the NIC; all nodes: at the switch. A socket is its maker\'s: behind Envoy or ztunnel the proxy stands here; of pods in gVisor or Kata nothing is seen (docs/owners.md).',
           [{ expr: worst(10), legend: '{{namespace}} {{pod}} {{%(node)s}}' % f }],
           panels.perSecond,
           [panels.above(c.tcp.TcpRetransmitsHigh.threshold)],

@@ -26,6 +26,7 @@ use self::{
         RESTRICT, STRUCT, Steps, TYPE_TAG, TYPEDEF, Type, UNION, VAR, VOLATILE,
     },
 };
+use super::symbols;
 
 /// Where the kernel publishes its BTF: `vmlinux` and one file for each loaded module.
 pub const SYS_BTF: &str = "/sys/kernel/btf";
@@ -171,11 +172,14 @@ impl Btf {
         Btf::read(Path::new(SYS_BTF), "vmlinux", None)
     }
 
-    /// Reads the types of a loaded module, on top of those of the kernel.
+    /// Reads the types of a loaded module, on top of those of the kernel. Those of one that is built in are the kernel's.
     ///
     /// The kernel writes a module's name with underscores: `ib_core` for `ib-core.ko`.
-    pub fn module(name: &str, base: Arc<Btf>) -> Result<Btf, BtfError> {
-        Btf::read(Path::new(SYS_BTF), name, Some(base))
+    pub fn module(name: &str, base: Arc<Btf>) -> Result<Arc<Btf>, BtfError> {
+        match Btf::read(Path::new(SYS_BTF), name, Some(Arc::clone(&base))) {
+            Err(BtfError::Absent { .. }) if symbols::is_built_in(name) => Ok(base),
+            read => read.map(Arc::new),
+        }
     }
 
     /// Reads the file `name` of the folder `dir`; without `base` it must be a kernel's own.

@@ -3,27 +3,66 @@
 //!
 //! [`Watcher`] walks the hierarchy and tells a directory what is in it.
 
+mod names;
 mod watcher;
 
 use std::sync::Arc;
 
 pub use self::watcher::{Bell, Watcher};
-use super::Place;
+use super::{Found, Place, Rival};
 
 /// Reads a cgroup's place from its path below the root of the hierarchy (`/kubepods.slice/…`).
 ///
 /// Knows the names that the kubelet gives pods with both cgroup drivers, and the names of containers under containerd,
 /// CRI-O and Docker. The outermost pod and container win: what a container nests inside is its own.
 pub fn place(path: &str) -> Place {
-    place_among(path, find(path), Tree::Nested)
+    let Found { place, rival, .. } = found_among(path, find(path), Tree::Nested);
+    match rival {
+        Some(rival) if rival.is_worse => rival.otherwise,
+        _ => place,
+    }
 }
 
-/// The same by what was found in the path, on a node whose pods are in trees that are no worse.
-fn place_among(path: &str, found: Option<(Tree, Option<Place>)>, worst: Tree) -> Place {
-    match found {
-        Some((tree, Some(place))) if tree <= worst => place,
-        _ => Place::Unit(unit(path).into()),
+/// What a path says, by what was found in it, on a node whose pods are in trees that are no worse.
+fn found_among(path: &str, found: Option<Candidate>, worst: Tree) -> Found {
+    let name = names::name(path);
+    let outer = names::outer(path);
+    let outer = (outer != name).then(|| outer.into());
+    let otherwise = Place::Unit(name.into());
+    let Some(Candidate {
+        tree,
+        root,
+        place: Some(place),
+    }) = found
+    else {
+        return Found {
+            outer,
+            ..Found::from(otherwise)
+        };
+    };
+    if tree == Tree::Kubelet {
+        return place.into();
     }
+    let rival = Rival {
+        tree,
+        root: root.into(),
+        otherwise,
+        is_worse: tree > worst,
+    };
+    Found {
+        place,
+        rival: Some(rival),
+        outer,
+    }
+}
+
+/// What a tree that looks like the kubelet's says of a cgroup in it.
+struct Candidate {
+    tree: Tree,
+    /// The path above it.
+    root: String,
+    /// The pod or the container, if it is one's.
+    place: Option<Place>,
 }
 
 /// What a process is charged to by its `/proc/PID/cgroup`: its pod's uid, or else its unit.
@@ -36,14 +75,11 @@ pub fn charged(cgroups: &str) -> Arc<str> {
         // In a cgroup namespace of its own the reader sees what is outside of it below as many `..` as that is deep.
         let inner = path.trim_start_matches("/..");
         let found = find(inner).or_else(|| find(&beside(inner)?).filter(|_| inner != path));
+        let found = found.and_then(|found| Some((found.tree, found.place?.uid().cloned()?)));
         match found {
-            Some((Tree::Kubelet, Some(Place::Container { uid, .. } | Place::Pod { uid }))) => {
-                return uid;
-            }
-            Some((Tree::Nested, Some(Place::Container { uid, .. } | Place::Pod { uid }))) => {
-                return format!("{}/{uid}", unit(inner)).into();
-            }
-            _ => unit_of = unit(inner).into(),
+            Some((Tree::Kubelet, uid)) => return uid,
+            Some((Tree::Nested, uid)) => return format!("{}/{uid}", names::outer(inner)).into(),
+            _ => unit_of = names::outer(inner).into(),
         }
     }
     unit_of
@@ -71,9 +107,9 @@ fn beside(path: &str) -> Option<String> {
 }
 
 /// Whose a tree is that looks like the kubelet's. Whoever may make cgroups can make one that does: the processes in it then count for
-/// pods only where there is none of a better kind.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Tree {
+/// pods only where there is none of a better kind, or where the pods' source names both the pod and the container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Tree {
     /// Below the root of the hierarchy, below a `--cgroup-root` there, or of a service that runs pods.
     Kubelet,
     /// In another service, scope or container: Kubernetes in Docker or LXC, or what looks so.
@@ -136,15 +172,23 @@ fn is_root(part: &str) -> bool {
     !leaf && container_id(part).is_none() && !part.contains("lxc.") && !OTHERS.contains(&part)
 }
 
+fn candidate(above: &[&str], place: Option<Place>) -> Candidate {
+    Candidate {
+        tree: Tree::below(above),
+        root: above.join("/"),
+        place,
+    }
+}
+
 /// Finds the tree that looks like the kubelet's in a path, and the pod or the container of one.
-fn find(path: &str) -> Option<(Tree, Option<Place>)> {
+fn find(path: &str) -> Option<Candidate> {
     let parts: Vec<_> = path.split('/').filter(|part| !part.is_empty()).collect();
     let found = |at: usize, uid, container: Option<&str>| {
         let place = match container.and_then(|part| container_of(part, &uid)) {
             Some(id) => Place::Container { uid, id },
             None => Place::Pod { uid },
         };
-        Some((Tree::below(&parts[..at]), Some(place)))
+        Some(candidate(&parts[..at], Some(place)))
     };
     for (at, part) in parts.iter().enumerate() {
         // With mismatched drivers runc puts systemd's "slice:prefix:id" into one directory name.
@@ -165,7 +209,7 @@ fn find(path: &str) -> Option<(Tree, Option<Place>)> {
         };
         return match parts.get(pod).and_then(|part| tree.pod(level, part)) {
             Some(uid) => found(at, uid, parts.get(pod + 1).copied()),
-            None => Some((Tree::below(&parts[..at]), None)),
+            None => Some(candidate(&parts[..at], None)),
         };
     }
     None
@@ -272,33 +316,6 @@ fn container_id(part: &str) -> Option<Arc<str>> {
         .then(|| id.into())
 }
 
-/// What a host without Kubernetes calls a cgroup: the outermost systemd unit that is not a slice, else the innermost
-/// directory. A Slurm step is named with its job, since `step_0` alone says nothing.
-fn unit(path: &str) -> String {
-    let parts: Vec<_> = path.split('/').filter(|part| !part.is_empty()).collect();
-    if let Some(at) = parts.iter().position(|part| part.starts_with("job_")) {
-        return parts
-            .iter()
-            .skip(at)
-            .take(2)
-            .copied()
-            .collect::<Vec<_>>()
-            .join("/");
-    }
-    let leaf = |part: &&&str| {
-        [".service", ".scope", ".socket", ".mount", ".swap"]
-            .iter()
-            .any(|end| part.ends_with(end))
-    };
-    parts
-        .iter()
-        .find(leaf)
-        .or(parts.last())
-        .copied()
-        .unwrap_or("/")
-        .to_owned()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -385,6 +402,7 @@ mod tests {
         let burstable = of_slice.replace("-pod", "-burstable-pod");
         let container = format!("cri-containerd-{ID}.scope");
         let nested = format!("docker-{ID}.scope/{UID}");
+        let of_nobody = format!("pod{UID}");
         for (text, pod) in [
             (format!("0::/kubepods.slice/{of_slice}/{container}\n"), UID),
             (format!("0::/kubepods.slice/{of_slice}\n"), UID),
@@ -398,7 +416,7 @@ mod tests {
             (format!("0::/../../pod{UID}/{ID}\n"), UID),
             (format!("0::/../../../burstable/pod{UID}/{ID}\n"), UID),
             (format!("0::/../../kubelet-{burstable}/{container}\n"), UID),
-            (format!("0::/pod{UID}/{ID}\n"), ID),
+            (format!("0::/pod{UID}/{ID}\n"), &of_nobody),
             (
                 format!(
                     "0::/../../../../user.slice/user-1000.slice/user@1000.service/kubepods/pod{UID}/{ID}\n"
@@ -442,7 +460,7 @@ mod tests {
         ] {
             assert!(matches!(place(&path), Place::Unit(_)), "{path}");
         }
-        let tree = |path: &str| find(path).expect("looks like it").0;
+        let tree = |path: &str| find(path).expect("looks like it").tree;
         for (path, expected) in [
             ("/kubepods.slice", Tree::Kubelet),
             ("/kubelet/kubepods", Tree::Kubelet),
@@ -467,10 +485,10 @@ mod tests {
         for (path, name) in [
             ("/", "/"),
             ("/kubepods.slice", "kubepods.slice"),
-            ("/kubepods/burstable", "burstable"),
-            ("/kubepods/podman", "podman"),
+            ("/kubepods/burstable", "kubepods/burstable"),
+            ("/kubepods/podman", "kubepods/podman"),
             ("/system.slice/ssh.service", "ssh.service"),
-            ("/system.slice/ssh.service/deeper", "ssh.service"),
+            ("/system.slice/ssh.service/deeper", "ssh.service/deeper"),
             (
                 "/user.slice/user-1000.slice/session-3.scope",
                 "session-3.scope",
@@ -486,7 +504,7 @@ mod tests {
         let outside = format!("/user.slice/pod{UID}/{ID}");
         assert_eq!(
             place(&outside),
-            Place::Unit(ID.into()),
+            Place::Unit(outside[1..].into()),
             "a pod lives below kubepods"
         );
     }

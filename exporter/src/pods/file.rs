@@ -16,7 +16,7 @@ use std::{
 
 use anyhow::{anyhow, bail};
 use k8s_openapi::{
-    api::core::v1::{Pod, PodStatus},
+    api::core::v1::{Pod, PodSpec, PodStatus},
     apimachinery::pkg::apis::meta::v1::{ListMeta, ObjectMeta},
 };
 use serde::{
@@ -49,7 +49,7 @@ pub(super) struct List {
     pub(super) items: Vec<Item>,
 }
 
-/// A pod of a list or a watch: only what is kept of it. The spec is most of a pod's text and is never built.
+/// A pod of a list or a watch: only what is kept of it. The spec is most of a pod's text; one word of it is read.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(try_from = "Object")]
 pub(super) struct Item {
@@ -64,7 +64,15 @@ struct Object {
     kind: Option<String>,
     #[serde(default)]
     metadata: ObjectMeta,
+    spec: Option<Spec>,
     status: Option<PodStatus>,
+}
+
+/// What [`Record::of`] reads of a pod's spec.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Spec {
+    host_network: Option<bool>,
 }
 
 impl TryFrom<Object> for Item {
@@ -74,6 +82,7 @@ impl TryFrom<Object> for Item {
         Object {
             kind,
             metadata,
+            spec,
             status,
         }: Object,
     ) -> Result<Self, String> {
@@ -83,7 +92,10 @@ impl TryFrom<Object> for Item {
         let pod = Pod {
             metadata,
             status,
-            spec: None,
+            spec: spec.map(|Spec { host_network }| PodSpec {
+                host_network,
+                ..PodSpec::default()
+            }),
         };
         let record = Record::of(&pod).ok_or("a pod without metadata.uid or metadata.name")?;
         Ok(Self {

@@ -26,6 +26,10 @@ pub struct Record {
     pub created: i64,
     /// Container ids (without the runtime's prefix) and their names, earlier instances of a container included.
     pub containers: HashMap<Arc<str>, Arc<str>>,
+    /// Whether it runs.
+    pub is_running: bool,
+    /// Whether it is in the host's network: its addresses are the node's.
+    pub in_host: bool,
     /// The addresses that are the pod's own while it runs: none for one that has ended, or is in the host's network.
     pub addresses: Vec<IpAddr>,
 }
@@ -60,6 +64,8 @@ impl Record {
                 .as_ref()
                 .map_or(0, |t| t.0.as_second()),
             containers,
+            is_running: phase(pod) == Some("Running"),
+            in_host: in_host(pod),
             addresses: addresses(pod),
         })
     }
@@ -100,23 +106,44 @@ fn mirrored(meta: &ObjectMeta) -> Option<&str> {
 /// Hexadecimal digits of a manifest's hash.
 const HASH: usize = 32;
 
+/// Where a pod is in its life.
+fn phase(pod: &Pod) -> Option<&str> {
+    pod.status.as_ref()?.phase.as_deref()
+}
+
+/// Says if a pod is in the host's network. Its spec says so, or its addresses are those of its node.
+fn in_host(pod: &Pod) -> bool {
+    let asked = pod.spec.as_ref().and_then(|spec| spec.host_network);
+    let status = pod.status.as_ref();
+    let hosts = status.and_then(|status| status.host_ips.as_ref());
+    let hosts = hosts.into_iter().flatten().map(|ip| ip.ip.as_str());
+    let host = status.and_then(|status| status.host_ip.as_deref());
+    let hosts: Vec<IpAddr> = parsed(hosts.chain(host));
+    asked == Some(true) || listed(pod).iter().any(|address| hosts.contains(address))
+}
+
 /// The addresses of a pod that runs in a network of its own, of both families.
 fn addresses(pod: &Pod) -> Vec<IpAddr> {
-    let in_host = pod.spec.as_ref().and_then(|spec| spec.host_network);
-    let Some(status) = pod.status.as_ref() else {
-        return Vec::new();
-    };
-    if in_host == Some(true) || status.phase.as_deref() != Some("Running") {
+    if in_host(pod) || phase(pod) != Some("Running") {
         return Vec::new();
     }
-    let listed = status.pod_ips.iter().flatten();
-    let all = listed
-        .map(|ip| ip.ip.as_str())
-        .chain(status.pod_ip.as_deref());
-    let mut addresses: Vec<_> = all.filter_map(|ip| ip.parse().ok()).collect();
+    let mut addresses = listed(pod);
     addresses.sort();
     addresses.dedup();
     addresses
+}
+
+/// The addresses that a pod's status has.
+fn listed(pod: &Pod) -> Vec<IpAddr> {
+    let Some(status) = pod.status.as_ref() else {
+        return Vec::new();
+    };
+    let all = status.pod_ips.iter().flatten();
+    parsed(all.map(|ip| ip.ip.as_str()).chain(status.pod_ip.as_deref()))
+}
+
+fn parsed<'a>(texts: impl Iterator<Item = &'a str>) -> Vec<IpAddr> {
+    texts.filter_map(|text| text.parse().ok()).collect()
 }
 
 /// The ids of a container's instances, `containerd://` and the like removed.

@@ -8,7 +8,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Owner, Resolution, State};
+use super::{Known, Owner, Resolution, State};
+
+/// In whose network a cgroup is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Network {
+    /// The pod, by its uid; `None` for the host's.
+    pub pod: Option<Arc<str>>,
+    /// Whether the cgroup has been removed. Its sockets may still send.
+    pub is_gone: bool,
+}
 
 /// The directory during one scrape.
 #[derive(Debug)]
@@ -20,8 +29,8 @@ pub struct View<'a> {
 impl View<'_> {
     /// Returns the owner of a cgroup.
     pub fn resolve(&self, cgroup: u64) -> Resolution {
-        match self.state.cgroups.get(&cgroup) {
-            Some(cgroup) => self.state.resolve(&cgroup.place, self.named),
+        match self.state.cgroups.get(cgroup) {
+            Some(cgroup) => self.state.resolve(cgroup, self.named),
             None => Resolution::Pending(None),
         }
     }
@@ -42,18 +51,29 @@ impl View<'_> {
         addresses
     }
 
+    /// Returns the cgroups of which it is known in whose network they are.
+    pub fn networks(&self) -> HashMap<u64, Network> {
+        let cgroups = self.state.cgroups.all();
+        let known = cgroups.filter_map(|(id, cgroup)| {
+            let pod = self.state.network(cgroup)?;
+            let is_gone = cgroup.gone.is_some();
+            Some((id, Network { pod, is_gone }))
+        });
+        known.collect()
+    }
+
     /// Says if a cgroup is known, gone or not.
     pub fn knows(&self, cgroup: u64) -> bool {
-        self.state.cgroups.contains_key(&cgroup)
+        self.state.cgroups.get(cgroup).is_some()
     }
 
     /// Returns every owner that has a cgroup, gone ones within the retention time included. A container's pod is one as
     /// well: it owns what comes before the container's name, or without it.
     pub fn owners(&self) -> HashSet<Owner> {
         let mut owners = HashSet::new();
-        for cgroup in self.state.cgroups.values() {
+        for (_, cgroup) in self.state.cgroups.all() {
             if let Resolution::Owner(owner) | Resolution::Pending(Some(owner)) =
-                self.state.resolve(&cgroup.place, self.named)
+                self.state.resolve(cgroup, self.named)
             {
                 if !owner.labels.pod.is_empty() {
                     let mut pod = owner.clone();
@@ -93,12 +113,40 @@ impl View<'_> {
         all
     }
 
+    /// Says if there is a cgroup of a pod.
+    pub fn has_pods(&self) -> bool {
+        let mut all = self.state.cgroups.all();
+        all.any(|(_, cgroup)| self.state.place(cgroup).uid().is_some())
+    }
+
+    /// How many pods that run have containers, if none of them has a cgroup here.
+    pub fn misplaced(&self) -> Option<usize> {
+        let known = self
+            .state
+            .pods
+            .iter()
+            .flat_map(|(uid, all)| all.iter().map(move |known| (uid, known)));
+        let runs = |known: &Known| {
+            known.gone.is_none() && known.record.is_running && !known.record.containers.is_empty()
+        };
+        let listed: HashSet<_> = known
+            .filter(|(_, known)| runs(known))
+            .map(|(uid, _)| uid)
+            .collect();
+        let mut cgroups = self.state.cgroups.all();
+        let is_of_one = |cgroup| {
+            self.state
+                .place(cgroup)
+                .uid()
+                .is_some_and(|uid| listed.contains(uid))
+        };
+        let is_here = !listed.is_empty() && cgroups.any(|(_, cgroup)| is_of_one(cgroup));
+        (!listed.is_empty() && !is_here).then_some(listed.len())
+    }
+
     /// How many cgroups exist.
     pub fn cgroups(&self) -> usize {
-        self.state
-            .cgroups
-            .values()
-            .filter(|cgroup| cgroup.gone.is_none())
-            .count()
+        let all = self.state.cgroups.all();
+        all.filter(|(_, cgroup)| cgroup.gone.is_none()).count()
     }
 }

@@ -32,6 +32,11 @@ pub(super) fn is_verifier(error: &io::Error) -> bool {
     error.raw_os_error() == Some(rustix::io::Errno::ACCESS.raw_os_error())
 }
 
+/// Says if a kprobe was refused since several functions have its name.
+fn is_ambiguous(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::AddrNotAvailable
+}
+
 /// Says if perf_event_open(2) failed, by which kprobes are attached.
 pub(super) fn is_refused_probe(error: &(dyn Error + 'static)) -> bool {
     let error = error.downcast_ref::<ProgramError>();
@@ -42,7 +47,8 @@ pub(super) fn reason_of_errno(error: &io::Error) -> Reason {
     match error.kind() {
         io::ErrorKind::PermissionDenied => Reason::NoPermission,
         io::ErrorKind::OutOfMemory => Reason::NoMemory,
-        io::ErrorKind::NotFound => Reason::NoHook,
+        // The second: there are several functions of the name.
+        io::ErrorKind::NotFound | io::ErrorKind::AddrNotAvailable => Reason::NoHook,
         _ => Reason::Failed,
     }
 }
@@ -76,6 +82,9 @@ pub(super) fn explain(what: &str, error: &(dyn Error + 'static), kernel: &Kernel
         Some(Reason::NoPermission) if is_refused_probe(error) => kernel.probe_hint(),
         Some(Reason::NoPermission) if cause.is_some_and(is_verifier) => String::new(),
         Some(Reason::NoPermission) => kernel.permission_hint(),
+        Some(Reason::NoHook) if cause.is_some_and(is_ambiguous) => {
+            "; this kernel refuses a function of which it has several, as with a live patch that has its name".to_owned()
+        }
         Some(Reason::NoMemory) => "; raise LimitMEMLOCK or the container's memory limit".to_owned(),
         _ => String::new(),
     };

@@ -20,6 +20,7 @@ mod metrics;
 mod peers;
 mod programs;
 mod sessions;
+mod told;
 
 use std::sync::Arc;
 
@@ -113,7 +114,10 @@ impl Signal for Encryption {
             }
             let holders = Holders::new(scope.pods, &core.host);
             if let Some(live) = &core.live {
-                core.books.book(&live.work()?, &holders, scope.now);
+                let work = live.work()?;
+                let senders = work.iter().map(|((_, flow), _)| flow.cgroup);
+                senders.for_each(|cgroup| scope.note(cgroup));
+                core.books.book(&work, &holders, scope.now);
             }
             core.books
                 .settle(&mut self.ledger, &holders, scope.retention, scope.now);

@@ -234,10 +234,15 @@ impl Scope<'_> {
         if cgroup == exporter_common::NO_CGROUP {
             return Resolution::Unknown;
         }
-        if !self.pods.knows(cgroup) {
+        self.note(cgroup);
+        self.pods.resolve(cgroup)
+    }
+
+    /// Has a walk asked for if a cgroup is not known.
+    pub fn note(&self, cgroup: u64) {
+        if cgroup != exporter_common::NO_CGROUP && !self.pods.knows(cgroup) {
             self.strangers.set(true);
         }
-        self.pods.resolve(cgroup)
     }
 
     /// Books what totals by cgroup id grew by. Held counts look for their owners anew, even where there are no totals.

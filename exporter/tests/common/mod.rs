@@ -305,6 +305,8 @@ pub struct Pod {
     pub created: u64,
     pub containers: Vec<(String, String)>,
     pub addresses: Vec<String>,
+    /// Whether it is in the host's network.
+    pub in_host: bool,
 }
 
 impl Pod {
@@ -318,7 +320,14 @@ impl Pod {
             created: seed,
             containers: vec![("main".to_owned(), format!("{seed:064x}"))],
             addresses: Vec::new(),
+            in_host: false,
         }
+    }
+
+    /// The same in the host's network, whose addresses are those.
+    pub fn in_host(mut self, addresses: &[&str]) -> Self {
+        self.in_host = true;
+        self.at(addresses)
     }
 
     /// The same with addresses.
@@ -362,6 +371,7 @@ impl Pod {
                 "namespace": self.namespace, "name": self.name, "uid": self.uid,
                 "creationTimestamp": timestamp(created),
             },
+            "spec": { "hostNetwork": self.in_host, "containers": [] },
             "status": { "phase": "Running", "containerStatuses": statuses, "podIPs": addresses },
         })
     }

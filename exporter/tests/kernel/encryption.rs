@@ -213,11 +213,15 @@ impl Nodes {
 
     /// Starts work in a pod: in its cgroup, and its network namespace.
     fn spawn(&self, pod: usize, work: &str) -> Child {
+        self.spawn_in(&self.pods[pod].cgroup(0), &format!("p{pod}"), work)
+    }
+
+    /// The same in any cgroup and any network namespace.
+    fn spawn_in(&self, cgroup: &str, namespace: &str, work: &str) -> Child {
         let traffic = build().join("examples/traffic");
         let shell = format!(
-            "echo $$ >{}/{}/cgroup.procs; exec ip netns exec chandra-p{pod} {work}",
+            "echo $$ >{}/{cgroup}/cgroup.procs; exec ip netns exec chandra-{namespace} {work}",
             self.root,
-            self.pods[pod].cgroup(0)
         );
         let shell = shell.replace("TRAFFIC", &traffic.display().to_string());
         Command::new("sh")
@@ -694,6 +698,109 @@ fn sources_that_somebody_makes_up_take_no_room_from_pods() {
         "{}",
         last.text
     );
+}
+
+/// Pods in the node's network have the node's addresses, and are not the node. Whoever sends with an ordinary pod's own address sends
+/// for it, unless it is another pod.
+#[test]
+fn whose_a_packet_is_tells_its_address_before_its_socket() {
+    let _alone = alone();
+    if !can_encrypt() {
+        return;
+    }
+    let nodes = Nodes::new();
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("pods.json");
+    let agent = Pod::new("kube-system", "agent", 0xf0).in_host(&["10.77.0.1"]);
+    let monitor = Pod::new("monitoring", "node-exporter", 0xf1).in_host(&["10.77.0.1"]);
+    let unit = "chandra-envoy.service";
+    let root = &nodes.root;
+    let cgroups = [unit.to_owned(), agent.cgroup(0), monitor.cgroup(0)];
+    for cgroup in &cgroups {
+        run(&format!("mkdir -p {root}/{cgroup}"));
+    }
+    let mut all = nodes.pods.clone();
+    all.extend([agent.clone(), monitor.clone()]);
+    write_pods(&file, &all);
+    // The node is `a`: its address is one of the exporter's as well, and it has that of a pod as a transparent proxy has it.
+    run("ip addr add 10.77.0.1/32 dev lo");
+    let exporter = Exporter::start(&["--pods", &file.display().to_string()]);
+    exporter.until_state("encryption", "up");
+    nodes.wireguard(false);
+    nodes.routes("wg0");
+    run("ip -n chandra-a addr add 10.81.0.1/32 dev lo");
+    // The first packets of a session wait for it, and are not lost.
+    let pods = ["", "a-1", "a-2", "b-1", "agent", "node-exporter", "unknown"];
+    let encrypted =
+        |scrape: &Scrape| pods.map(|pod| of(scrape, PACKETS, pod, "wireguard", "encrypt"));
+    let decrypted =
+        |scrape: &Scrape| pods.map(|pod| of(scrape, PACKETS, pod, "wireguard", "decrypt"));
+    const EACH: f64 = 20.0;
+    let a1 = nodes.pods[0].cgroup(0);
+    let a2 = nodes.pods[1].cgroup(0);
+    let (node, pod) = ("10.77.0.1", "10.81.0.1");
+    let mut before = exporter.scrape();
+    for (what, cgroup, source, owner) in [
+        ("a service of the node", unit, node, ""),
+        (
+            "a pod in the node's network",
+            &agent.cgroup(0),
+            node,
+            "agent",
+        ),
+        ("another", &monitor.cgroup(0), node, "node-exporter"),
+        ("a service for a pod", unit, pod, "a-1"),
+        (
+            "a pod in the node's network for a pod",
+            &agent.cgroup(0),
+            pod,
+            "a-1",
+        ),
+        ("a pod by itself", &a1, pod, "a-1"),
+        ("another pod that makes its source up", &a2, pod, "a-2"),
+        ("a pod with the node's address", &a2, node, "a-2"),
+    ] {
+        let ping = format!("ping -q -I {source} -i 0.05 -c {EACH} 10.82.0.1");
+        let pinged = nodes
+            .spawn_in(cgroup, "a", &format!("{ping} >/dev/null"))
+            .wait();
+        assert!(pinged.expect("it ends").success(), "{what}");
+        let sent = |scrape: &Scrape| encrypted(scrape).iter().sum::<f64>();
+        let total = sent(&before) + 2.0 * EACH;
+        let after =
+            exporter.scrape_until("all packets are counted", |scrape| sent(scrape) >= total);
+        let expected = pods.map(|pod| {
+            if pod == owner || pod == "b-1" {
+                EACH
+            } else {
+                0.0
+            }
+        });
+        let by = |now: [f64; 7], then: [f64; 7]| std::array::from_fn(|i| now[i] - then[i]);
+        assert_eq!(
+            by(encrypted(&after), encrypted(&before)),
+            expected,
+            "{what}: {}",
+            after.text
+        );
+        // The answers go to the address.
+        let to = if source == node { "" } else { "a-1" };
+        let expected = pods.map(|pod| if pod == to || pod == "b-1" { EACH } else { 0.0 });
+        assert_eq!(
+            by(decrypted(&after), decrypted(&before)),
+            expected,
+            "{what}: {}",
+            after.text
+        );
+        before = after;
+    }
+    succeeds("ip addr del 10.77.0.1/32 dev lo");
+    for cgroup in &cgroups {
+        let path = format!("{root}/{cgroup}");
+        succeeds(&format!(
+            "for i in $(seq 50); do rmdir {path} && break; sleep 0.1; done"
+        ));
+    }
 }
 
 #[test]

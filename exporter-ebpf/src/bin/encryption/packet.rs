@@ -4,6 +4,8 @@
 use exporter_common::encryption::{Direction, Flow, Protocol};
 use exporter_ebpf::{Loss, NO_CGROUP, constants, field, probed_socket_cgroup, read_kernel};
 
+use crate::work::send;
+
 constants!(
     OFF_SKB_HEAD,
     OFF_SKB_DATA,
@@ -187,9 +189,9 @@ pub(crate) fn flow(
         None => u64::from(length(skb)?),
     };
     if matches!(direction, Direction::Encrypt) {
-        flow.cgroup = sender(skb)?;
-        if flow.cgroup != NO_CGROUP {
-            flow.address = [0; 16];
+        let cgroup = sender(skb)?;
+        if cgroup != NO_CGROUP {
+            send(&mut flow, cgroup);
         }
     }
     Ok((flow, bytes))

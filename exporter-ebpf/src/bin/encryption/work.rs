@@ -8,8 +8,10 @@ use aya_ebpf::{
     macros::map,
     maps::{HashMap, PerCpuArray, PerCpuHashMap},
 };
-use exporter_common::encryption::{Flow, MAX_FLOWS, MAX_KNOWN, MAX_STRANGERS, Work};
-use exporter_ebpf::{ABSENT, Loss, NO_CGROUP, add, constants, now, run_delay};
+use exporter_common::encryption::{
+    Flow, MAX_FLOWS, MAX_KNOWN, MAX_SENDERS, MAX_STRANGERS, NO_POD, Work,
+};
+use exporter_ebpf::{ABSENT, Loss, NO_CGROUP, add, constants, now, run_delay, value};
 
 constants!(OFF_RUN_DELAY, SAMPLE);
 
@@ -17,13 +19,17 @@ constants!(OFF_RUN_DELAY, SAMPLE);
 #[map]
 static FLOWS: PerCpuHashMap<Flow, Work> = PerCpuHashMap::with_max_entries(MAX_FLOWS, 0);
 
-/// The same of addresses that are not in `KNOWN`.
+/// The same of addresses that are not in `KNOWN`, and of cgroups that are not in `SENDERS` and send with a pod's address.
 #[map]
 static STRANGERS: PerCpuHashMap<Flow, Work> = PerCpuHashMap::with_max_entries(MAX_STRANGERS, 0);
 
-/// The addresses of pods and of the node, which user space tells.
+/// The addresses of pods and of the node, which user space tells: the number of the pod, or [`NO_POD`].
 #[map]
 static KNOWN: HashMap<[u8; 16], u32> = HashMap::with_max_entries(MAX_KNOWN, 0);
+
+/// By cgroup id, the number of the pod whose network it is in, or [`NO_POD`]. User space tells.
+#[map]
+static SENDERS: HashMap<u64, u32> = HashMap::with_max_entries(MAX_SENDERS, 0);
 
 /// Packets that this CPU has seen, to choose those that are timed.
 #[map]
@@ -48,13 +54,36 @@ pub(crate) fn run_clock() -> u64 {
     now.wrapping_sub(run_delay(&OFF_RUN_DELAY).unwrap_or(0))
 }
 
+/// Makes a cgroup the sender of a flow. A packet with a pod's own address is that pod's, whoever's socket sent it (a proxy's, a debug
+/// shell's), unless the sender is another pod, which makes up its source. Else the sender tells whose it is.
+#[inline(always)]
+pub(crate) fn send(flow: &mut Flow, cgroup: u64) {
+    let pod = value(&KNOWN, &flow.address).unwrap_or(NO_POD);
+    if pod != NO_POD {
+        match value(&SENDERS, &cgroup) {
+            Some(sender) if sender == NO_POD || sender == pod => return,
+            Some(_) => {}
+            // A new cgroup: user space will know.
+            None => {
+                flow.cgroup = cgroup;
+                return;
+            }
+        }
+    }
+    flow.cgroup = cgroup;
+    flow.address = [0; 16];
+}
+
 /// Where the packets of a flow are counted: where there is no room for it, among those that are nobody's.
 #[inline(always)]
 fn work(flow: &Flow) -> Result<*mut Work, Loss> {
     if let Some(work) = FLOWS.get_ptr_mut(flow) {
         return Ok(work);
     }
-    let is_known = flow.cgroup != NO_CGROUP || KNOWN.get_ptr(&flow.address).is_some();
+    let is_known = match flow.cgroup {
+        NO_CGROUP => KNOWN.get_ptr(&flow.address).is_some(),
+        _ => flow.address == [0; 16],
+    };
     let own = if is_known {
         entry_of(&FLOWS, flow)
     } else {

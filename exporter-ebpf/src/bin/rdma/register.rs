@@ -50,7 +50,8 @@ fn pinned(size: u64, known: u64) {
     }
 }
 
-/// `ib_umem_get(dev, addr, size, …)` and `ib_umem_odp_get(dev, addr, size, …)`.
+/// `ib_umem_get(dev, addr, size, …)`, `ib_umem_odp_get(dev, addr, size, …)` and, of kernels with peer memory (a patch of NVIDIA's that
+/// Ubuntu has), `ib_umem_get_peer(dev, addr, size, …)`, whose memory may be a GPU's.
 #[kprobe]
 pub fn pin_user(ctx: ProbeContext) -> u32 {
     pinned(Registers::of(&ctx).argument::<2>(), 1);

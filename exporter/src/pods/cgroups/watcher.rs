@@ -22,7 +22,7 @@ use anyhow::Context;
 use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask, Watches};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-use super::{Tree, find, place_among};
+use super::{Candidate, Tree, find, found_among};
 use crate::pods::Pods;
 
 /// Time between two full walks: the safety net under inotify.
@@ -67,6 +67,8 @@ pub struct Watcher {
     seen: HashMap<String, Seen>,
     /// The best kind of tree that pods have been found in.
     tree: Tree,
+    /// Whether cgroups have come that nobody has been told of.
+    has_new: bool,
 }
 
 #[derive(Debug)]
@@ -101,6 +103,7 @@ impl Watcher {
             dirs: HashMap::new(),
             seen: HashMap::new(),
             tree: Tree::User,
+            has_new: false,
         };
         watcher
             .walk()
@@ -125,6 +128,9 @@ impl Watcher {
             };
             self.wait(period.saturating_sub(walked.elapsed()));
             self.drain(&mut buffer);
+            if std::mem::take(&mut self.has_new) {
+                self.pods.cgroups_met();
+            }
             let asked = self.bell.rung.swap(false, Ordering::Relaxed);
             if asked && walked.elapsed() < WALK_ASKED {
                 std::thread::sleep(WALK_ASKED.saturating_sub(walked.elapsed()));
@@ -228,21 +234,26 @@ impl Watcher {
         let id = fs::metadata(&full)?.ino();
         met.insert(id);
         if self.seen.get(&path).is_none_or(|seen| seen.id != id) {
+            self.has_new = true;
             let watch = self.watch(&full, &path);
             if let Some(gone) = self.seen.insert(path.clone(), Seen { id, watch }) {
                 self.unwatch(gone.watch);
             }
         }
         let found = find(&path);
-        if let Some((tree, Some(_))) = &found
-            && *tree < self.tree
+        if let Some(Candidate {
+            tree,
+            place: Some(_),
+            ..
+        }) = found
+            && tree < self.tree
         {
             // What was taken for pods in a worse one is looked at again.
-            self.tree = *tree;
+            self.tree = tree;
             self.bell.rung.store(true, Ordering::Relaxed);
         }
         self.pods
-            .cgroup_found(id, place_among(&path, found, self.tree));
+            .cgroup_found(id, found_among(&path, found, self.tree));
         for child in children(&full, depth)? {
             match self.visit(format!("{path}/{child}"), depth + 1, met) {
                 // Removed between the listing and the look.
@@ -288,7 +299,11 @@ impl Watcher {
 /// The best kind of tree in which there are pods.
 fn best_tree(root: &Path, path: &str, depth: usize) -> io::Result<Tree> {
     let mut best = match find(path) {
-        Some((tree, Some(_))) => return Ok(tree),
+        Some(Candidate {
+            tree,
+            place: Some(_),
+            ..
+        }) => return Ok(tree),
         _ => Tree::User,
     };
     for child in children(&full(root, path), depth)? {
@@ -324,7 +339,7 @@ fn full(root: &Path, path: &str) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pods::{Record, Resolution, Source};
+    use crate::pods::{Record, Resolution, Source, file};
 
     const UID: &str = "0f5e1c6a-7d8e-4f2b-9c3d-1a2b3c4d5e6f";
     const ID: &str = "8b1f0e7c6d5a4b3c2d1e0f9a8b7c6d5e4f3a2b1c0d9e8f7a6b5c4d3e2f1a0b9c";
@@ -346,7 +361,7 @@ mod tests {
             "status": {"containerStatuses": [{
                 "name": "main", "containerID": format!("containerd://{ID}"),
                 "image": "", "imageID": "", "ready": true, "restartCount": 0,
-            }]},
+            }], "phase": "Running"},
         });
         let record = serde_json::from_value(record).expect("a pod");
         pods.pod_found(Record::of(&record).expect("named"), Instant::now());
@@ -367,6 +382,97 @@ mod tests {
         assert_eq!((&*owner(nested), &*owner(of_user)), ("main", "Host"));
         make("kubepods.slice/kubepods-pod00000000_1111_4222_8333_444444444444.slice".to_owned());
         watcher.walk().expect("walked");
-        assert_eq!((&*owner(nested), &*owner(of_user)), ("Host", "Host"));
+        assert_eq!(
+            (&*owner(nested), &*owner(of_user)),
+            ("main", "Host"),
+            "the source names the container, and no better tree has the pod"
+        );
+        let other = "9".repeat(64);
+        let unlisted = make(format!("docker/x/kubepods/pod{UID}/{other}"));
+        let slice = UID.replace('-', "_");
+        make(format!("kubepods.slice/kubepods-pod{slice}.slice"));
+        watcher.walk().expect("walked");
+        assert_eq!((&*owner(nested), &*owner(unlisted)), ("Host", "Host"));
+    }
+    /// Kubernetes in Docker, in a service, without root, in LXC; names of crun and of mismatched drivers; all on one node.
+    #[test]
+    fn pods_are_found_wherever_their_kubelet_runs() {
+        let case = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases/odd-pod-paths");
+        let paths = fs::read_to_string(case.join("paths.txt")).expect("a case");
+        let records = file::read(&case.join("pods.json")).expect("a list");
+        let all: Vec<_> = paths.lines().filter(|line| line.starts_with('/')).collect();
+        assert_eq!(all.len(), records.len());
+        // Each alone, and all together.
+        let alone = all.iter().map(|path| vec![*path]);
+        for paths in alone.chain([all.clone()]) {
+            let folder = tempfile::tempdir().expect("a folder");
+            let pods = Arc::new(Pods::new(&Source::Kube, Duration::from_secs(300)));
+            pods.pods_listed(records.clone(), Instant::now());
+            for path in &paths {
+                fs::create_dir_all(full(folder.path(), path)).expect("made");
+            }
+            let _watcher = Watcher::new(folder.path().into(), Arc::clone(&pods)).expect("watches");
+            for path in &paths {
+                let at = all
+                    .iter()
+                    .position(|other| other == path)
+                    .expect("one of all");
+                let id = fs::metadata(full(folder.path(), path))
+                    .expect("there")
+                    .ino();
+                let expected = Resolution::Owner(records[at].owner("main"));
+                assert_eq!(pods.view().resolve(id), expected, "{path}");
+            }
+        }
+    }
+
+    /// Whoever makes many cgroups gets a few names, and takes none from others.
+    #[test]
+    fn many_cgroups_of_one_user_are_summed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let user = "user.slice/user-1000.slice/user@1000.service";
+        let make = |path: String| {
+            fs::create_dir_all(folder.path().join(path)).expect("made");
+        };
+        for at in 0..600 {
+            make(format!("{user}/app.slice/{at}.service"));
+        }
+        make("system.slice/ssh.service".to_owned());
+        let pods = Arc::new(Pods::new(&Source::None, Duration::from_secs(300)));
+        let mut watcher = Watcher::new(folder.path().into(), Arc::clone(&pods)).expect("watches");
+        watcher.walk().expect("walked");
+        let owners = pods.view().owners();
+        let mut names: Vec<_> = owners
+            .iter()
+            .map(|owner| &*owner.labels.container)
+            .collect();
+        names.sort_unstable();
+        assert!(names.contains(&"ssh.service"), "{names:?}");
+        assert!(names.contains(&"user@1000.service:other"), "{names:?}");
+        // The unit itself, its parents, those with names, and the others.
+        let own = names
+            .iter()
+            .filter(|name| name.starts_with("user@1000.service:"));
+        assert_eq!(own.count(), 256 + 1);
+    }
+
+    /// Of two trees of one kind with one pod neither is believed.
+    #[test]
+    fn a_pod_in_two_trees_of_a_kind_is_in_none() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let make = |path: String| {
+            let path = folder.path().join(path);
+            fs::create_dir_all(&path).expect("made");
+            fs::metadata(path).expect("there").ino()
+        };
+        let own = make(format!("docker/a/kubepods/pod{UID}/{ID}"));
+        let pods = Arc::new(Pods::new(&Source::None, Duration::from_secs(300)));
+        let mut watcher = Watcher::new(folder.path().into(), Arc::clone(&pods)).expect("watches");
+        let name = |id| pods.view().resolve(id).labels().container;
+        assert_eq!(&*name(own), ID);
+        let other = make(format!("docker/b/kubepods/pod{UID}/{ID}"));
+        watcher.walk().expect("walked");
+        assert_eq!(&*name(own), format!("docker/a/kubepods/pod{UID}/{ID}"));
+        assert_eq!(&*name(other), format!("docker/b/kubepods/pod{UID}/{ID}"));
     }
 }

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     ledger::{Growth, Ledger},
-    pods::{Owner, Resolution, View},
+    pods::{Network, Owner, Resolution, View},
 };
 
 /// Whose a packet is.
@@ -67,17 +67,35 @@ pub struct Holders<'a> {
     pub host: &'a HashSet<IpAddr>,
     /// The pod that holds each address; none where several claim it.
     pub addresses: HashMap<IpAddr, Option<Owner>>,
+    /// In whose network each cgroup is.
+    pub networks: HashMap<u64, Network>,
 }
 
 impl<'a> Holders<'a> {
     /// Looks up who holds what now.
     pub fn new(pods: &'a View<'a>, host: &'a HashSet<IpAddr>) -> Self {
-        let addresses = pods.addresses();
         Self {
             pods,
             host,
-            addresses,
+            addresses: pods.addresses(),
+            networks: pods.networks(),
         }
+    }
+}
+
+/// How long a pair stays after it has counted last, if its cgroup is known.
+const PAIR_STAYS: Duration = Duration::from_secs(10);
+
+/// Says if a flow has both a sender and a pod's address.
+fn is_pair(flow: &Flow) -> bool {
+    flow.cgroup != NO_CGROUP && !address(flow).is_unspecified()
+}
+
+impl Holders<'_> {
+    /// The one pod that an address is the own one of.
+    pub fn pod_at(&self, address: &IpAddr) -> Option<&Owner> {
+        let owner = self.addresses.get(address)?.as_ref();
+        owner.filter(|_| !self.host.contains(address))
     }
 }
 
@@ -117,25 +135,50 @@ impl Books {
             known.push((whose, protocol, direction, by));
         }
         for (whose, protocol, direction, by) in known {
-            let [packets, all_bytes, timed_bytes, timed_nanoseconds] = by;
-            // An owner of whose packets none was timed has what a byte takes on average.
-            let (nanoseconds, bytes) = match timed_bytes {
-                0 => self.timed[protocol][direction],
-                bytes => (timed_nanoseconds, bytes),
-            };
-            let product = u128::from(nanoseconds) * u128::from(all_bytes);
-            let nanoseconds = product.checked_div(u128::from(bytes)).unwrap_or_default() as u64;
-            let base = (protocol * DIRECTIONS.len() + direction) * COUNTS;
-            let totals = self.totals_of(whose);
-            totals[base] += packets;
-            totals[base + 1] += all_bytes;
-            totals[base + 2] += nanoseconds;
+            self.add(whose, protocol, direction, by);
+        }
+    }
+
+    /// Adds what a flow grew by to its owner.
+    fn add(&mut self, whose: Whose, protocol: usize, direction: usize, by: [u64; 4]) {
+        let [packets, all_bytes, timed_bytes, timed_nanoseconds] = by;
+        // An owner of whose packets none was timed has what a byte takes on average.
+        let (nanoseconds, bytes) = match timed_bytes {
+            0 => self.timed[protocol][direction],
+            bytes => (timed_nanoseconds, bytes),
+        };
+        let product = u128::from(nanoseconds) * u128::from(all_bytes);
+        let nanoseconds = product.checked_div(u128::from(bytes)).unwrap_or_default() as u64;
+        let base = (protocol * DIRECTIONS.len() + direction) * COUNTS;
+        let totals = self.totals_of(whose);
+        totals[base] += packets;
+        totals[base + 1] += all_bytes;
+        totals[base + 2] += nanoseconds;
+    }
+
+    /// Ends what was booked before addresses change hands: what waits for its sender and has a pod's address is nobody's from now on, since
+    /// that may be another's next.
+    pub fn close(&mut self) {
+        let is_pair = |counted: &Counted| is_pair(&counted.1);
+        let pairs: Vec<_> = self.growth.held().into_iter().filter(is_pair).collect();
+        for counted in pairs {
+            let (protocol, direction) = (counted.1.protocol as usize, counted.1.direction as usize);
+            let by = self.growth.take(&counted);
+            self.add(Whose::Unknown, protocol, direction, by);
         }
     }
 
     /// Who a flow belongs to; `None` if that may still be told.
     fn whose(&self, flow: &Flow, holders: &Holders<'_>) -> Option<Whose> {
+        let address = address(flow);
         if flow.cgroup != NO_CGROUP {
+            if let Some(owner) = holders.pod_at(&address) {
+                // A packet with a pod's own address is that pod's, unless the sender is another, which makes up its source.
+                match &holders.networks.get(&flow.cgroup)?.pod {
+                    Some(sender) if *sender != owner.uid => {}
+                    _ => return Some(Whose::Owner(owner.clone())),
+                }
+            }
             return match holders.pods.resolve(flow.cgroup) {
                 Resolution::Owner(mut owner) | Resolution::Pending(Some(mut owner)) => {
                     // An address does not know the container, so no packet of a pod does.
@@ -149,14 +192,13 @@ impl Books {
                 Resolution::Unknown => Some(Whose::Unknown),
             };
         }
-        let address = address(flow);
         if address.is_unspecified() {
             return Some(Whose::Unknown);
         }
         match holders.addresses.get(&address) {
+            _ if holders.host.contains(&address) => Some(Whose::Host),
             Some(Some(owner)) => Some(Whose::Owner(owner.clone())),
             Some(None) => Some(Whose::Unknown),
-            None if holders.host.contains(&address) => Some(Whose::Host),
             None if self.held.contains_key(&address) => Some(Whose::Unknown),
             None => None,
         }
@@ -225,7 +267,17 @@ impl Books {
                 holders.addresses.contains_key(&address) || holders.host.contains(&address);
             !is_held && !address.is_unspecified()
         };
-        self.growth.idle(idle, now).filter(gone).collect()
+        // The kernel half counts a pair no more once it has been told of the cgroup. A program may be at it for a moment.
+        let told = |(_, flow): &Counted| {
+            let network = holders.networks.get(&flow.cgroup);
+            is_pair(flow) && network.is_some_and(|network| !network.is_gone)
+        };
+        let old = self.growth.idle(idle, now).filter(gone);
+        let pairs = self.growth.idle(PAIR_STAYS.min(idle), now).filter(told);
+        old.chain(pairs)
+            .collect::<HashSet<_>>()
+            .into_iter()
+            .collect()
     }
 
     /// Forgets a flow whose entry has been removed.
@@ -242,7 +294,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::pods::{Drain, Pods, Record, Source};
+    use crate::pods::{Drain, Place, Pods, Record, Source};
 
     /// A node with pods, whose signal is asked for what it has booked.
     struct Node {
@@ -301,6 +353,8 @@ mod tests {
             name: name.into(),
             created: 1,
             containers: HashMap::new(),
+            is_running: true,
+            in_host: false,
             addresses: addresses
                 .iter()
                 .map(|a| a.parse().expect("an address"))
@@ -433,6 +487,56 @@ mod tests {
         node.scrape(31);
         assert_eq!(node.packets(), are(&[("late u1", 4), ("unknown", 6)]));
         assert_eq!(node.counts(COUNTS), are(&[("host", 8)]));
+    }
+
+    #[test]
+    fn a_pods_own_address_tells_more_than_whose_socket_it_was() {
+        let node = Node::new();
+        let host = Record {
+            in_host: true,
+            ..pod("u3", "agent", &[])
+        };
+        let all = vec![
+            pod("u1", "a", &["10.0.0.1"]),
+            pod("u2", "b", &["10.0.0.2"]),
+            host,
+        ];
+        node.pods.pods_listed(all, node.began);
+        for (cgroup, uid) in [(11, "u1"), (12, "u2"), (13, "u3")] {
+            let place = Place::Pod { uid: uid.into() };
+            node.pods.cgroup_found(cgroup, place);
+        }
+        node.pods.cgroup_found(14, Place::Unit("envoy".into()));
+        let from = |cgroup, address| Flow {
+            cgroup,
+            ..flow(address, 0)
+        };
+        for (cgroup, address, packets) in [
+            (11, "10.0.0.1", 1),
+            // A pod in the node's network, a service of the node: they may be proxies.
+            (13, "10.0.0.1", 10),
+            (14, "10.0.0.1", 100),
+            // Another pod makes the source up.
+            (12, "10.0.0.1", 1000),
+            // The node's own address, and one that nobody holds.
+            (13, "192.168.0.1", 10_000),
+            (12, "10.9.9.9", 100_000),
+        ] {
+            node.works(from(cgroup, address), packets);
+        }
+        // Who sends is not known yet.
+        node.works(from(15, "10.0.0.2"), 7);
+        node.scrape(0);
+        assert_eq!(
+            node.packets(),
+            are(&[("a u1", 111), ("agent u3", 10_000), ("b u2", 101_000)])
+        );
+        node.pods.cgroup_found(15, Place::Pod { uid: "u1".into() });
+        node.scrape(1);
+        assert_eq!(
+            node.packets(),
+            are(&[("a u1", 118), ("agent u3", 10_000), ("b u2", 101_000)])
+        );
     }
 
     #[test]

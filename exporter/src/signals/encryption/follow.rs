@@ -16,9 +16,9 @@ use super::{
     programs::{MODULES, PROGRAMS, resolve},
 };
 use crate::{
-    hook::Reason,
+    hook::{Hook, Method, Reason},
     kernel::Kernel,
-    lock::lock,
+    lock::{lock, try_lock},
     pods::{Drain, View},
     probe::{self, Constants, Health},
     signals::{
@@ -85,9 +85,10 @@ impl Follower<Core> for Modules {
             None if absent => {}
             None => core.live = self.load(&kernel),
         }
+        self.tell_inlined();
         self.status.state = match (absent, core.live.is_some()) {
             (true, _) => State::Absent,
-            (false, true) if self.complete() => State::Up,
+            (false, true) if self.works() => State::Up,
             // On its way in or out: to be looked at again.
             (false, true) if self.loads.may_settle() => State::Absent,
             (false, _) => State::Failed,
@@ -105,23 +106,58 @@ impl Modules {
         }
     }
 
-    /// Says if each module that is loaded has the hooks that it cannot do without.
+    /// Says if each module that is loaded has all the hooks that it should have.
     fn complete(&self) -> bool {
-        let attached = |function: &&str| {
-            let hooks = self
-                .status
-                .hooks
-                .iter()
-                .filter(|hook| hook.name == *function);
-            let mut hooks = hooks.peekable();
-            hooks.peek().is_some() && hooks.all(|hook| hook.reason == Reason::Attached)
-        };
-        let modules = MODULES
-            .iter()
-            .zip(self.loads.now())
-            .filter(|(_, load)| load.is_some());
-        let mut needs = modules.flat_map(|((_, needs), _)| needs.iter());
-        needs.all(attached)
+        self.loaded()
+            .all(|(_, needs)| needs.iter().all(|function| self.has(function)))
+    }
+
+    /// Says if each module that is loaded has some of them, and others are missing only since a compiler has left no function to hook.
+    fn works(&self) -> bool {
+        let fine = |hook: &Hook| matches!(hook.reason, Reason::Attached | Reason::NoHook);
+        self.loaded().all(|(_, needs)| {
+            let mut hooks = self.status.hooks.iter();
+            let is_fine = hooks.all(|hook| fine(hook) || !needs.contains(&hook.name));
+            is_fine && needs.iter().any(|function| self.has(function))
+        })
+    }
+
+    /// The modules that are loaded, with the functions that each is hooked in.
+    fn loaded(&self) -> impl Iterator<Item = (&'static str, &'static [&'static str])> {
+        let modules = MODULES.iter().zip(self.loads.now());
+        modules
+            .filter(|(_, load)| load.is_some())
+            .map(|(module, _)| *module)
+    }
+
+    /// Says if a function has all of its hooks.
+    fn has(&self, function: &str) -> bool {
+        let hooks = self.status.hooks.iter();
+        let mut hooks = hooks.filter(|hook| hook.name == function).peekable();
+        hooks.peek().is_some() && hooks.all(|hook| hook.reason == Reason::Attached)
+    }
+
+    /// Tells of functions that a module should have and nothing is known of: they are inlined into their callers.
+    fn tell_inlined(&mut self) {
+        if self.loads.may_settle() {
+            return;
+        }
+        let is_told = |function: &str| self.status.hooks.iter().any(|hook| hook.name == function);
+        let needs = self
+            .loaded()
+            .flat_map(|(module, needs)| needs.iter().map(move |need| (module, *need)));
+        let inlined = needs.filter(|(_, function)| !is_told(function));
+        let hooks: Vec<_> = inlined
+            .map(|(module, function)| Hook {
+                name: function,
+                method: Method::Kprobe,
+                reason: Reason::NoHook,
+                detail: format!(
+                    "{module} has no function {function}, which the compiler has put into its callers: what passes it is not counted"
+                ),
+            })
+            .collect();
+        self.status.hooks.extend(hooks);
     }
 
     fn load(&mut self, kernel: &Kernel) -> Option<Live> {
@@ -149,6 +185,7 @@ impl Drain for Drained {
                 let now = Instant::now();
                 core.list_host(now);
                 core.books.book(&work, &Holders::new(pods, &core.host), now);
+                core.books.close();
             }
             Err(error) => tracing::error!(
                 "signal encryption: addresses change hands, and what was counted cannot be read: {error:#}"
@@ -157,13 +194,24 @@ impl Drain for Drained {
     }
 
     fn changed(&self, pods: &View<'_>) {
-        let mut core = lock(&self.0);
-        let core = &mut *core;
+        Self::tell(&mut lock(&self.0), pods);
+    }
+
+    fn met(&self, pods: &View<'_>) {
+        // Who is at work on it for long tells next, by a scrape.
+        if let Some(mut core) = try_lock(&self.0) {
+            Self::tell(&mut core, pods);
+        }
+    }
+}
+
+impl Drained {
+    fn tell(core: &mut Core, pods: &View<'_>) {
         if let Some(live) = &mut core.live
             && let Err(error) = live.tell(&Holders::new(pods, &core.host))
         {
             tracing::error!(
-                "signal encryption: a new address is a stranger's until the next scrape: {error:#}"
+                "signal encryption: a new address or cgroup is a stranger's until the next scrape: {error:#}"
             );
         }
     }

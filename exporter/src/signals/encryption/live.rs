@@ -1,20 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What does the object count, and what is it told?
 
-use std::collections::{BTreeSet, HashSet};
-
 use anyhow::{Context, anyhow};
 use aya::{
     maps::{self, MapData, MapError, PerCpuValues},
     util::nr_cpus,
 };
 use exporter_common::encryption::{
-    DIRECTIONS, Flow, Interface, InterfaceKey, MAX_KNOWN, PROTOCOLS, Peer, PeerKey, Work,
+    DIRECTIONS, Flow, Interface, InterfaceKey, PROTOCOLS, Peer, PeerKey, Work,
 };
 
 use super::{
-    addresses::bytes,
     books::{Counted, Holders, Room},
+    told::Told,
 };
 use crate::{probe::Attached, signals::removed};
 
@@ -23,11 +21,9 @@ pub(super) struct Live {
     pub(super) attached: Attached,
     flows: Flows,
     strangers: Flows,
-    known: maps::HashMap<MapData, [u8; 16], u32>,
+    told: Told,
     pub(super) interfaces: maps::HashMap<MapData, InterfaceKey, Interface>,
     pub(super) peers: maps::HashMap<MapData, PeerKey, Peer>,
-    /// The addresses that the kernel half has been told of.
-    told: HashSet<[u8; 16]>,
 }
 
 type Flows = maps::PerCpuHashMap<MapData, Flow, Work>;
@@ -48,35 +44,16 @@ impl Live {
         Ok(Self {
             flows,
             strangers: attached.map("STRANGERS")?,
-            known: attached.map("KNOWN")?,
+            told: Told::new(attached.map("KNOWN")?, attached.map("SENDERS")?),
             interfaces: attached.map("INTERFACES")?,
             peers: attached.map("PEERS")?,
             attached,
-            told: HashSet::new(),
         })
     }
 
-    /// Tells the kernel half which addresses are a pod's or the node's. Those for which there is no room it takes for strangers'.
+    /// Tells the kernel half who holds which address, and in whose network which cgroup is.
     pub(super) fn tell(&mut self, holders: &Holders<'_>) -> anyhow::Result<()> {
-        // Those of pods first. A node that balances services by IPVS has all of their addresses.
-        let of_pods: BTreeSet<_> = holders.addresses.keys().map(bytes).collect();
-        let of_host: BTreeSet<_> = holders.host.iter().map(bytes).collect();
-        let told = |address: &&[u8; 16]| self.told.contains(*address);
-        let (old, new): (Vec<_>, Vec<_>) = of_host.difference(&of_pods).partition(told);
-        let all = of_pods.iter().chain(old).chain(new);
-        let now: HashSet<_> = all.copied().take(MAX_KNOWN as usize).collect();
-        for gone in self.told.difference(&now).copied().collect::<Vec<_>>() {
-            removed(self.known.remove(&gone))?;
-            self.told.remove(&gone);
-        }
-        for new in now {
-            if !self.told.contains(&new) {
-                let entered = self.known.insert(new, 0, 0);
-                entered.context("enter an address into a map")?;
-                self.told.insert(new);
-            }
-        }
-        Ok(())
+        self.told.tell(holders)
     }
 
     /// Removes a flow that is done with.

@@ -26,7 +26,7 @@ use super::LOOK_EVERY;
 use crate::{
     families::{Desc, Families, Kind},
     hook::{Hook, Method, Program, Reason, Target},
-    kernel::{Kernel, tracefs::Tracefs},
+    kernel::{Kernel, symbols, tracefs::Tracefs},
     ledger::{Attribution, Ledger, OTHER, Opening},
     lock::lock,
     pods::Labels,
@@ -291,9 +291,7 @@ impl Jobs {
 /// Loads the object. `None` where the kernel has no such scheduler now.
 fn load(kernel: &dyn Fn() -> Kernel) -> Option<(Status, Option<Live>)> {
     let Some(tracefs) = Tracefs::find() else {
-        if !std::path::Path::new("/sys/module/gpu_sched").exists() {
-            return None;
-        }
+        symbols::loaded("gpu_sched")?;
         let mut status = Status::bare(State::Failed);
         status.hooks.push(Hook {
             name: PROGRAMS[0].target.events()[0],

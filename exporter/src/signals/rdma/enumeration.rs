@@ -12,10 +12,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::nldev::QueuePair;
+use exporter_common::rdma::MAX_DEVICES;
 
-/// Devices that are enumerated; a node has some ten.
-const MAX_DEVICES: usize = 256;
+use super::nldev::QueuePair;
 
 /// How often, and for how long.
 #[derive(Clone, Copy, Debug)]
@@ -81,6 +80,8 @@ pub struct Answer {
     pub pairs: Vec<(QueuePair, PairOwner)>,
     /// What was odd about the answer.
     pub odd: Option<String>,
+    /// Whether there may be more queue pairs.
+    pub is_partial: bool,
 }
 
 /// Queue pairs by owner, type and state.
@@ -95,6 +96,8 @@ pub struct Report {
     pub age: Duration,
     /// Its queue pairs; `None` as long as it has not answered.
     pub counts: Option<Arc<Counts>>,
+    /// Whether there may be more of them.
+    pub is_partial: bool,
 }
 
 #[derive(Debug, Default)]
@@ -110,6 +113,7 @@ struct State {
 struct Known {
     first_seen: Instant,
     counts: Option<Arc<Counts>>,
+    is_partial: bool,
     /// When the enumeration began that gave the counts.
     counted: Option<Instant>,
     /// When the enumeration began that has not ended.
@@ -166,6 +170,7 @@ impl Enumeration {
             device: name.clone(),
             age: now.saturating_duration_since(known.counted.unwrap_or(known.first_seen)),
             counts: known.counts.clone(),
+            is_partial: known.is_partial,
         };
         state.devices.iter().map(report).collect()
     }
@@ -225,12 +230,12 @@ fn run<F: Fabric>(shared: &Arc<Shared>, fabric: &Arc<F>, limits: Limits) {
                 mut devices,
                 mut troubles,
             }) => {
-                if devices.len() > MAX_DEVICES {
+                if devices.len() > MAX_DEVICES as usize {
                     troubles.push(format!(
                         "of {} devices only {MAX_DEVICES} are enumerated",
                         devices.len()
                     ));
-                    devices.truncate(MAX_DEVICES);
+                    devices.truncate(MAX_DEVICES as usize);
                 }
                 state.troubles = troubles;
                 state
@@ -256,6 +261,7 @@ fn begin<F: Fabric>(
     let known = state.devices.entry(name.clone()).or_insert_with(|| Known {
         first_seen: now,
         counts: None,
+        is_partial: false,
         counted: None,
         running: None,
         next: now,
@@ -269,12 +275,17 @@ fn begin<F: Fabric>(
         let name = name.clone();
         move || {
             let answer = fabric.queue_pairs(&device, limits.budget);
-            let counted = answer.map(|Answer { pairs, odd }| {
+            let counted = answer.map(|answer| {
+                let Answer {
+                    pairs,
+                    odd,
+                    is_partial,
+                } = answer;
                 let mut counts = Counts::new();
                 for (pair, owner) in pairs {
                     *counts.entry((owner, pair.kind, pair.state)).or_default() += 1;
                 }
-                (counts, odd)
+                (counts, odd, is_partial)
             });
             let mut state = of_thread.lock();
             // A device that has gone and come back is another one.
@@ -287,12 +298,16 @@ fn begin<F: Fabric>(
             known.running = None;
             known.next = now + limits.interval.max(now.elapsed() * 10);
             match counted {
-                Ok((counts, odd)) => {
+                Ok((counts, odd, is_partial)) => {
                     known.counts = Some(Arc::new(counts));
+                    known.is_partial = is_partial;
                     known.counted = Some(now);
                     known.trouble = odd;
                 }
-                Err(trouble) => known.trouble = Some(trouble),
+                Err(trouble) => {
+                    known.is_partial = true;
+                    known.trouble = Some(trouble);
+                }
             }
         }
     };

@@ -138,11 +138,11 @@ impl Modules {
     fn load(&mut self, kernel: &Kernel) -> Option<Live> {
         let types = types_of_module(kernel);
         let has_number = |types: &Btf| types.field("ib_qp", "qp_num").is_ok();
-        let numbered = types.as_ref().is_ok_and(has_number);
+        let numbered = types.as_deref().is_ok_and(has_number);
         let names = ["ib_create_qp_user", CREATE_KERNEL, "ib_create_qp_security"];
         let symbols = Symbols::of_kernel(names).unwrap_or_default();
         let programs = programs(&symbols, numbered);
-        let types = types.as_ref().map_err(String::as_str);
+        let types = types.as_deref().map_err(String::as_str);
         let by_core = programs.iter().any(|program| program.name == "create");
         let constants = |constants: &mut Constants<'_>| {
             constants.set("CORE_CREATES", u32::from(by_core));

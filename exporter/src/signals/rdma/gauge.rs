@@ -24,8 +24,8 @@ type Row = (Labels, String, &'static str, &'static str);
 #[derive(Debug, Default)]
 pub(super) struct Gauge {
     rows: BTreeMap<Row, u64>,
-    /// Seconds since the enumeration began, by device.
-    ages: Vec<(String, f64)>,
+    /// Seconds since the enumeration began, and whether it was a part, by device.
+    ages: Vec<(String, f64, bool)>,
 }
 
 impl Gauge {
@@ -39,11 +39,12 @@ impl Gauge {
     ) {
         self.rows.clear();
         let mut owners = Shown::new(max_owners);
-        let mut ages: BTreeMap<String, f64> = BTreeMap::new();
+        let mut ages: BTreeMap<String, (f64, bool)> = BTreeMap::new();
         for Report {
             device,
             age,
             counts,
+            is_partial,
         } in reports
         {
             let device = devices.meet(device, scope.now);
@@ -57,10 +58,14 @@ impl Gauge {
                 let row = (labels, device.clone(), kind, *state);
                 *self.rows.entry(row).or_default() += pairs;
             }
-            let oldest = ages.entry(device).or_default();
+            let (oldest, is_any_partial) = ages.entry(device).or_default();
             *oldest = oldest.max(age.as_secs_f64());
+            *is_any_partial |= is_partial;
         }
-        self.ages = ages.into_iter().collect();
+        let ages = ages.into_iter();
+        self.ages = ages
+            .map(|(device, (age, part))| (device, age, part))
+            .collect();
         devices.expire(scope.retention, scope.now);
     }
 

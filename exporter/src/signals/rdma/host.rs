@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use aya::maps::{self, MapData};
@@ -21,7 +21,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::{
     enumeration::{Answer, Fabric, Listing, PairOwner},
-    nldev::{self, Client, NldevError, QueuePair},
+    nldev::{self, Client, NldevError, Pairs, Question, QueuePair},
 };
 use crate::{
     kernel::symbols,
@@ -159,6 +159,7 @@ impl Owners {
         &self,
         device: &nldev::Device,
         pairs: &[QueuePair],
+        is_whole: bool,
         began: u64,
         cgroup_of: impl Fn(u32) -> Option<u64>,
     ) -> Vec<PairOwner> {
@@ -190,7 +191,7 @@ impl Owners {
         });
         let mut owners: Vec<_> = owners.collect();
         if let Some(maps) = maps.as_mut().filter(|maps| maps.numbered) {
-            remember(maps, device.index, pairs, &found, &mut owners);
+            remember(maps, device.index, (pairs, is_whole), &found, &mut owners);
         }
         owners
     }
@@ -223,7 +224,7 @@ fn name_of(device: &Device, named: bool, known: &BTreeSet<String>) -> Option<Str
 fn remember(
     maps: &mut PairMaps,
     index: u32,
-    pairs: &[QueuePair],
+    (pairs, is_whole): (&[QueuePair], bool),
     found: &HashMap<u32, u64>,
     owners: &mut [PairOwner],
 ) {
@@ -232,7 +233,8 @@ fn remember(
     let mut gone = Vec::new();
     for (number, cgroup) in maps.old.iter().filter_map(Result::ok) {
         if number.index == index {
-            if listed.contains(&number.number) {
+            // What is not in a part of a list may be in the rest.
+            if listed.contains(&number.number) || !is_whole {
                 old.insert(number.number, cgroup);
             } else {
                 gone.push(number);
@@ -309,12 +311,12 @@ fn is_loaded() -> bool {
 fn devices_here(budget: Duration) -> Result<(Vec<nldev::Device>, bool), NldevError> {
     let mut client = Client::open()?;
     let mut devices = Vec::new();
-    client.ask(nldev::GET, None, true, budget, |payload| {
+    client.ask(Question::of_all(nldev::GET, true), budget, |payload| {
         devices.push(nldev::device(payload)?);
         Ok(())
     })?;
     let mut exclusive = false;
-    client.ask(nldev::SYS_GET, None, false, budget, |payload| {
+    client.ask(Question::of_all(nldev::SYS_GET, false), budget, |payload| {
         exclusive = nldev::exclusive(payload)?;
         Ok(())
     })?;
@@ -445,25 +447,32 @@ impl Fabric for Host {
             enter(namespace)?;
         }
         let began = monotonic();
-        let (mut pairs, mut odd) = (Vec::new(), 0);
         let index = place.device.index;
-        let answer = Client::open()
-            .map_err(NldevError::from)
-            .and_then(|mut client| {
-                client.ask(nldev::RES_QP_GET, Some(index), true, budget, |payload| {
-                    odd += nldev::queue_pairs(payload, &mut pairs)?;
-                    Ok(())
-                })
-            });
-        answer.map_err(|error| format!("cannot list its queue pairs: {error}"))?;
+        let asked = Instant::now();
+        let answer = Client::open().map_err(NldevError::from);
+        let answer = answer.and_then(|mut client| {
+            nldev::list(place.device.ports, |part, each| {
+                let left = budget.saturating_sub(asked.elapsed());
+                client.ask(Question::pairs_of(index, part), left, each)
+            })
+        });
+        let Pairs {
+            pairs,
+            odd,
+            partial,
+        } = answer.map_err(|error| format!("cannot list its queue pairs: {error}"))?;
+        let is_whole = partial.is_none();
         let owners = self
             .owners
-            .attribute(&place.device, &pairs, began, |thread| {
+            .attribute(&place.device, &pairs, is_whole, began, |thread| {
                 cgroup_of(thread, self.cgroups.as_deref())
             });
         Ok(Answer {
             pairs: pairs.into_iter().zip(owners).collect(),
-            odd: (odd > 0).then(|| format!("{odd} queue pairs have no number, type or state")),
+            is_partial: !is_whole,
+            odd: partial.or_else(|| {
+                (odd > 0).then(|| format!("{odd} queue pairs have no number, type or state"))
+            }),
         })
     }
 }

@@ -28,6 +28,7 @@ pub(super) const DESCS: &[&Desc] = &[
     &REGIONS,
     &BYTES,
     &AGE,
+    &PARTIAL,
 ];
 
 /// How many counters an owner has.
@@ -219,6 +220,16 @@ static BYTES: Desc = Desc {
     source: "the size that ib_umem_get, ib_umem_odp_get or ib_umem_dmabuf_get is asked for during a registration",
 };
 
+static PARTIAL: Desc = Desc {
+    name: "chandra_rdma_enumeration_partial",
+    kind: Kind::Gauge,
+    help: "1 if the device may have other queue pairs than are shown: its driver refuses to describe one, or the last list could not be had.",
+    per_pod: false,
+    labels: &["device"],
+    values: &[],
+    source: "an error in the kernel's list (res_get_common_dumpit of nldev.c)",
+};
+
 static AGE: Desc = Desc {
     name: "chandra_rdma_enumeration_age_seconds",
     kind: Kind::Gauge,
@@ -302,7 +313,7 @@ pub fn render_devices(devices: &BTreeMap<String, [u64; 2]>, families: &mut Famil
 /// Renders the queue pairs by owner, device, type and state, and the age of each device's.
 pub fn render_gauge<'a>(
     rows: impl IntoIterator<Item = (&'a Labels, &'a str, &'static str, &'static str, u64)>,
-    ages: &[(String, f64)],
+    ages: &[(String, f64, bool)],
     families: &mut Families,
 ) {
     for (owner, device, kind, state, pairs) in rows {
@@ -316,7 +327,8 @@ pub fn render_gauge<'a>(
         ];
         families.add(&PAIRS, &labels, pairs as f64);
     }
-    for (device, age) in ages {
+    for (device, age, is_partial) in ages {
         families.add(&AGE, &[device], *age);
+        families.add(&PARTIAL, &[device], f64::from(u8::from(*is_partial)));
     }
 }

@@ -5,6 +5,7 @@
 //! is bounded, so no input makes the codec panic, hang or use much more memory than its own size.
 
 use std::{
+    collections::HashSet,
     io,
     os::fd::AsFd,
     time::{Duration, Instant},
@@ -29,6 +30,7 @@ pub const RES_QP_GET: u16 = 10;
 
 const DEV_INDEX: u16 = 1;
 const DEV_NAME: u16 = 2;
+const PORT_INDEX: u16 = 3;
 const RES_QP: u16 = 19;
 const RES_QP_ENTRY: u16 = 20;
 const RES_LQPN: u16 = 21;
@@ -60,6 +62,8 @@ pub struct Device {
     pub index: u32,
     /// Its name.
     pub name: String,
+    /// Its last port; they count from 1. 0 if it does not say.
+    pub ports: u32,
 }
 
 /// A queue pair as nldev lists it.
@@ -96,25 +100,85 @@ pub enum NldevError {
     Late(Duration),
 }
 
-/// Makes a request. A dump asks for all there is: of a device's queue pairs also for those of types that only its driver
-/// knows (EFA's SRD, mlx5's DC), which kernels from 5.16 leave out unless asked. Older ones pass over the attribute.
-pub fn request(command: u16, sequence: u32, device: Option<u32>, dump: bool) -> Vec<u8> {
-    let length = HEADER + if device.is_some() { 16 } else { 0 };
-    let mut bytes = vec![0; length];
+/// What is asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Question {
+    /// A command of nldev.
+    pub command: u16,
+    /// The device, by its index.
+    pub device: Option<u32>,
+    /// Of its queue pairs only those of a port: those that have been modified to INIT.
+    pub port: Option<u32>,
+    /// Whether there are many answers.
+    pub dump: bool,
+    /// Of a device's queue pairs also those of types that only its driver knows (EFA's SRD, mlx5's DCI), which kernels from 6.10 leave
+    /// out unless asked (commit e18fa0bbcedf). Older ones list them in any case and pass over the attribute.
+    pub details: bool,
+}
+
+impl Question {
+    /// One about all devices.
+    pub const fn of_all(command: u16, dump: bool) -> Self {
+        Self {
+            command,
+            device: None,
+            port: None,
+            dump,
+            details: false,
+        }
+    }
+
+    /// One for the queue pairs of a device.
+    pub const fn pairs_of(device: u32, part: Part) -> Self {
+        let (port, details) = match part {
+            Part::All => (None, true),
+            Part::Plain => (None, false),
+            Part::Port(port) => (Some(port), false),
+        };
+        Self {
+            command: RES_QP_GET,
+            device: Some(device),
+            port,
+            dump: true,
+            details,
+        }
+    }
+}
+
+/// Which queue pairs of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Those of types that only the driver knows, too.
+    All,
+    /// The others, from 6.10 on.
+    Plain,
+    /// Of these, those of a port.
+    Port(u32),
+}
+
+/// Makes a request.
+pub fn request(question: Question, sequence: u32) -> Vec<u8> {
+    let device = question
+        .device
+        .map(|index| (DEV_INDEX, index.to_ne_bytes().to_vec()));
+    let port = question
+        .port
+        .map(|port| (PORT_INDEX, port.to_ne_bytes().to_vec()));
+    let details = question.details.then(|| (DRIVER_DETAILS, vec![1]));
+    let attributes: Vec<_> = [device, port, details].into_iter().flatten().collect();
+    // Each takes its head of four bytes and its value, filled up to four.
+    let mut bytes = vec![0; HEADER + 8 * attributes.len()];
+    let length = bytes.len() as u32;
     let mut buffer = NetlinkBuffer::new(&mut bytes);
-    buffer.set_length(length as u32);
-    buffer.set_message_type(message_type(command));
-    buffer.set_flags(NLM_F_REQUEST | if dump { NLM_F_DUMP } else { 0 });
+    buffer.set_length(length);
+    buffer.set_message_type(message_type(question.command));
+    buffer.set_flags(NLM_F_REQUEST | if question.dump { NLM_F_DUMP } else { 0 });
     buffer.set_sequence_number(sequence);
-    if let Some(index) = device {
-        let mut attribute = NlaBuffer::new(&mut bytes[HEADER..]);
-        attribute.set_kind(DEV_INDEX);
-        attribute.set_length(8);
-        attribute.value_mut().copy_from_slice(&index.to_ne_bytes());
-        let mut attribute = NlaBuffer::new(&mut bytes[HEADER + 8..]);
-        attribute.set_kind(DRIVER_DETAILS);
-        attribute.set_length(5);
-        attribute.value_mut().copy_from_slice(&[1]);
+    for ((kind, value), place) in attributes.iter().zip(bytes[HEADER..].chunks_exact_mut(8)) {
+        let mut attribute = NlaBuffer::new(place);
+        attribute.set_kind(*kind);
+        attribute.set_length(4 + value.len() as u16);
+        attribute.value_mut().copy_from_slice(value);
     }
     bytes
 }
@@ -202,10 +266,11 @@ fn u8_of(value: &[u8]) -> Result<u8, NldevError> {
 /// # Errors
 /// When it is malformed.
 pub fn device(payload: &[u8]) -> Result<Device, NldevError> {
-    let (mut index, mut name) = (None, None);
+    let (mut index, mut name, mut ports) = (None, None, 0);
     attributes(payload, |kind, value| {
         match kind {
             DEV_INDEX => index = Some(u32_of(value)?),
+            PORT_INDEX => ports = u32_of(value)?,
             DEV_NAME => {
                 let text = value.split(|byte| *byte == 0).next().unwrap_or_default();
                 name = Some(String::from_utf8_lossy(text).into_owned());
@@ -215,7 +280,7 @@ pub fn device(payload: &[u8]) -> Result<Device, NldevError> {
         Ok(())
     })?;
     match (index, name) {
-        (Some(index), Some(name)) if !name.is_empty() => Ok(Device { index, name }),
+        (Some(index), Some(name)) if !name.is_empty() => Ok(Device { index, name, ports }),
         _ => Err(NldevError::Malformed("a device has no index or no name")),
     }
 }
@@ -247,6 +312,93 @@ pub fn queue_pairs(payload: &[u8], pairs: &mut Vec<QueuePair>) -> Result<usize, 
         })
     })?;
     Ok(odd)
+}
+
+/// The queue pairs of a device, as far as the kernel tells.
+#[derive(Debug, Default)]
+pub struct Pairs {
+    /// Those.
+    pub pairs: Vec<QueuePair>,
+    /// How many had no number, type or state.
+    pub odd: usize,
+    /// Why there may be more, in one line.
+    pub partial: Option<String>,
+}
+
+/// Ports that are asked for one by one.
+const MAX_PORTS: u32 = 16;
+
+/// `IB_QPT_DRIVER` of `enum ib_qp_type`.
+const DRIVER: u8 = 0xff;
+
+/// Lists the queue pairs of a device with so many ports by `ask`, which asks for a part and hands over each payload.
+///
+/// One pair that its driver refuses to describe ends the kernel's list, and takes with it what the same message has before
+/// (`res_get_common_dumpit` of nldev.c): mlx5 answers EINVAL of a DC target that is not in RTR and ENOSYS of a raw pair with RSS, and both come
+/// first, since they have no number. Without details the kernel leaves out the targets, from 6.10 on. By port it leaves out all that
+/// were not modified to INIT, raw pairs with RSS among them, before it asks the driver.
+///
+/// # Errors
+/// When nothing could be had.
+pub fn list(
+    ports: u32,
+    mut ask: impl FnMut(Part, &mut dyn FnMut(&[u8]) -> Result<(), NldevError>) -> Result<(), NldevError>,
+) -> Result<Pairs, NldevError> {
+    let mut all = Pairs::default();
+    let refused = match all.add(Part::All, &mut ask) {
+        Ok(()) => return Ok(all),
+        Err(NldevError::Refused(error)) => error,
+        Err(error) => return Err(error),
+    };
+    let mut plain = Pairs::default();
+    let missing = match plain.add(Part::Plain, &mut ask) {
+        // Others have ended meanwhile.
+        Ok(()) => {
+            all.pairs.retain(|pair| pair.kind == DRIVER);
+            "of the types that only the driver knows some may be missing"
+        }
+        Err(_) => {
+            for port in 1..=ports.min(MAX_PORTS) {
+                let mut of_port = Pairs::default();
+                // What one port has is worth having without the others.
+                let _ = of_port.add(Part::Port(port), &mut ask);
+                plain.replace(of_port);
+            }
+            "those in RESET and some of the types that only the driver knows may be missing"
+        }
+    };
+    all.replace(plain);
+    if all.pairs.is_empty() {
+        return Err(NldevError::Refused(refused));
+    }
+    all.partial = Some(format!(
+        "the kernel's list ends at a queue pair that the driver refuses to describe ({refused}): {missing}"
+    ));
+    Ok(all)
+}
+
+impl Pairs {
+    fn add(
+        &mut self,
+        part: Part,
+        ask: &mut impl FnMut(
+            Part,
+            &mut dyn FnMut(&[u8]) -> Result<(), NldevError>,
+        ) -> Result<(), NldevError>,
+    ) -> Result<(), NldevError> {
+        ask(part, &mut |payload| {
+            self.odd += queue_pairs(payload, &mut self.pairs)?;
+            Ok(())
+        })
+    }
+
+    /// Takes over what was listed later; of what is in both the later counts.
+    fn replace(&mut self, later: Self) {
+        let numbers: HashSet<u32> = later.pairs.iter().map(|pair| pair.number).collect();
+        self.pairs.retain(|pair| !numbers.contains(&pair.number));
+        self.pairs.extend(later.pairs);
+        self.odd = self.odd.max(later.odd);
+    }
 }
 
 fn queue_pair(entry: &[u8]) -> Result<Option<QueuePair>, NldevError> {
@@ -320,15 +472,13 @@ impl Client {
     /// When the answer is refused, malformed or not whole within `budget`.
     pub fn ask(
         &mut self,
-        command: u16,
-        device: Option<u32>,
-        dump: bool,
+        question: Question,
         budget: Duration,
         mut each: impl FnMut(&[u8]) -> Result<(), NldevError>,
     ) -> Result<(), NldevError> {
         self.sequence += 1;
         let began = Instant::now();
-        let request = request(command, self.sequence, device, dump);
+        let request = request(question, self.sequence);
         self.socket.send_to(&request, &SocketAddr::new(0, 0), 0)?;
         let mut datagram = Vec::with_capacity(DATAGRAM);
         loop {
@@ -345,7 +495,8 @@ impl Client {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error.into()),
             }
-            if messages(&datagram, (command, self.sequence), dump, &mut each)? {
+            let asked = (question.command, self.sequence);
+            if messages(&datagram, asked, question.dump, &mut each)? {
                 return Ok(());
             }
         }

@@ -41,7 +41,7 @@ const PROGRAMS: &[Program] = &[
     Program::wanted("register_return", Target::Kretprobe(REGISTER)),
     Program::wanted(
         "pin_user",
-        Target::Kprobe(&["ib_umem_get", "ib_umem_odp_get"]),
+        Target::Kprobe(&["ib_umem_get", "ib_umem_odp_get", "ib_umem_get_peer"]),
     ),
     Program::if_there("pin_user_attr", Target::Kprobe(&["ib_umem_get_attr_or_va"])),
     Program::if_there(
@@ -172,7 +172,7 @@ pub(super) fn resolve(constants: &mut Constants<'_>) {
 }
 
 /// The types of ib_core, where it carries some.
-pub(super) fn types_of_module(kernel: &Kernel) -> Result<Btf, String> {
+pub(super) fn types_of_module(kernel: &Kernel) -> Result<Arc<Btf>, String> {
     let base = kernel.btf.as_ref().map_err(Clone::clone)?;
     Btf::module("ib_core", Arc::clone(base)).map_err(|error| error.to_string())
 }
