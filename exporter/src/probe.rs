@@ -489,3 +489,32 @@ impl Attached {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_compiler_has_changed_is_told_whatever_else_there_is() {
+        let text = "0 t here\t[m]\n0 t changed.isra.0\t[m]\n0 t two\t[m]\n0 t two\t[n]\n";
+        let names = ["here", "changed", "two", "missing"];
+        let symbols = Symbols::read(text.as_bytes(), names).expect("readable");
+        const ALL: &[&str] = &["here", "changed", "two", "missing"];
+        const NONE: &[&str] = &["missing"];
+        let told = |program: &Program, functions| {
+            let hooks = refused(program, functions, &symbols);
+            assert!(hooks.iter().all(|hook| hook.reason == Reason::NoHook));
+            let names = hooks.iter().map(|hook| hook.name);
+            names.collect::<Vec<_>>()
+        };
+        let wanted = Program::wanted("p", Target::Kprobe(ALL));
+        let if_there = Program::if_there("p", Target::Kprobe(ALL));
+        assert_eq!(told(&wanted, ALL), ["changed", "two"]);
+        assert_eq!(told(&if_there, ALL), ["changed", "two"]);
+        // Of several each kernel has some; where it has none, that is told of what should be there.
+        assert_eq!(told(&wanted, NONE), ["missing"]);
+        assert_eq!(told(&if_there, NONE), [""; 0]);
+        let why = &refused(&if_there, ALL, &symbols)[0].detail;
+        assert!(why.contains("changed.isra.0"), "{why}");
+    }
+}

@@ -462,6 +462,11 @@ fn a_device_that_is_slow_broken_or_silent_costs_only_itself() {
 
     let later = Instant::now() + Duration::from_secs(60);
     let reports = enumeration.reports(later);
+    let is_partial = |name: &str| {
+        let report = reports.iter().find(|report| report.device == name);
+        report.is_some_and(|report| report.is_partial)
+    };
+    assert!(is_partial("odd") && is_partial("broken") && !is_partial("many"));
     let stuck = reports.iter().find(|report| report.device == "stuck");
     let stuck = stuck.expect("it is listed");
     assert!(stuck.counts.is_none() && stuck.age >= Duration::from_secs(60));

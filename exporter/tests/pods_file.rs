@@ -9,7 +9,14 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use chandra::pods::{Pods, Record, Source, file};
+use chandra::{
+    args::Args,
+    kernel::{Hierarchy, Kernel},
+    pods::{Place, Pods, Record, Source, file},
+    scrape::Exporter,
+    server::Site,
+};
+use clap::Parser;
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 use tokio::time::sleep;
@@ -229,6 +236,55 @@ fn a_pod_in_the_hosts_network_has_no_address_of_its_own() {
     fs::write(&path, json!({"items": [bare]}).to_string()).expect("written");
     let record = file::read(&path).expect("a list").remove(0);
     assert!(record.in_host && record.addresses.is_empty());
+}
+
+/// Pods run, and the hierarchy that is followed has none of their containers: every count would be the host's.
+#[test]
+fn containers_that_are_elsewhere_are_told() {
+    let root = tempfile::tempdir().expect("a folder");
+    let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases");
+    let listed = cases.join("hostnetwork-address/one-host-pod.json");
+    let records = file::read(&listed).expect("a list");
+    let args = Args::try_parse_from(["chandra", "--pods", "pods.json"]).expect("valid flags");
+    let pods = Arc::new(Pods::new(&args.serve.source(), Duration::from_secs(300)));
+    let hierarchy = Hierarchy::V2 {
+        root: root.path().to_owned(),
+        whole: true,
+    };
+    let exporter = Exporter::new(
+        Vec::new(),
+        Arc::clone(&pods),
+        Arc::default(),
+        None,
+        &Kernel::read(),
+        &hierarchy,
+        &args.serve,
+    );
+    let told = || {
+        let metrics = exporter.metrics().expect("a page");
+        let metrics = String::from_utf8(metrics).expect("UTF-8");
+        let hook = metrics
+            .lines()
+            .find(|line| line.contains("hook=\"cgroups\""))
+            .unwrap_or_default();
+        let reason = hook
+            .split("reason=")
+            .nth(1)
+            .and_then(|rest| rest.split('"').nth(1));
+        let page = exporter.landing();
+        let is_on_page = page.contains("2 running pods are listed and none of their containers");
+        (reason.unwrap_or_default().to_owned(), is_on_page)
+    };
+    assert_eq!(told(), ("attached".to_owned(), false), "none is listed");
+    pods.pods_listed(records.clone(), Instant::now());
+    assert_eq!(told(), ("containers_elsewhere".to_owned(), true));
+    let uid: Arc<str> = Arc::clone(&records[0].uid);
+    pods.cgroup_found(9, Place::Pod { uid });
+    assert_eq!(
+        told(),
+        ("attached".to_owned(), false),
+        "one of them is here"
+    );
 }
 
 #[test]

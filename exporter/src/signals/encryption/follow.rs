@@ -112,14 +112,10 @@ impl Modules {
             .all(|(_, needs)| needs.iter().all(|function| self.has(function)))
     }
 
-    /// Says if each module that is loaded has some of them, and others are missing only since a compiler has left no function to hook.
+    /// Says if each module that is loaded works.
     fn works(&self) -> bool {
-        let fine = |hook: &Hook| matches!(hook.reason, Reason::Attached | Reason::NoHook);
-        self.loaded().all(|(_, needs)| {
-            let mut hooks = self.status.hooks.iter();
-            let is_fine = hooks.all(|hook| fine(hook) || !needs.contains(&hook.name));
-            is_fine && needs.iter().any(|function| self.has(function))
-        })
+        let hooks = &self.status.hooks;
+        self.loaded().all(|(_, needs)| works(hooks, needs))
     }
 
     /// The modules that are loaded, with the functions that each is hooked in.
@@ -130,11 +126,8 @@ impl Modules {
             .map(|(module, _)| *module)
     }
 
-    /// Says if a function has all of its hooks.
     fn has(&self, function: &str) -> bool {
-        let hooks = self.status.hooks.iter();
-        let mut hooks = hooks.filter(|hook| hook.name == function).peekable();
-        hooks.peek().is_some() && hooks.all(|hook| hook.reason == Reason::Attached)
+        has(&self.status.hooks, function)
     }
 
     /// Tells of functions that a module should have and nothing is known of: they are inlined into their callers.
@@ -168,6 +161,20 @@ impl Modules {
         self.status = status;
         live
     }
+}
+
+/// Says if a function has all of its hooks.
+fn has(hooks: &[Hook], function: &str) -> bool {
+    let mut hooks = hooks.iter().filter(|hook| hook.name == function).peekable();
+    hooks.peek().is_some() && hooks.all(|hook| hook.reason == Reason::Attached)
+}
+
+/// Says if some of the functions that a module should be hooked in are, and others are not only since a compiler has left none of them
+/// to hook.
+fn works(hooks: &[Hook], needs: &[&str]) -> bool {
+    let mut of_needs = hooks.iter().filter(|hook| needs.contains(&hook.name));
+    of_needs.all(|hook| matches!(hook.reason, Reason::Attached | Reason::NoHook))
+        && needs.iter().any(|function| has(hooks, function))
 }
 
 /// Reads what was counted before addresses change hands.
@@ -214,5 +221,37 @@ impl Drained {
                 "signal encryption: a new address or cgroup is a stranger's until the next scrape: {error:#}"
             );
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_inlined_function_costs_itself_and_a_refused_program_the_signal() {
+        const NEEDS: [&str; 3] = ["encrypt", "decrypt", "session"];
+        let hooks = |reasons: [Reason; 3]| -> Vec<Hook> {
+            let all = NEEDS.into_iter().zip(reasons);
+            let hook = |(name, reason)| Hook {
+                name,
+                method: Method::Kprobe,
+                reason,
+                detail: String::new(),
+            };
+            all.map(hook).collect()
+        };
+        use Reason::{Attached, NoField, NoHook, Rejected};
+        for (reasons, expected) in [
+            ([Attached, Attached, Attached], true),
+            ([Attached, NoHook, Attached], true),
+            ([NoHook, NoHook, NoHook], false),
+            ([Attached, Rejected, Attached], false),
+            ([NoField, NoField, Attached], false),
+        ] {
+            assert_eq!(works(&hooks(reasons), &NEEDS), expected, "{reasons:?}");
+        }
+        assert!(!works(&[], &NEEDS), "nothing is attached");
+        assert!(!has(&hooks([Attached, NoHook, Attached]), "decrypt"));
     }
 }
