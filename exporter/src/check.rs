@@ -18,7 +18,7 @@ use crate::{
     hook::Reason,
     kernel::{Hierarchy, Kernel},
     libraries, maps,
-    pods::{Pods, Record, Source, cgroups::Watcher},
+    pods::{Pods, Record, Source, cgroups},
     signals::{
         Options, SIGNALS, State, Status,
         running::{self, Running},
@@ -90,7 +90,7 @@ pub struct Look {
 pub fn run(look: Look) -> anyhow::Result<Report> {
     let kernel = Kernel::read();
     let hierarchy = Hierarchy::of_host(look.cgroupfs.as_deref());
-    let host = facts(&kernel, cgroups(&hierarchy, look.pods), look.is_salted);
+    let host = facts(&kernel, followed(&hierarchy, look.pods), look.is_salted);
     let options = Options {
         show_paths: true,
         ..Options::default()
@@ -129,27 +129,22 @@ pub fn run(look: Look) -> anyhow::Result<Report> {
 }
 
 /// Where cgroups are looked for, and if the containers of pods are there.
-fn cgroups(hierarchy: &Hierarchy, records: Option<Vec<Record>>) -> Result<String, String> {
+fn followed(hierarchy: &Hierarchy, records: Option<Vec<Record>>) -> Result<String, String> {
     let Hierarchy::V2 { root, whole: true } = hierarchy else {
         return Err(hierarchy.trouble().unwrap_or_default());
     };
     let pods = Arc::new(Pods::new(&Source::Kube, Duration::ZERO));
     // It walks once.
-    let walked = Watcher::new(root.clone(), Arc::clone(&pods));
+    let walked = cgroups::Watcher::new(root.clone(), Arc::clone(&pods));
     walked.map_err(|error| format!("{error:#}"))?;
     let has_pods = pods.view().has_pods();
     pods.pods_listed(records.unwrap_or_default(), Instant::now());
-    let misplaced = pods.view().misplaced();
-    match (misplaced, Hierarchy::pods_elsewhere()) {
-        (Some(pods), _) => Err(hierarchy.misplaced(pods).unwrap_or_default()),
-        (None, Some(place)) if !has_pods => Err(format!(
-            "v2 at {}, which has no pods; those at {} are in cgroup v1 alone, so every count is the host's: boot with \
-             systemd.unified_cgroup_hierarchy=1, or have the kubelet and the runtime use the systemd cgroup driver",
-            root.display(),
-            place.display()
-        )),
-        _ => Ok(format!("v2 at {}", root.display())),
-    }
+    let trouble = match pods.view().misplaced() {
+        Some(pods) => cgroups::misplaced(hierarchy, pods),
+        None if has_pods => None,
+        None => cgroups::unplaced(root),
+    };
+    trouble.map_or_else(|| Ok(format!("v2 at {}", root.display())), Err)
 }
 
 fn facts(kernel: &Kernel, cgroups: Result<String, String>, is_salted: bool) -> Vec<Fact> {

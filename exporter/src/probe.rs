@@ -180,8 +180,12 @@ fn symbols_of(programs: &[Program]) -> Result<Symbols, String> {
 
 /// The functions of a kprobe that cannot be probed, as far as that is told: what the compiler has changed, or has several copies of,
 /// in any case. Of several functions for one thing each kernel has some, so that one that is not there is told if none is.
-fn refused(program: &Program, functions: &[&'static str], symbols: &Symbols) -> Vec<Hook> {
-    let is_any_here = functions.iter().any(|name| symbols.has(name));
+fn refused(
+    program: &Program,
+    functions: &[&'static str],
+    is_any_here: bool,
+    symbols: &Symbols,
+) -> Vec<Hook> {
     let is_told = |name: &str| match program.need {
         Need::IfThere => symbols.is_refused(name),
         _ => !is_any_here || symbols.is_refused(name),
@@ -308,11 +312,11 @@ impl Attached {
             Ok(symbols) => symbols,
             Err(why) => return program.hooks_at(functions, Reason::NoHook, why),
         };
-        let mut hooks = refused(program, functions, symbols);
         let found = functions.iter();
         let here: Vec<_> = found
             .filter_map(|name| Some((*name, symbols.find(name).ok()?)))
             .collect();
+        let mut hooks = refused(program, functions, !here.is_empty(), symbols);
         if here.is_empty() {
             return hooks;
         }
@@ -436,11 +440,7 @@ impl Attached {
             if linked == 0 || left.iter().any(came) {
                 hooks.extend(self.attach_kprobe(program, &left, &symbols, kernel));
             } else if let Ok(symbols) = &symbols {
-                hooks.extend(
-                    refused(program, &left, symbols)
-                        .into_iter()
-                        .filter(|hook| symbols.is_refused(hook.name)),
-                );
+                hooks.extend(refused(program, &left, true, symbols));
             }
         }
         hooks
@@ -502,7 +502,8 @@ mod tests {
         const ALL: &[&str] = &["here", "changed", "two", "missing"];
         const NONE: &[&str] = &["missing"];
         let told = |program: &Program, functions| {
-            let hooks = refused(program, functions, &symbols);
+            let is_any_here = functions != NONE;
+            let hooks = refused(program, functions, is_any_here, &symbols);
             assert!(hooks.iter().all(|hook| hook.reason == Reason::NoHook));
             let names = hooks.iter().map(|hook| hook.name);
             names.collect::<Vec<_>>()
@@ -514,7 +515,7 @@ mod tests {
         // Of several each kernel has some; where it has none, that is told of what should be there.
         assert_eq!(told(&wanted, NONE), ["missing"]);
         assert_eq!(told(&if_there, NONE), [""; 0]);
-        let why = &refused(&if_there, ALL, &symbols)[0].detail;
+        let why = &refused(&if_there, ALL, true, &symbols)[0].detail;
         assert!(why.contains("changed.isra.0"), "{why}");
     }
 }

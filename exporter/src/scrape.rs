@@ -20,7 +20,10 @@ use crate::{
     libraries::Skip,
     lock::lock,
     page,
-    pods::{Pods, Source, cgroups::Bell},
+    pods::{
+        Pods, Source,
+        cgroups::{self, Bell},
+    },
     server::Site,
     signals::{Scope, State, running::Running},
     web::Web,
@@ -296,7 +299,7 @@ impl Exporter {
         match &*last {
             Some((of, at, told)) if *of == pods && at.elapsed() < MISPLACED_EVERY => told.clone(),
             _ => {
-                let told = self.hierarchy.misplaced(pods);
+                let told = cgroups::misplaced(&self.hierarchy, pods);
                 *last = Some((pods, Instant::now(), told.clone()));
                 told
             }
@@ -374,10 +377,10 @@ impl Site for Exporter {
 
     fn landing(&self) -> String {
         let mut host = self.host.clone();
-        let misplaced = self.pods.view().misplaced();
-        // To find them takes a walk, for which nobody waits.
-        if let Some(pods) = misplaced {
-            host.cgroups = self.misplaced(pods);
+        if host.cgroups.is_none() {
+            // To find them takes a walk, for which nobody waits.
+            let misplaced = self.pods.view().misplaced();
+            host.cgroups = misplaced.and_then(|pods| self.misplaced(pods));
         }
         // In the order of a scrape, or the two would wait for each other.
         let view = self.pods.view();

@@ -238,6 +238,38 @@ fn a_pod_in_the_hosts_network_has_no_address_of_its_own() {
     assert!(record.in_host && record.addresses.is_empty());
 }
 
+/// What else is wrong with the hierarchy is told first.
+#[test]
+fn a_part_of_the_hierarchy_is_told_whatever_pods_there_are() {
+    let (exporter, pods) = exporter_of(&Hierarchy::V2 {
+        root: "/part".into(),
+        whole: false,
+    });
+    let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases");
+    let listed = cases.join("hostnetwork-address/one-host-pod.json");
+    pods.pods_listed(file::read(&listed).expect("a list"), Instant::now());
+    let page = exporter.landing();
+    assert!(
+        page.contains("/part shows only a part of the cgroup hierarchy"),
+        "{page}"
+    );
+}
+
+fn exporter_of(hierarchy: &Hierarchy) -> (Exporter, Arc<Pods>) {
+    let args = Args::try_parse_from(["chandra", "--pods", "pods.json"]).expect("valid flags");
+    let pods = Arc::new(Pods::new(&args.serve.source(), Duration::from_secs(300)));
+    let exporter = Exporter::new(
+        Vec::new(),
+        Arc::clone(&pods),
+        Arc::default(),
+        None,
+        &Kernel::read(),
+        hierarchy,
+        &args.serve,
+    );
+    (exporter, pods)
+}
+
 /// Pods run, and the hierarchy that is followed has none of their containers: every count would be the host's.
 #[test]
 fn containers_that_are_elsewhere_are_told() {
@@ -245,21 +277,10 @@ fn containers_that_are_elsewhere_are_told() {
     let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases");
     let listed = cases.join("hostnetwork-address/one-host-pod.json");
     let records = file::read(&listed).expect("a list");
-    let args = Args::try_parse_from(["chandra", "--pods", "pods.json"]).expect("valid flags");
-    let pods = Arc::new(Pods::new(&args.serve.source(), Duration::from_secs(300)));
-    let hierarchy = Hierarchy::V2 {
+    let (exporter, pods) = exporter_of(&Hierarchy::V2 {
         root: root.path().to_owned(),
         whole: true,
-    };
-    let exporter = Exporter::new(
-        Vec::new(),
-        Arc::clone(&pods),
-        Arc::default(),
-        None,
-        &Kernel::read(),
-        &hierarchy,
-        &args.serve,
-    );
+    });
     let told = || {
         let metrics = exporter.metrics().expect("a page");
         let metrics = String::from_utf8(metrics).expect("UTF-8");

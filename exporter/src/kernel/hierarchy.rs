@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Where is the cgroup hierarchy, and does it have the containers?
+//! Where is the cgroup hierarchy?
 
 use std::{
     fs,
@@ -8,8 +8,6 @@ use std::{
 };
 
 use rustix::fs::statfs;
-
-use crate::pods::{Place, cgroups::place};
 
 /// Which cgroup hierarchies this host has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,34 +68,10 @@ impl Hierarchy {
         }
     }
 
-    /// Where there are pods in another hierarchy of this host: a controller's of version 1, which a container is in as well.
-    pub fn pods_elsewhere() -> Option<PathBuf> {
+    /// Where controllers of version 1 are mounted.
+    pub fn of_controllers() -> impl Iterator<Item = PathBuf> {
         let all = mounts(&mountinfo()).into_iter();
-        let mut first = all.filter(|mount| !mount.second).map(|mount| mount.point);
-        first.find(|point| has_pods(point, "", 0, &mut { LOOKED_AT }))
-    }
-
-    /// What it means that so many pods are listed and none of their containers is in this hierarchy: one line with what to do.
-    pub fn misplaced(&self, pods: usize) -> Option<String> {
-        let Self::V2 { root, whole: true } = self else {
-            return None;
-        };
-        let what = match Self::pods_elsewhere() {
-            Some(place) => format!(
-                "they are in that of cgroup v1 at {}: boot with systemd.unified_cgroup_hierarchy=1, or have the kubelet and the \
-                 runtime use the systemd cgroup driver",
-                place.display()
-            ),
-            None => {
-                "if they run on this node, name the hierarchy that they are in with --path.cgroupfs"
-                    .to_owned()
-            }
-        };
-        Some(format!(
-            "{pods} running pods are listed and none of their containers is in the cgroup hierarchy at {}, so every count is the host's: \
-             {what}",
-            root.display()
-        ))
+        all.filter(|mount| !mount.second).map(|mount| mount.point)
     }
 
     /// What this means for attribution, where it is not whole: one line with what to do.
@@ -174,38 +148,6 @@ fn is_root(point: &Path) -> Option<bool> {
     (found.f_type as u64 == CGROUP2).then(|| root.ino() == ROOT)
 }
 
-/// Directories of a hierarchy in which pods are looked for, and how deep.
-const LOOKED_AT: usize = 4096;
-const DEPTH: usize = 16;
-
-/// Says if there is a pod below a directory.
-fn has_pods(root: &Path, path: &str, depth: usize, left: &mut usize) -> bool {
-    if matches!(place(path), Place::Pod { .. } | Place::Container { .. }) {
-        return true;
-    }
-    let Ok(entries) = fs::read_dir(root.join(path.trim_start_matches('/'))) else {
-        return false;
-    };
-    let folders = entries
-        .flatten()
-        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    let mut names: Vec<_> = folders
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .collect();
-    // Who makes many others does not hide them.
-    names.sort_by_key(|name| !name.contains("kube"));
-    for name in names {
-        if *left == 0 || depth == DEPTH {
-            return false;
-        }
-        *left -= 1;
-        if has_pods(root, &format!("{path}/{name}"), depth + 1, left) {
-            return true;
-        }
-    }
-    false
-}
-
 /// Undoes the octal escapes of `mountinfo`.
 fn unescape(field: &str) -> String {
     ["\\040", "\\011", "\\012", "\\134"]
@@ -256,18 +198,5 @@ mod tests {
                 .trouble()
                 .is_some_and(|text| text.contains("cgroup v1"))
         );
-    }
-
-    #[test]
-    fn pods_are_found_in_a_hierarchy_of_version_1() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let has = || has_pods(folder.path(), "", 0, &mut 100);
-        let make = |path: &str| fs::create_dir_all(folder.path().join(path)).expect("made");
-        make("system.slice/kubelet.service");
-        make("kubepods/burstable");
-        assert!(!has());
-        make("kubepods/burstable/pod0f5e1c6a-7d8e-4f2b-9c3d-1a2b3c4d5e6f");
-        assert!(has());
-        assert!(!has_pods(folder.path(), "", 0, &mut 2), "it gives up");
     }
 }

@@ -3,12 +3,16 @@
 //!
 //! [`Watcher`] walks the hierarchy and tells a directory what is in it.
 
+mod elsewhere;
 mod names;
 mod watcher;
 
 use std::sync::Arc;
 
-pub use self::watcher::{Bell, Watcher};
+pub use self::{
+    elsewhere::{misplaced, unplaced},
+    watcher::{Bell, Watcher},
+};
 use super::{Found, Place, Rival};
 
 /// Reads a cgroup's place from its path below the root of the hierarchy (`/kubepods.slice/…`).
@@ -25,33 +29,30 @@ pub fn place(path: &str) -> Place {
 
 /// What a path says, by what was found in it, on a node whose pods are in trees that are no worse.
 fn found_among(path: &str, found: Option<Candidate>, worst: Tree) -> Found {
-    let name = names::name(path);
-    let outer = names::outer(path);
+    let (place, rival) = match found {
+        Some(Candidate {
+            tree: Tree::Kubelet,
+            place: Some(place),
+            ..
+        }) => return place.into(),
+        Some(Candidate {
+            tree,
+            root,
+            place: Some(place),
+        }) => (Some(place), Some((tree, root))),
+        _ => (None, None),
+    };
+    let (name, outer) = (names::name(path), names::outer(path));
     let outer = (outer != name).then(|| outer.into());
     let otherwise = Place::Unit(name.into());
-    let Some(Candidate {
-        tree,
-        root,
-        place: Some(place),
-    }) = found
-    else {
-        return Found {
-            outer,
-            ..Found::from(otherwise)
-        };
-    };
-    if tree == Tree::Kubelet {
-        return place.into();
-    }
-    let rival = Rival {
-        tree,
-        root: root.into(),
-        otherwise,
-        is_worse: tree > worst,
-    };
     Found {
-        place,
-        rival: Some(rival),
+        place: place.unwrap_or_else(|| otherwise.clone()),
+        rival: rival.map(|(tree, root)| Rival {
+            tree,
+            root: root.into(),
+            otherwise,
+            is_worse: tree > worst,
+        }),
         outer,
     }
 }

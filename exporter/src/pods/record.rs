@@ -46,6 +46,8 @@ impl Record {
             status.and_then(|s| s.init_container_statuses.as_deref()),
             status.and_then(|s| s.ephemeral_container_statuses.as_deref()),
         ];
+        let phase = status.and_then(|status| status.phase.as_deref());
+        let (is_running, in_host) = (phase == Some("Running"), in_host(pod));
         let containers = lists
             .into_iter()
             .flatten()
@@ -64,9 +66,12 @@ impl Record {
                 .as_ref()
                 .map_or(0, |t| t.0.as_second()),
             containers,
-            is_running: phase(pod) == Some("Running"),
-            in_host: in_host(pod),
-            addresses: addresses(pod),
+            is_running,
+            in_host,
+            addresses: match is_running && !in_host {
+                true => listed(pod),
+                false => Vec::new(),
+            },
         })
     }
 
@@ -106,11 +111,6 @@ fn mirrored(meta: &ObjectMeta) -> Option<&str> {
 /// Hexadecimal digits of a manifest's hash.
 const HASH: usize = 32;
 
-/// Where a pod is in its life.
-fn phase(pod: &Pod) -> Option<&str> {
-    pod.status.as_ref()?.phase.as_deref()
-}
-
 /// Says if a pod is in the host's network. Its spec says so, or its addresses are those of its node.
 fn in_host(pod: &Pod) -> bool {
     let asked = pod.spec.as_ref().and_then(|spec| spec.host_network);
@@ -122,24 +122,16 @@ fn in_host(pod: &Pod) -> bool {
     asked == Some(true) || listed(pod).iter().any(|address| hosts.contains(address))
 }
 
-/// The addresses of a pod that runs in a network of its own, of both families.
-fn addresses(pod: &Pod) -> Vec<IpAddr> {
-    if in_host(pod) || phase(pod) != Some("Running") {
-        return Vec::new();
-    }
-    let mut addresses = listed(pod);
-    addresses.sort();
-    addresses.dedup();
-    addresses
-}
-
-/// The addresses that a pod's status has.
+/// The addresses that a pod's status has, of both families.
 fn listed(pod: &Pod) -> Vec<IpAddr> {
     let Some(status) = pod.status.as_ref() else {
         return Vec::new();
     };
-    let all = status.pod_ips.iter().flatten();
-    parsed(all.map(|ip| ip.ip.as_str()).chain(status.pod_ip.as_deref()))
+    let all = status.pod_ips.iter().flatten().map(|ip| ip.ip.as_str());
+    let mut addresses = parsed(all.chain(status.pod_ip.as_deref()));
+    addresses.sort();
+    addresses.dedup();
+    addresses
 }
 
 fn parsed<'a>(texts: impl Iterator<Item = &'a str>) -> Vec<IpAddr> {

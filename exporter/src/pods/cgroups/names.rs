@@ -75,10 +75,11 @@ fn step(parts: &[&str]) -> Option<String> {
         [job, ..] if job.starts_with("job_") => (*job).to_owned(),
         _ => return None,
     };
-    let above = parts[..at].iter().rposition(|part| !is_slice(part));
-    // In a container.
-    let above = above.map(|last| joined(&parts[..=last]));
-    Some(above.map_or(name.clone(), |above| format!("{above}:{name}")))
+    Some(match parts[..at].iter().rposition(|part| !is_slice(part)) {
+        // In a container.
+        Some(last) => format!("{}:{name}", joined(&parts[..=last])),
+        None => name,
+    })
 }
 
 /// The directories, without those that say nothing.

@@ -34,6 +34,9 @@ const WALK_UNWATCHED: Duration = Duration::from_secs(5);
 /// Least time between two walks that unknown ids ask for.
 const WALK_ASKED: Duration = Duration::from_secs(1);
 
+/// Least time between two tellings that cgroups have come: each looks at all of them.
+const MET: Duration = Duration::from_millis(200);
+
 /// Levels below the root that are walked. systemd nests 5 deep and a container inside a container doubles that.
 const DEPTH: usize = 32;
 
@@ -119,6 +122,7 @@ impl Watcher {
     /// Follows the hierarchy until the process ends. Blocks: give it a thread.
     pub fn run(mut self) {
         let mut walked = Instant::now();
+        let mut met = walked;
         let mut buffer = vec![0; 64 * 1024];
         loop {
             let period = if self.watches.is_some() {
@@ -126,10 +130,16 @@ impl Watcher {
             } else {
                 WALK_UNWATCHED
             };
-            self.wait(period.saturating_sub(walked.elapsed()));
+            let mut time = period.saturating_sub(walked.elapsed());
+            if self.has_new {
+                time = time.min(MET.saturating_sub(met.elapsed()));
+            }
+            self.wait(time);
             self.drain(&mut buffer);
-            if std::mem::take(&mut self.has_new) {
+            if self.has_new && met.elapsed() >= MET {
+                self.has_new = false;
                 self.pods.cgroups_met();
+                met = Instant::now();
             }
             let asked = self.bell.rung.swap(false, Ordering::Relaxed);
             if asked && walked.elapsed() < WALK_ASKED {
@@ -204,9 +214,8 @@ impl Watcher {
                     self.unwatch(gone.watch);
                 }
             } else {
-                let depth = path.matches('/').count();
                 // Gone already: the removal is the next event.
-                let _ = self.visit(path, depth, &mut HashSet::new());
+                let _ = self.visit(path, &mut HashSet::new());
             }
         }
     }
@@ -214,8 +223,8 @@ impl Watcher {
     fn walk(&mut self) -> io::Result<()> {
         let mut met = HashSet::new();
         // Before anything is taken for a pod.
-        self.tree = best_tree(&self.root, "", 0)?;
-        self.visit(String::new(), 0, &mut met)?;
+        self.tree = best_tree(&self.root, "")?;
+        self.visit(String::new(), &mut met)?;
         let gone: Vec<_> = self
             .seen
             .extract_if(|_, seen| !met.contains(&seen.id))
@@ -229,7 +238,7 @@ impl Watcher {
 
     /// Notes one cgroup and everything below it. The watch is set before the children are listed, so a child that
     /// appears meanwhile is seen twice rather than never.
-    fn visit(&mut self, path: String, depth: usize, met: &mut HashSet<u64>) -> io::Result<()> {
+    fn visit(&mut self, path: String, met: &mut HashSet<u64>) -> io::Result<()> {
         let full = full(&self.root, &path);
         let id = fs::metadata(&full)?.ino();
         met.insert(id);
@@ -254,8 +263,8 @@ impl Watcher {
         }
         self.pods
             .cgroup_found(id, found_among(&path, found, self.tree));
-        for child in children(&full, depth)? {
-            match self.visit(format!("{path}/{child}"), depth + 1, met) {
+        for child in children(&self.root, &path)? {
+            match self.visit(format!("{path}/{child}"), met) {
                 // Removed between the listing and the look.
                 Err(error) if matches!(error.kind(), io::ErrorKind::NotFound) => {}
                 other => other?,
@@ -297,7 +306,7 @@ impl Watcher {
 }
 
 /// The best kind of tree in which there are pods.
-fn best_tree(root: &Path, path: &str, depth: usize) -> io::Result<Tree> {
+fn best_tree(root: &Path, path: &str) -> io::Result<Tree> {
     let mut best = match find(path) {
         Some(Candidate {
             tree,
@@ -306,8 +315,8 @@ fn best_tree(root: &Path, path: &str, depth: usize) -> io::Result<Tree> {
         }) => return Ok(tree),
         _ => Tree::User,
     };
-    for child in children(&full(root, path), depth)? {
-        match best_tree(root, &format!("{path}/{child}"), depth + 1) {
+    for child in children(root, path)? {
+        match best_tree(root, &format!("{path}/{child}")) {
             Ok(tree) => best = best.min(tree),
             // Removed between the listing and the look.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -318,12 +327,12 @@ fn best_tree(root: &Path, path: &str, depth: usize) -> io::Result<Tree> {
 }
 
 /// The cgroups in one, as deep as is looked.
-fn children(full: &Path, depth: usize) -> io::Result<Vec<String>> {
+pub(super) fn children(root: &Path, path: &str) -> io::Result<Vec<String>> {
     let mut names = Vec::new();
-    if depth == DEPTH {
+    if path.matches('/').count() >= DEPTH {
         return Ok(names);
     }
-    for entry in fs::read_dir(full)? {
+    for entry in fs::read_dir(full(root, path))? {
         let entry = entry?;
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             names.push(entry.file_name().to_string_lossy().into_owned());

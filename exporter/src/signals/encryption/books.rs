@@ -81,6 +81,12 @@ impl<'a> Holders<'a> {
             networks: pods.networks(),
         }
     }
+
+    /// The one pod that an address is the own one of.
+    pub fn pod_at(&self, address: &IpAddr) -> Option<&Owner> {
+        let owner = self.addresses.get(address)?.as_ref();
+        owner.filter(|_| !self.host.contains(address))
+    }
 }
 
 /// How long a pair stays after it has counted last, if its cgroup is known.
@@ -89,14 +95,6 @@ const PAIR_STAYS: Duration = Duration::from_secs(10);
 /// Says if a flow has both a sender and a pod's address.
 fn is_pair(flow: &Flow) -> bool {
     flow.cgroup != NO_CGROUP && !address(flow).is_unspecified()
-}
-
-impl Holders<'_> {
-    /// The one pod that an address is the own one of.
-    pub fn pod_at(&self, address: &IpAddr) -> Option<&Owner> {
-        let owner = self.addresses.get(address)?.as_ref();
-        owner.filter(|_| !self.host.contains(address))
-    }
 }
 
 impl Books {
@@ -126,20 +124,29 @@ impl Books {
                 None if self.growth.may_wait(&counted, now) => continue,
                 None => Whose::Unknown,
             };
+            known.push((whose, counted));
+        }
+        self.give(known);
+    }
+
+    /// Gives what flows grew by to owners.
+    fn give(&mut self, known: Vec<(Whose, Counted)>) {
+        let taken = known.into_iter().map(|(whose, counted)| {
+            let (_, flow) = &counted;
             let (protocol, direction) = (flow.protocol as usize, flow.direction as usize);
             let by = self.growth.take(&counted);
             let [_, _, timed_bytes, timed_nanoseconds] = by;
             let (nanoseconds, bytes) = &mut self.timed[protocol][direction];
             *nanoseconds += timed_nanoseconds;
             *bytes += timed_bytes;
-            known.push((whose, protocol, direction, by));
-        }
-        for (whose, protocol, direction, by) in known {
+            (whose, protocol, direction, by)
+        });
+        // What a byte takes on average is known when all have been taken.
+        for (whose, protocol, direction, by) in taken.collect::<Vec<_>>() {
             self.add(whose, protocol, direction, by);
         }
     }
 
-    /// Adds what a flow grew by to its owner.
     fn add(&mut self, whose: Whose, protocol: usize, direction: usize, by: [u64; 4]) {
         let [packets, all_bytes, timed_bytes, timed_nanoseconds] = by;
         // An owner of whose packets none was timed has what a byte takes on average.
@@ -159,13 +166,10 @@ impl Books {
     /// Ends what was booked before addresses change hands: what waits for its sender and has a pod's address is nobody's from now on, since
     /// that may be another's next.
     pub fn close(&mut self) {
-        let is_pair = |counted: &Counted| is_pair(&counted.1);
-        let pairs: Vec<_> = self.growth.held().into_iter().filter(is_pair).collect();
-        for counted in pairs {
-            let (protocol, direction) = (counted.1.protocol as usize, counted.1.direction as usize);
-            let by = self.growth.take(&counted);
-            self.add(Whose::Unknown, protocol, direction, by);
-        }
+        let held = self.growth.held().into_iter();
+        let pairs = held.filter(|(_, flow)| is_pair(flow));
+        let pairs = pairs.map(|counted| (Whose::Unknown, counted)).collect();
+        self.give(pairs);
     }
 
     /// Who a flow belongs to; `None` if that may still be told.

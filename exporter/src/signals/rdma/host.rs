@@ -21,7 +21,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::{
     enumeration::{Answer, Fabric, Listing, PairOwner},
-    nldev::{self, Client, NldevError, Pairs, Question, QueuePair},
+    nldev::{self, Client, NldevError, Pairs, Question},
 };
 use crate::{
     kernel::symbols,
@@ -158,8 +158,7 @@ impl Owners {
     fn attribute(
         &self,
         device: &nldev::Device,
-        pairs: &[QueuePair],
-        is_whole: bool,
+        listed: &Pairs,
         began: u64,
         cgroup_of: impl Fn(u32) -> Option<u64>,
     ) -> Vec<PairOwner> {
@@ -170,7 +169,7 @@ impl Owners {
             .unwrap_or_default();
         let mut threads = HashMap::new();
         let mut found = HashMap::new();
-        let owners = pairs.iter().map(|pair| {
+        let owners = listed.pairs.iter().map(|pair| {
             // No user of RDMA in the kernel makes XRC targets.
             if pair.of_kernel && pair.kind != XRC_TGT {
                 return PairOwner::Kernel;
@@ -191,7 +190,7 @@ impl Owners {
         });
         let mut owners: Vec<_> = owners.collect();
         if let Some(maps) = maps.as_mut().filter(|maps| maps.numbered) {
-            remember(maps, device.index, (pairs, is_whole), &found, &mut owners);
+            remember(maps, device.index, listed, &found, &mut owners);
         }
         owners
     }
@@ -224,7 +223,7 @@ fn name_of(device: &Device, named: bool, known: &BTreeSet<String>) -> Option<Str
 fn remember(
     maps: &mut PairMaps,
     index: u32,
-    (pairs, is_whole): (&[QueuePair], bool),
+    Pairs { pairs, partial, .. }: &Pairs,
     found: &HashMap<u32, u64>,
     owners: &mut [PairOwner],
 ) {
@@ -234,7 +233,7 @@ fn remember(
     for (number, cgroup) in maps.old.iter().filter_map(Result::ok) {
         if number.index == index {
             // What is not in a part of a list may be in the rest.
-            if listed.contains(&number.number) || !is_whole {
+            if listed.contains(&number.number) || partial.is_some() {
                 old.insert(number.number, cgroup);
             } else {
                 gone.push(number);
@@ -456,20 +455,20 @@ impl Fabric for Host {
                 client.ask(Question::pairs_of(index, part), left, each)
             })
         });
+        let listed = answer.map_err(|error| format!("cannot list its queue pairs: {error}"))?;
+        let owners = self
+            .owners
+            .attribute(&place.device, &listed, began, |thread| {
+                cgroup_of(thread, self.cgroups.as_deref())
+            });
         let Pairs {
             pairs,
             odd,
             partial,
-        } = answer.map_err(|error| format!("cannot list its queue pairs: {error}"))?;
-        let is_whole = partial.is_none();
-        let owners = self
-            .owners
-            .attribute(&place.device, &pairs, is_whole, began, |thread| {
-                cgroup_of(thread, self.cgroups.as_deref())
-            });
+        } = listed;
         Ok(Answer {
             pairs: pairs.into_iter().zip(owners).collect(),
-            is_partial: !is_whole,
+            is_partial: partial.is_some(),
             odd: partial.or_else(|| {
                 (odd > 0).then(|| format!("{odd} queue pairs have no number, type or state"))
             }),

@@ -325,6 +325,9 @@ pub struct Pairs {
     pub partial: Option<String>,
 }
 
+/// What takes each payload of an answer.
+pub type Each<'a> = &'a mut dyn FnMut(&[u8]) -> Result<(), NldevError>;
+
 /// Ports that are asked for one by one.
 const MAX_PORTS: u32 = 16;
 
@@ -342,7 +345,7 @@ const DRIVER: u8 = 0xff;
 /// When nothing could be had.
 pub fn list(
     ports: u32,
-    mut ask: impl FnMut(Part, &mut dyn FnMut(&[u8]) -> Result<(), NldevError>) -> Result<(), NldevError>,
+    mut ask: impl FnMut(Part, Each<'_>) -> Result<(), NldevError>,
 ) -> Result<Pairs, NldevError> {
     let mut all = Pairs::default();
     let refused = match all.add(Part::All, &mut ask) {
@@ -381,10 +384,7 @@ impl Pairs {
     fn add(
         &mut self,
         part: Part,
-        ask: &mut impl FnMut(
-            Part,
-            &mut dyn FnMut(&[u8]) -> Result<(), NldevError>,
-        ) -> Result<(), NldevError>,
+        ask: &mut impl FnMut(Part, Each<'_>) -> Result<(), NldevError>,
     ) -> Result<(), NldevError> {
         ask(part, &mut |payload| {
             self.odd += queue_pairs(payload, &mut self.pairs)?;
