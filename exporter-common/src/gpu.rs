@@ -10,7 +10,7 @@ pub const MAX_PROCESSES: u32 = 4096;
 pub const MAX_THREADS: u32 = 16384;
 
 /// Device files that drive a GPU.
-pub const MAX_DEVICES: u32 = 512;
+pub const MAX_DEVICES: u32 = 384;
 
 /// Cgroups of these processes.
 pub const MAX_OWNERS: u32 = 1024;
@@ -25,7 +25,14 @@ pub const DELAY: Shape = Shape {
 /// Who makes the device that is open: the labels, in the order of [`Driver`].
 pub const DRIVERS: [&str; 4] = ["nvidia", "amdkfd", "drm", "other"];
 
-/// Who makes a device. The bit of a driver in [`Process::drivers`] is 1 shifted by its value.
+/// Drivers that are told apart: those of [`DRIVERS`], and of accelerators, which user space numbers as they come. One more is
+/// [`Driver::Other`].
+pub const MAX_DRIVERS: usize = 32;
+
+/// GPUs of NVIDIA that are told apart, those with the least numbers. Its driver takes as many (`NV_MAX_DEVICES` of nvlimits.h).
+pub const MAX_GPUS: u32 = 32;
+
+/// Who makes a device. The bit of a driver in [`Device::drivers`] is 1 shifted by its value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum Driver {
@@ -39,17 +46,29 @@ pub enum Driver {
     Other = 3,
 }
 
-/// A process that drives a GPU: the value of the map `PROCESSES`, whose key is the process id (`u32`) in the initial
+/// What having a device open says of a process, or all that it has open: the value of the map `DEVICES`, whose key is the kernel's `dev_t`
+/// (`u32`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Device {
+    /// By which drivers it drives a GPU, a bit for each [`Driver`]. By none: it has an NVIDIA GPU open and does not compute on it, as monitoring
+    /// does, or not yet.
+    pub drivers: u32,
+    /// Of NVIDIA's GPUs, a bit for each: N of `/dev/nvidiaN`, below [`MAX_GPUS`].
+    pub gpus: u32,
+}
+
+/// A process that has a device of a GPU open: the value of the map `PROCESSES`, whose key is the process id (`u32`) in the initial
 /// namespace.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Process {
     /// Its cgroup when it was last seen with a device.
     pub cgroup: u64,
-    /// By which drivers, a bit for each [`Driver`].
-    pub drivers: u32,
+    /// Which.
+    pub devices: Device,
     /// The last search of open files that saw it, or was under way when it opened a device.
-    pub search: u32,
+    pub search: u64,
 }
 
 /// A thread of these: the value of the map `THREADS`, whose key is the thread id (`u32`). What the kernel will have
@@ -221,7 +240,8 @@ const _: () = {
     );
     assert!(size_of::<CudaFrame>() == 16, "no padding");
     assert!(size_of::<CudaBegun>() == 24, "no padding");
-    assert!(size_of::<Process>() == 16, "no padding");
+    assert!(size_of::<Device>() == 8, "no padding");
+    assert!(size_of::<Process>() == 24, "no padding");
     assert!(size_of::<Thread>() == 24, "no padding");
     assert!(size_of::<Delays>() == 8 * DELAY.slots(), "no padding");
     assert!(size_of::<Clock>() == 24, "no padding");
@@ -234,6 +254,8 @@ const _: () = {
 mod user {
     // SAFETY: each is `repr(C)` of integers without padding (asserted above), so every bit pattern is valid.
     unsafe impl aya::Pod for super::Process {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Device {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Thread {}
     // SAFETY: as above.

@@ -71,8 +71,8 @@ pub struct Shares {
 /// Collectives that are being completed, at most one for each CPU.
 pub const MAX_CLAIMS: u32 = 256;
 
-/// What is done: the labels, in the order of [`Operation`].
-pub const OPERATIONS: [&str; 11] = [
+/// What is done: the labels, in the order of [`Operation`]. New ones come at the end: the plugin in a job may be older than the exporter.
+pub const OPERATIONS: [&str; 14] = [
     "broadcast",
     "reduce",
     "all_gather",
@@ -84,6 +84,9 @@ pub const OPERATIONS: [&str; 11] = [
     "send",
     "recv",
     "other",
+    "put_signal",
+    "signal",
+    "wait_signal",
 ];
 
 /// How many of [`OPERATIONS`] are collectives, in which all ranks take part. They come first.
@@ -107,7 +110,7 @@ pub enum Operation {
     ReduceScatter = 3,
     /// ncclAllReduce.
     AllReduce = 4,
-    /// ncclAlltoAll, from 2.28 on.
+    /// ncclAlltoAll, from 2.28 on; ncclAllToAll and ncclAllToAllv of RCCL.
     AllToAll = 5,
     /// ncclGather, from 2.28 on.
     Gather = 6,
@@ -119,6 +122,12 @@ pub enum Operation {
     Recv = 9,
     /// What the plugin has no name for.
     Other = 10,
+    /// ncclPutSignal, from 2.29 on: data into a peer's memory, and a signal.
+    PutSignal = 11,
+    /// ncclSignal, from 2.29 on.
+    Signal = 12,
+    /// ncclWaitSignal, from 2.29 on.
+    WaitSignal = 13,
 }
 
 /// Phases of an initialisation: the labels, in the order of [`Phase`].

@@ -78,6 +78,19 @@ impl Registers {
         }
     }
 
+    /// Returns the eighth argument, at the entry of a function in user space: on x86-64 it is on the stack.
+    ///
+    /// # Errors
+    /// When the stack cannot be read.
+    #[inline(always)]
+    pub fn eighth_argument(self) -> Result<u64, Loss> {
+        if is_arm64() {
+            Ok(register!(self.0, "56"))
+        } else {
+            read_user(self.frame() + 16)
+        }
+    }
+
     /// Returns what names the call among all that are in progress, on any CPU and in any task: the address of its
     /// stack frame, at the entry of the function.
     #[inline(always)]

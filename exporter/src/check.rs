@@ -310,8 +310,8 @@ fn nccl() -> String {
     let there = libraries::watch::processes().unwrap_or_default();
     let maps_nccl = |process: &&u32| libraries::has_nccl(**process);
     match there.iter().filter(maps_nccl).count() {
-        0 => "no process has libnccl mapped".to_owned(),
-        n => format!("libnccl is mapped by {n} processes"),
+        0 => "no process has libnccl or librccl mapped".to_owned(),
+        n => format!("libnccl or librccl is mapped by {n} processes"),
     }
 }
 

@@ -535,7 +535,9 @@ fn a_node_with_eight_gpu_pods_stays_within_the_series_budget() {
                 let pods = cgroups.iter().filter(|cgroup| **cgroup % 3 == 1).take(16);
                 let totals = pods.map(|cgroup| (*cgroup, [1; gpu::SLOTS]));
                 ledger.book(&view.owners(), totals, |cgroup| view.resolve(cgroup), now);
-                let processes = ledger.accounts().map(|(labels, _)| (labels, [1, 0, 0, 0]));
+                let each = |gpu: usize| [(("nvidia".into(), u32::try_from(gpu).ok()), 1)].into();
+                let processes = ledger.accounts().enumerate();
+                let processes = processes.map(|(gpu, (labels, _))| (labels, each(gpu)));
                 gpu::render(ledger.accounts(), &processes.collect(), &mut families);
                 let alone = families.series();
                 // Each has jobs on a ring of its device.

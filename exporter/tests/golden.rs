@@ -161,9 +161,21 @@ fn gpu_page() -> String {
     // Every slot its own number; the host drives none.
     let slots = std::array::from_fn(|slot| slot as u64 + 1);
     let accounts = [(Labels::default(), [0; gpu::SLOTS]), (pod.clone(), slots)];
+    let driven = |driver: &str, gpu, count| ((driver.into(), gpu), count);
     let processes = [
-        (Labels::default(), [0, 0, 1, 0]),
-        (pod.clone(), [8, 0, 1, 2]),
+        (Labels::default(), [driven("drm", None, 1)].into()),
+        (
+            pod.clone(),
+            [
+                driven("nvidia", Some(0), 8),
+                driven("nvidia", Some(31), 1),
+                driven("nvidia", None, 1),
+                driven("drm", None, 1),
+                driven("habanalabs", None, 2),
+                driven("other", None, 2),
+            ]
+            .into(),
+        ),
     ];
     let mut families = Families::default();
     let borrowed = accounts.iter().map(|(labels, n)| (labels.clone(), n));

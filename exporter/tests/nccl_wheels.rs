@@ -32,7 +32,7 @@ const VERSIONS: [(&str, Option<[i64; 4]>); 8] = [
 ];
 
 /// Functions of the interface with the label of each.
-const FUNCTIONS: [(&str, &str); 10] = [
+const FUNCTIONS: [(&str, &str); 13] = [
     ("ncclAllReduce", "all_reduce"),
     ("ncclReduceScatter", "reduce_scatter"),
     ("ncclAllGather", "all_gather"),
@@ -43,6 +43,9 @@ const FUNCTIONS: [(&str, &str); 10] = [
     ("ncclScatter", "scatter"),
     ("ncclSend", "send"),
     ("ncclRecv", "recv"),
+    ("ncclPutSignal", "put_signal"),
+    ("ncclSignal", "signal"),
+    ("ncclWaitSignal", "wait_signal"),
 ];
 
 fn cached(version: &str) -> Option<PathBuf> {
@@ -140,7 +143,7 @@ fn one(version: &str, places: Option<[i64; 4]>, library: &Path, program: &Path) 
     println!("NCCL {version}");
     let shown = library.display();
     let mut loader = Loader::start(program, library, places.unwrap_or([-1; 4]));
-    let exporter = Exporter::start(&["--pods", "none"]);
+    let exporter = Exporter::start(&["--pods", "none", "--web.show-paths"]);
     let scrape = exporter.scrape_until("it is probed", |scrape| {
         attached(scrape, "ncclEnqueueCheck")
     });
@@ -163,6 +166,7 @@ fn one(version: &str, places: Option<[i64; 4]>, library: &Path, program: &Path) 
         "ncclCommInitAll",
         "ncclCommSplit",
         "ncclCommShrink",
+        "ncclCommGrow",
         "ncclCommDestroy",
         "ncclCommAbort",
     ] {
@@ -252,5 +256,9 @@ fn one(version: &str, places: Option<[i64; 4]>, library: &Path, program: &Path) 
     assert_eq!(scrape.sum("chandra_nccl_oldest_pending_seconds", &[]), 0.0);
     let text = fs::read_to_string(format!("/proc/{}/maps", loader.child.id())).expect("it lives");
     assert!(text.contains("libnccl"), "it has not crashed");
-    println!("  10 functions, waits {:.4} s of 9 times 20 ms", waited);
+    println!(
+        "  {} functions, waits {:.4} s of 9 times 20 ms",
+        FUNCTIONS.len(),
+        waited
+    );
 }

@@ -171,7 +171,7 @@ fn exporter(node: usize, page: &mut Page) {
     }
 
     page.add(
-        &format!("chandra_gpu_processes{{{worker},driver=\"nvidia\"}}"),
+        &format!("chandra_gpu_processes{{{worker},driver=\"nvidia\",gpu=\"0\"}}"),
         1.0,
     );
     let waits = [0.032768, 0.065536, 0.131072];

@@ -8,7 +8,7 @@ use core::sync::atomic::{
 };
 
 use exporter_common::{
-    nccl::OPERATIONS,
+    nccl::Operation,
     nccl_profiler::{FINE, IMPOSSIBLE, OVERWRITTEN, Told},
 };
 
@@ -215,10 +215,10 @@ impl Place {
     }
 }
 
-/// [`OTHER`]'s label is the last.
-pub(crate) const OTHER: u32 = OPERATIONS.len() as u32 - 1;
+/// What has none of the names.
+pub(crate) const OTHER: u32 = Operation::Other as u32;
 
-/// Returns the index of an operation into [`OPERATIONS`], by NCCL's name of it: its bytes, the last one lowest.
+/// Returns an [`Operation`] by NCCL's name of it: its bytes, the last one lowest.
 pub(crate) fn operation(name: u128) -> u32 {
     const NAMES: [u128; 10] = [
         packed("Broadcast"),

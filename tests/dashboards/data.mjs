@@ -170,7 +170,8 @@ for (const node of NODES) {
 for (const p of [...models, ...workers, others[2]]) {
   const waits = (t) => p.rank === 2 && contention(t);
   const amd = p.labels.namespace === 'render';
-  gauge('chandra_gpu_processes', chandra(p.node, { ...p.labels, driver: amd ? 'drm' : 'nvidia' }), (t) => (p.rank === 2 && crash(t) && Math.floor(t / 30) % 2 === 0 ? 0 : amd ? 1 : 8));
+  for (const gpu of amd ? [''] : [...'01234567'])
+    gauge('chandra_gpu_processes', chandra(p.node, { ...p.labels, driver: amd ? 'drm' : 'nvidia', gpu }), (t) => (p.rank === 2 && crash(t) && Math.floor(t / 30) % 2 === 0 ? 0 : 1));
   histogram('chandra_gpu_runqueue_delay_seconds', chandra(p.node, p.labels), SECONDS, (t) => (waits(t) ? 300 : 900), (t) => (waits(t) ? 0.009 : 0.00009), 1.1);
   if (amd) {
     const ring = { device: '0000:c3:00.0', ring: 'gfx_0.0.0' };

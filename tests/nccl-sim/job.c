@@ -10,11 +10,13 @@
 //   --communicators M     1: the world; 2: and one by a second unique id; 3: the world, and one each of the even and the odd ranks;
 //                         4: those three and one by a second unique id; 5: and one by two ids (ncclCommInitRankScalable); 6: and a
 //                         split that the upper half of the ranks is not in; 7: and a shrink without the last rank; from 8: more
+//   --grow N              the last N ranks are not in the first communicator; the second is that, grown by them (ncclCommGrow)
 //   --init HOW            how the world is made: rank (default), config, scalable, group, all (by one thread; needs --threads)
 //   --blocking 0          communicators that are made do not wait for their init; the ranks ask until it is done
 //   --init-delay-rank R --init-delay-us D   this rank comes later to its first init
 //   --collectives K       by each communicator (100); --forever: without an end
-//   --kinds LIST          all (default), or names such as all_reduce,broadcast,send_recv
+//   --kinds LIST          all (default), or names such as all_reduce,broadcast,send_recv; put_signal is with signal and wait_signal, and
+//                         not among all; each other all_to_all is ncclAllToAllv where the library has that
 //   --groups 0            no groups; else every third step is a group over communicators and every fifth one of two or three
 //                         collectives of the same communicator
 //   --interval-us I       each rank sleeps that long before each step (1000)
@@ -79,11 +81,12 @@ struct sim_comm {
 };
 
 static const char *const names[OPERATIONS] = {"broadcast", "reduce", "all_gather", "reduce_scatter", "all_reduce", "send_recv",
-                                              "send",      "recv",   "all_to_all", "scatter",        "gather"};
+                                              "send",      "recv",   "all_to_all", "scatter",        "gather",
+                                              "all_gather_v", "put_signal", "signal", "wait_signal"};
 
 static struct {
   const char *library, *cgroup, *init, *drop_how, *end;
-  int ranks, threads, hosts, communicators, blocking, init_delay_rank, straggler, drop, groups, sync_every, wait, forever, on_signal;
+  int ranks, threads, hosts, communicators, grow, blocking, init_delay_rank, straggler, drop, groups, sync_every, wait, forever, on_signal;
   long collectives, init_delay, interval, delay, random, seed, drop_at, hold, abort_after;
   bool kinds[OPERATIONS];
 } options = {.library = "libnccl.so.2", .init = "rank", .drop_how = "stop", .end = "destroy", .ranks = 8, .hosts = 1,
@@ -96,6 +99,7 @@ static struct {
       (*CommInitRankConfig)(void **, int, unique_id, int, config *),
       (*CommInitRankScalable)(void **, int, int, int, unique_id *, config *), (*CommInitAll)(void **, int, const int *),
       (*CommSplit)(void *, int, int, void **, config *), (*CommShrink)(void *, int *, int, void **, config *, int),
+      (*CommGetUniqueId)(void *, unique_id *), (*CommGrow)(void *, int, const unique_id *, int, void **, config *),
       (*CommFinalize)(void *), (*CommDestroy)(void *), (*CommAbort)(void *), (*CommGetAsyncError)(void *, int *),
       (*CommCount)(void *, int *), (*CommUserRank)(void *, int *), (*GroupStart)(void), (*GroupEnd)(void),
       (*AllReduce)(const void *, void *, size_t, int, int, void *, void *),
@@ -106,7 +110,10 @@ static struct {
       (*AlltoAll)(const void *, void *, size_t, int, void *, void *),
       (*Gather)(const void *, void *, size_t, int, int, void *, void *),
       (*Scatter)(const void *, void *, size_t, int, int, void *, void *), (*Send)(const void *, size_t, int, int, void *, void *),
-      (*Recv)(void *, size_t, int, int, void *, void *), (*synchronize)(void *), (*set_device)(int);
+      (*Recv)(void *, size_t, int, int, void *, void *),
+      (*AllToAllv)(const void *, const size_t *, const size_t *, void *, const size_t *, const size_t *, int, void *, void *),
+      (*PutSignal)(const void *, size_t, int, int, void *, size_t, int, int, unsigned, void *, void *),
+      (*Signal)(int, int, int, unsigned, void *, void *), (*WaitSignal)(int, void *, void *, void *), (*synchronize)(void *), (*set_device)(int);
   void (*read)(void *, struct sim_comm *);
 } nccl;
 
@@ -133,7 +140,7 @@ struct rank_state {
 static struct shared {
   _Atomic uint32_t go, freeze, abort;
   _Atomic uint64_t target;
-  _Atomic int leave, ids_ready, all_ready;
+  _Atomic int leave, ids_ready, all_ready, grow_ready;
   int version;
   unique_id ids[SLOTS][2];
   void *all[SIM_RANKS];
@@ -199,6 +206,19 @@ static void make(struct rank *rank, int m) {
   int result;
   if (m == 0) {
     how = options.blocking ? options.init : "config";
+    ranks -= options.grow;
+    if (number >= ranks) return;
+  } else if (options.grow && m == 1) {
+    void *parent = rank->count ? rank->comm[0] : NULL;
+    if (parent && number == 0) {
+      nccl.CommGetUniqueId(parent, &shared->ids[m][0]);
+      atomic_store(&shared->grow_ready, 1);
+    }
+    while (!atomic_load(&shared->grow_ready)) sim_sleep(500);
+    result = parent ? nccl.CommGrow(parent, ranks, NULL, -1, &comm, options.blocking ? NULL : &config)
+                    : nccl.CommGrow(NULL, ranks, &shared->ids[m][0], number, &comm, &config);
+    result = polled(result, comm);
+    return made(rank, m, result, comm, since);
   } else if (options.communicators >= 3 && m == 1) {
     result = nccl.CommSplit(rank->comm[0], number % 2, ranks - number, &comm, options.blocking ? NULL : &config);
     result = polled(result, rank->comm[0]);  // until then a child is NULL
@@ -266,11 +286,18 @@ static bool call(struct rank *rank, int slot, int operation, bool other_name, in
     case ALL_GATHER: result = nccl.AllGather(buffer, buffer, count, 7, comm, comm); break;
     case REDUCE_SCATTER: result = nccl.ReduceScatter(buffer, buffer, count, 7, 0, comm, comm); break;
     case ALL_REDUCE: result = nccl.AllReduce(buffer, buffer, count, 7, 0, comm, comm); break;
-    case ALL_TO_ALL: result = nccl.AlltoAll(buffer, buffer, count, 7, comm, comm); break;
+    case ALL_TO_ALL:
+      if (nccl.AllToAllv && rank->state->slot[slot].by[operation].calls % 2)
+        result = nccl.AllToAllv(buffer, &count, &count, buffer, &count, &count, 7, comm, comm);
+      else result = nccl.AlltoAll(buffer, buffer, count, 7, comm, comm);
+      break;
     case SCATTER: result = nccl.Scatter(buffer, buffer, count, 7, 0, comm, comm); break;
     case GATHER: result = nccl.Gather(buffer, buffer, count, 7, 0, comm, comm); break;
     case SEND: result = nccl.Send(buffer, count, 7, peer, comm, comm); break;
     case RECV: result = nccl.Recv(buffer, count, 7, peer, comm, comm); break;
+    case PUT_SIGNAL: result = nccl.PutSignal(buffer, count, 7, peer, NULL, 0, 0, 0, 0, comm, comm); break;
+    case SIGNAL: result = nccl.Signal(peer, 0, 0, 0, comm, comm); break;
+    case WAIT_SIGNAL: result = nccl.WaitSignal(0, NULL, comm, comm); break;
   }
   uint64_t took = sim_now() - begin;
   struct slot *of = &rank->state->slot[slot];
@@ -312,7 +339,7 @@ static void note(struct rank *rank) {
 
 static bool some_collective(void) {
   for (int i = 0; i < OPERATIONS; i++)
-    if (i != SEND_RECV && options.kinds[i]) return true;
+    if (sim_is_collective(i) && options.kinds[i]) return true;
   return false;
 }
 
@@ -333,6 +360,11 @@ static bool step(struct rank *rank, uint64_t number, uint64_t done, uint64_t cou
     well &= call(rank, 0, SEND, false, (rank->number + 1) % ranks);
     well &= call(rank, 0, RECV, false, (rank->number + ranks - 1) % ranks);
     nccl.GroupEnd();
+  }
+  if (options.kinds[PUT_SIGNAL]) {
+    int next = (rank->number + 1) % options.ranks;
+    well &= call(rank, 0, PUT_SIGNAL, false, next) && call(rank, 0, WAIT_SIGNAL, false, 0);
+    if (number % 2) well &= call(rank, 0, SIGNAL, false, next);
   }
   if (!some_collective()) return pause_before(rank), well;
   if (over_all) {
@@ -368,8 +400,11 @@ static void load(void) {
   NCCL(GetVersion); NCCL(GetUniqueId); NCCL(CommInitRank); NCCL(CommInitRankConfig); NCCL(CommInitRankScalable);
   NCCL(CommInitAll); NCCL(CommSplit); NCCL(CommShrink); NCCL(CommFinalize); NCCL(CommDestroy); NCCL(CommAbort);
   NCCL(CommGetAsyncError); NCCL(CommCount); NCCL(CommUserRank); NCCL(GroupStart); NCCL(GroupEnd); NCCL(AllReduce);
-  NCCL(ReduceScatter); NCCL(AllGather); NCCL(Broadcast); NCCL(Bcast); NCCL(Reduce); NCCL(AlltoAll); NCCL(Gather);
-  NCCL(Scatter); NCCL(Send); NCCL(Recv);
+  NCCL(ReduceScatter); NCCL(AllGather); NCCL(Broadcast); NCCL(Bcast); NCCL(Reduce); NCCL(Gather);
+  NCCL(Scatter); NCCL(Send); NCCL(Recv); NCCL(CommGetUniqueId); NCCL(CommGrow); NCCL(PutSignal); NCCL(Signal); NCCL(WaitSignal);
+  // RCCL's.
+  nccl.AllToAllv = (__typeof__(nccl.AllToAllv))dlsym(nccl.library, "ncclAllToAllv");
+  LOAD(AlltoAll, nccl.AllToAllv ? "ncclAllToAll" : "ncclAlltoAll");
   LOAD(synchronize, "cudaStreamSynchronize");
   LOAD(set_device, "cudaSetDevice");
   LOAD(read, "sim_read");
@@ -733,6 +768,7 @@ static void parse(int count, char **arguments) {
     NUMBER("--ranks", ranks);
     NUMBER("--hosts", hosts);
     NUMBER("--communicators", communicators);
+    NUMBER("--grow", grow);
     NUMBER("--blocking", blocking);
     NUMBER("--init-delay-rank", init_delay_rank);
     NUMBER("--init-delay-us", init_delay);
@@ -760,10 +796,11 @@ static void parse(int count, char **arguments) {
   if (options.communicators < 1 || options.communicators > SLOTS) fail("--communicators is 1 to %d", SLOTS);
   if (options.sync_every < 1 || options.sync_every > 500) fail("--sync-every is 1 to 500");
   if (!strcmp(options.init, "all") && !options.threads) fail("--init all needs --threads");
+  if (options.grow && (options.grow >= options.ranks || options.communicators != 2)) fail("--grow needs an old rank and --communicators 2");
   bool any = false;
   for (int i = 0; i < OPERATIONS; i++) {
     size_t length = strlen(names[i]);
-    options.kinds[i] = !strcmp(kinds, "all") && i != SEND && i != RECV;
+    options.kinds[i] = !strcmp(kinds, "all") && (sim_is_collective(i) || i == SEND_RECV);
     for (const char *at = kinds; at; at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL)
       if (!strncmp(at, names[i], length) && (!at[length] || at[length] == ',')) options.kinds[i] = i != SEND && i != RECV;
     any |= options.kinds[i];

@@ -5,13 +5,14 @@
 // communicator has the fields that are read from outside where a true one has them, and the functions inside of NCCL that take part
 // in an init or a call exist under their mangled names in `.symtab`, as real calls. A stream is the communicator's own pointer.
 //
-// What differs from NCCL on purpose: sends and receives end without their peer, a non-blocking communicator blocks in nothing but
+// What differs from NCCL on purpose: sends, receives and signals end without their peer, a non-blocking communicator blocks in nothing but
 // its init, and the object of an aborted communicator is never freed, as its stream may still be waited for.
 //
 // The environment says: SIM_NCCL_VERSION the version (22705), SIM_HOST the name of this host, SIM_TRANSFER_US (200), SIM_ALLOC_US
 // (2000), SIM_TRANSPORT_US (5000), SIM_ENQUEUE_US (0, in each call) microseconds to sleep, SIM_COLLECTOR that somebody else unlinks
 // the shared memory. -DSIM_VERSION=22304 and
-// -DSIM_VERSION_TEXT='"2.23.4+cuda12.6"' build another version, -DSIM_LATER_NAMES one with the names of 2.32 (else of 2.27).
+// -DSIM_VERSION_TEXT='"2.23.4+cuda12.6"' build another version, -DSIM_LATER_NAMES one with the names of 2.32 (else of 2.27), -DSIM_RCCL
+// one that is RCCL: what it says of itself, its names of all-to-all, and operations that mostly do not come through ncclEnqueueCheck.
 #define _GNU_SOURCE
 #include "sim.h"
 
@@ -47,7 +48,12 @@
   ALONE int p##name(__VA_ARGS__)
 #define INSIDE __attribute__((visibility("hidden"), used)) ALONE
 
-__attribute__((used)) static const char version_text[] = "NCCL version " SIM_VERSION_TEXT;
+#ifdef SIM_RCCL
+#define BEFORE_VERSION "RCCL version : "
+#else
+#define BEFORE_VERSION "NCCL version "
+#endif
+__attribute__((used)) static const char version_text[] = BEFORE_VERSION SIM_VERSION_TEXT;
 
 enum { SUCCESS = 0, UNHANDLED_CUDA_ERROR = 1, SYSTEM_ERROR = 2, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, IN_PROGRESS = 7 };
 #define MAGIC 0x0280028002800280ull
@@ -125,7 +131,7 @@ struct own {
 struct ncclAsyncJob {
   ncclComm_t comm, parent, *newcomm;
   int ids, ranks, rank, color, key;
-  bool shrinks;
+  bool shrinks, grows;
   ncclUniqueId id;
   int excluded[SIM_RANKS], excluded_count;
   int result;
@@ -220,7 +226,7 @@ static void *gpu(void *argument) {
     int operation = own->queue[own->done % QUEUE];
     pthread_mutex_unlock(&own->lock);
     if (leave) return NULL;
-    if (operation != SEND && operation != RECV) {
+    if (sim_is_collective(operation)) {
       uint32_t mine = collectives++;
       if (atomic_fetch_add(&segment->on_device, 1) + 1 == segment->ranks) {
         atomic_store(&segment->on_device, 0);
@@ -352,7 +358,10 @@ int init_rank(struct ncclAsyncJob *job) {
   uint64_t begin = sim_now(), hash, took[INIT_PHASES] = {0};
   ncclComm_t comm = job->comm;
   int result = SUCCESS;
-  if (job->parent) {
+  if (job->grows) {
+    memcpy(&hash, job->id.internal, sizeof hash);
+    hash = mix(hash, job->ranks);
+  } else if (job->parent) {
     result = from_parent(job, &hash);
     if (!comm) goto end;
   } else {
@@ -360,13 +369,15 @@ int init_rank(struct ncclAsyncJob *job) {
   }
   struct own *own = of(comm);
   uint64_t from = sim_now();
-  if (!result) result = comm_alloc(comm, job->parent, job->ranks, job->rank);
-  took[INIT_ALLOC] = sim_now() - from;
+  // What grows takes nothing over from its parent.
+  ncclComm_t parent = job->grows ? NULL : job->parent;
   own->hash = hash;
   memcpy((char *)comm + own->row->hash, &hash, sizeof hash);
+  if (!result) result = comm_alloc(comm, parent, job->ranks, job->rank);
+  took[INIT_ALLOC] = sim_now() - from;
   from = sim_now();
-  if (!result && job->parent) result = bootstrap_split(hash, comm, job->parent, job->color, job->key, NULL);
-  else if (!result) result = bootstrap_init(job->ids, &job->id, comm, NULL);
+  if (!result && parent) result = bootstrap_split(hash, comm, parent, job->color, job->key, NULL);
+  else if (!result) result = bootstrap_init(job->ids, &job->id, comm, job->parent);
   took[INIT_BOOTSTRAP] = sim_now() - from;
   from = sim_now();
   if (!result) result = transports(comm, job->parent, took);
@@ -572,6 +583,37 @@ API(ncclCommShrink, ncclComm_t comm, int *exclude, int count, ncclComm_t *newcom
   return child(comm, newcomm, job, config);
 }
 
+// What the communicator that grows next from this one will be told by, whatever it will have of ranks.
+static void grown(struct own *own, unsigned children, ncclUniqueId *id) {
+  uint64_t magic = mix(mix(own->hash, 0x47524f57ull), children);
+  memset(id, 0, sizeof *id);
+  memcpy(id->internal, &magic, sizeof magic);
+}
+
+// By one rank of the communicator, for the new ones.
+API(ncclCommGetUniqueId, ncclComm_t comm, ncclUniqueId *id) {
+  if (!valid(comm) || !id) return INVALID_ARGUMENT;
+  grown(of(comm), of(comm)->children + 1, id);
+  return SUCCESS;
+}
+
+// Old ranks have a communicator, no id and the rank -1; new ones an id and a rank.
+API(ncclCommGrow, ncclComm_t comm, int ranks, const ncclUniqueId *id, int rank, ncclComm_t *newcomm, ncclConfig_t *config) {
+  if (!newcomm || (comm ? !valid(comm) || rank != -1 || ranks <= of(comm)->ranks : !id || rank < 0 || rank >= ranks))
+    return INVALID_ARGUMENT;
+  struct ncclAsyncJob *job = calloc(1, sizeof *job);
+  *job = (struct ncclAsyncJob){.grows = true, .ids = 1, .ranks = ranks, .rank = rank, .parent = comm, .newcomm = newcomm};
+  job->comm = *newcomm = new_comm(blocks(config, comm ? of(comm)->blocking : 1));
+  if (comm) {
+    job->rank = of(comm)->rank;
+    grown(of(comm), ++of(comm)->children, &job->id);
+    of(job->comm)->device = of(comm)->device;
+  } else {
+    job->id = *id;
+  }
+  return launch_job(job, false);
+}
+
 static int drain(struct own *own) {
   pthread_mutex_lock(&own->lock);
   while (own->done < own->enqueued && !own->aborted) pthread_cond_wait(&own->changed, &own->lock);
@@ -643,7 +685,7 @@ API(ncclCommCuDevice, const ncclComm_t comm, int *number) {
   return SUCCESS;
 }
 
-int enqueue_check(struct ncclInfo *info) {
+static int enqueue(struct ncclInfo *info) {
   ncclComm_t comm = info->comm;
   if (!valid(comm)) return INVALID_ARGUMENT;
   struct own *own = of(comm);
@@ -654,7 +696,7 @@ int enqueue_check(struct ncclInfo *info) {
     me->sends++;
   } else if (info->coll == RECV) {
     me->receives++;
-  } else {
+  } else if (sim_is_collective(info->coll)) {
     uint64_t n = me->arrivals;
     while (segment->collector && n - segment->collected >= SIM_RING && !own->aborted) sim_sleep(200);
     segment->operation[sim_cell(n, own->rank)] = info->coll;
@@ -668,10 +710,17 @@ int enqueue_check(struct ncclInfo *info) {
   return SUCCESS;
 }
 
+int enqueue_check(struct ncclInfo *info) { return enqueue(info); }
+
+#ifdef SIM_RCCL
+#define ENQUEUE_CHECK enqueue
+#else
+#define ENQUEUE_CHECK enqueue_check
+#endif
 #define ENQUEUE(code, name, send, receive, op, root)                                                                 \
   uint64_t arrival = sim_now();                                                                                      \
   struct ncclInfo info = {code, name, send, receive, count, type, op, root, comm, stream, 1, 1, arrival};            \
-  return enqueue_check(&info)
+  return ENQUEUE_CHECK(&info)
 
 API(ncclAllReduce, const void *send, void *receive, size_t count, int type, int op, ncclComm_t comm, stream_t stream) {
   ENQUEUE(ALL_REDUCE, "AllReduce", send, receive, op, 0);
@@ -698,9 +747,27 @@ API(ncclReduce, const void *send, void *receive, size_t count, int type, int op,
   ENQUEUE(REDUCE, "Reduce", send, receive, op, root);
 }
 
+#ifdef SIM_RCCL
+API(ncclAllToAll, const void *send, void *receive, size_t count, int type, ncclComm_t comm, stream_t stream) {
+  ENQUEUE(ALL_TO_ALL, "AllToAll", send, receive, 0, 0);
+}
+
+API(ncclAllToAllv, const void *send, const size_t *counts, const size_t *places, void *receive, const size_t *receive_counts,
+    const size_t *receive_places, int type, ncclComm_t comm, stream_t stream) {
+  (void)places, (void)receive_counts, (void)receive_places;
+  size_t count = counts[0];
+  ENQUEUE(ALL_TO_ALL, "AllToAllv", send, receive, 0, 0);
+}
+
+API(mscclLoadAlgo, const char *path, int *handle, int rank) {
+  (void)path, (void)handle, (void)rank;
+  return SYSTEM_ERROR;
+}
+#else
 API(ncclAlltoAll, const void *send, void *receive, size_t count, int type, ncclComm_t comm, stream_t stream) {
   ENQUEUE(ALL_TO_ALL, "AlltoAll", send, receive, 0, 0);
 }
+#endif
 
 API(ncclGather, const void *send, void *receive, size_t count, int type, int root, ncclComm_t comm, stream_t stream) {
   ENQUEUE(GATHER, "Gather", send, receive, 0, root);
@@ -716,6 +783,26 @@ API(ncclSend, const void *send, size_t count, int type, int peer, ncclComm_t com
 
 API(ncclRecv, void *receive, size_t count, int type, int peer, ncclComm_t comm, stream_t stream) {
   ENQUEUE(RECV, "Recv", NULL, receive, 0, peer);
+}
+
+API(ncclPutSignal, const void *send, size_t count, int type, int peer, void *window, size_t place, int signal, int context,
+    unsigned flags, ncclComm_t comm, stream_t stream) {
+  (void)window, (void)place, (void)signal, (void)context, (void)flags;
+  ENQUEUE(PUT_SIGNAL, "PutSignal", send, NULL, 0, peer);
+}
+
+API(ncclSignal, int peer, int signal, int context, unsigned flags, ncclComm_t comm, stream_t stream) {
+  (void)signal, (void)context, (void)flags;
+  int type = 0;
+  size_t count = 0;
+  ENQUEUE(SIGNAL, "Signal", NULL, NULL, 0, peer);
+}
+
+API(ncclWaitSignal, int descriptions, void *description, ncclComm_t comm, stream_t stream) {
+  (void)descriptions, (void)description;
+  int type = 0;
+  size_t count = 0;
+  ENQUEUE(WAIT_SIGNAL, "WaitSignal", NULL, NULL, 0, 0);
 }
 
 // Of the CUDA runtime: 999 is cudaErrorUnknown.

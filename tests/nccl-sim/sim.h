@@ -13,7 +13,7 @@
 #define SIM_RING 4096
 #define SIM_SEQUENCES 5
 
-// NCCL's codes of its functions. Those from 8 on are of 2.28; before, a library has no such exports.
+// NCCL's codes of its functions. Those from 8 on are of 2.28, those of signals of 2.29; before, a library has no such exports.
 enum {
   BROADCAST,
   REDUCE,
@@ -26,8 +26,16 @@ enum {
   ALL_TO_ALL,
   SCATTER,
   GATHER,
+  ALL_GATHER_V,  // NCCL's own, which nobody calls
+  PUT_SIGNAL,
+  SIGNAL,
+  WAIT_SIGNAL,
   OPERATIONS
 };
+
+static inline int sim_is_collective(int operation) {
+  return operation < SEND_RECV || (operation >= ALL_TO_ALL && operation <= GATHER);
+}
 
 enum { INIT_TOTAL, INIT_BOOTSTRAP, INIT_ALLOC, INIT_TRANSPORTS, INIT_PHASES };
 

@@ -14,12 +14,12 @@ use aya_ebpf::{
     programs::{BtfTracePointContext, ProbeContext},
 };
 use exporter_common::gpu::{
-    Clock, DELAY, Delays, MAX_DEVICES, MAX_OWNERS, MAX_PROCESSES, MAX_THREADS, Process, Thread,
+    Clock, DELAY, Delays, Device, MAX_DEVICES, MAX_OWNERS, MAX_PROCESSES, MAX_THREADS, Process, Thread,
     WINDOW_BITS,
 };
 use exporter_ebpf::{
     Counters, Loss, Registers, add, cgroup, constants, entry, field, insert_new, load, lose, now,
-    object, task_cgroup, thread,
+    object, task_cgroup, thread, value,
 };
 
 object!();
@@ -49,13 +49,13 @@ static PROCESSES: HashMap<u32, Process> = HashMap::with_max_entries(MAX_PROCESSE
 #[map]
 static THREADS: HashMap<u32, Thread> = HashMap::with_max_entries(MAX_THREADS, 0);
 
-/// The bit of the driver of each device that drives a GPU, by the kernel's `dev_t`. User space writes it.
+/// What having a device open says, by the kernel's `dev_t`. User space writes it.
 #[map]
-static DEVICES: HashMap<u32, u32> = HashMap::with_max_entries(MAX_DEVICES, 0);
+static DEVICES: HashMap<u32, Device> = HashMap::with_max_entries(MAX_DEVICES, 0);
 
 /// The number of the search of open files that is under way, or was the last. User space writes it.
 #[map]
-static SEARCH: Array<u32> = Array::with_max_entries(1, 0);
+static SEARCH: Array<u64> = Array::with_max_entries(1, 0);
 
 /// By cgroup id.
 #[map]
@@ -85,7 +85,7 @@ pub fn sched_switch(ctx: BtfTracePointContext) -> i32 {
     // SAFETY: the argument is typed as the tracepoint declares it.
     let process: u32 = unsafe { load(next, &OFF_TASK_TGID) };
     // Process 0 are the idle tasks.
-    if process == 0 || PROCESSES.get_ptr(&process).is_none() {
+    if process == 0 || !drives(process) {
         return 0;
     }
     // SAFETY: as above.
@@ -93,6 +93,14 @@ pub fn sched_switch(ctx: BtfTracePointContext) -> i32 {
         lose(&LOST, loss);
     }
     0
+}
+
+/// Whether a process drives a GPU.
+#[inline(always)]
+fn drives(process: u32) -> bool {
+    let known = PROCESSES.get_ptr(&process);
+    // SAFETY: a map value.
+    known.is_some_and(|known| unsafe { (*known).devices.drivers } != 0)
 }
 
 /// Counts how long a thread that comes onto the CPU has been runnable.
@@ -201,31 +209,27 @@ fn missed(arrivals: u64) {
 
 /// The search of open files that is under way, or was the last.
 #[inline(always)]
-fn search() -> u32 {
+fn search() -> u64 {
     SEARCH.get(0).copied().unwrap_or_default()
 }
 
-/// Notes that a process has a device open.
+/// Notes that a process has devices open.
 #[inline(always)]
-fn admit(process: u32, drivers: u32, cgroup: u64) {
+fn admit(process: u32, devices: Device, cgroup: u64) {
     let search = search();
-    let new = Process {
+    let mut new = Process {
         cgroup,
-        drivers,
+        devices,
         search,
     };
     if let Some(known) = PROCESSES.get_ptr_mut(&process) {
-        // SAFETY: a map value. Two that write at once write the same but for a driver, which the next search sees.
+        // SAFETY: a map value. Two that write at once write the same but for a device, which the next search sees.
         unsafe {
-            let others = if (*known).search == search {
-                (*known).drivers
-            } else {
-                0
-            };
-            *known = Process {
-                drivers: drivers | others,
-                ..new
-            };
+            if (*known).search == search {
+                new.devices.drivers |= (*known).devices.drivers;
+                new.devices.gpus |= (*known).devices.gpus;
+            }
+            *known = new;
         }
     } else if let Err(loss) = insert_new(&PROCESSES, &process, &new) {
         lose(&LOST, loss);
@@ -245,8 +249,8 @@ pub fn sched_process_fork(ctx: BtfTracePointContext) -> i32 {
     }
     if let Some(parent) = PROCESSES.get_ptr(&parent) {
         // SAFETY: a map value, and a typed task.
-        let (drivers, cgroup) = unsafe { ((*parent).drivers, task_cgroup(child)) };
-        admit(new, drivers, cgroup);
+        let (devices, cgroup) = unsafe { ((*parent).devices, task_cgroup(child)) };
+        admit(new, devices, cgroup);
     }
     0
 }
@@ -283,10 +287,8 @@ pub fn device_open(ctx: ProbeContext) -> u32 {
             return 0;
         }
     };
-    if let Some(driver) = DEVICES.get_ptr(&device) {
-        // SAFETY: a map value.
-        let driver = unsafe { *driver };
-        admit((thread() >> 32) as u32, driver, cgroup());
+    if let Some(device) = value(&DEVICES, &device) {
+        admit((thread() >> 32) as u32, device, cgroup());
     }
     0
 }
@@ -316,11 +318,10 @@ pub extern "C" fn open_files(context: *mut c_void) -> i32 {
     if mode & TYPE != CHARACTER_DEVICE {
         return 0;
     }
-    if let Some(driver) = DEVICES.get_ptr(&device) {
-        // SAFETY: a map value, and a typed task.
-        let (driver, process, cgroup) =
-            unsafe { (*driver, load(task, &OFF_TASK_TGID), task_cgroup(task)) };
-        admit(process, driver, cgroup);
+    if let Some(device) = value(&DEVICES, &device) {
+        // SAFETY: a typed task.
+        let (process, cgroup) = unsafe { (load(task, &OFF_TASK_TGID), task_cgroup(task)) };
+        admit(process, device, cgroup);
     }
     0
 }

@@ -140,8 +140,8 @@ pub(crate) struct Wanted {
     pub(crate) names: BTreeSet<String>,
     /// Functions, by what C++ makes their names of.
     pub(crate) inside: BTreeSet<String>,
-    /// The text before that of the version, which is looked for where the library has one of [`Self::of_version`].
-    pub(crate) before_version: String,
+    /// The texts of which one stands before that of the version, which is looked for where the library has one of [`Self::of_version`].
+    pub(crate) before_version: Vec<String>,
     /// The functions that a library with such a version has.
     pub(crate) of_version: BTreeSet<String>,
 }
@@ -186,8 +186,8 @@ pub(crate) struct Library {
     pub(crate) functions: Vec<Function>,
     /// Its build id, in hex digits. This and the following only where it has such a function.
     pub(crate) build_id: Option<String>,
-    /// Digits and dots.
-    pub(crate) version: Option<String>,
+    /// The text before its version, and the version: digits and dots.
+    pub(crate) version: Option<(String, String)>,
     /// What of it is passed over.
     pub(crate) lacks: Vec<Refusal>,
 }
@@ -223,7 +223,7 @@ impl Library {
             library.build_id = elf.build_id(&mut library.lacks);
         }
         if versioned {
-            match elf.text_after(wanted.before_version.as_bytes()) {
+            match elf.text_after(&wanted.before_version) {
                 Ok(version) => library.version = version,
                 Err(why) => {
                     let mut lack = reader.refusal(&why);
@@ -397,13 +397,12 @@ impl<'r> Elf<'r> {
         inside.context("a function lies outside of the code")
     }
 
-    /// Returns the first text of digits and dots in the library's read-only data that follows `begin`, at most 64 bytes. It begins with
-    /// a digit.
+    /// Returns the first text of digits and dots in the library's read-only data that follows one of `begins`, at most 64 bytes, and that.
+    /// It begins with a digit.
     ///
     /// # Errors
     /// When the data cannot be read.
-    fn text_after(&self, begin: &[u8]) -> anyhow::Result<Option<String>> {
-        let is_part = |byte: &u8| byte.is_ascii_digit() || *byte == b'.';
+    fn text_after(&self, begins: &[String]) -> anyhow::Result<Option<(String, String)>> {
         let endian = self.endian;
         let names = self.sections.get(usize::from(self.names));
         let names = names.filter(|names| names.sh_size(endian) <= u64::from(HEADERS) * 64);
@@ -415,22 +414,17 @@ impl<'r> Elf<'r> {
                 continue;
             }
             // Pieces overlap, so that what lies across two is whole in one.
-            let overlap = (begin.len() + TEXT) as u64;
+            let longest = begins.iter().map(String::len).max().unwrap_or_default();
+            let overlap = (longest + TEXT) as u64;
             let (mut at, mut left) = (section.sh_offset(endian), section.sh_size(endian));
             while left > 0 {
                 let piece = self.reader.read(at, left.min(PIECE))?;
-                let mut places = memchr::memmem::find_iter(&piece, begin);
-                let text = places.find_map(|place| {
-                    let rest = &piece[place + begin.len()..];
-                    let rest = &rest[..rest.len().min(TEXT)];
-                    let text: Vec<u8> = rest.iter().copied().take_while(is_part).collect();
-                    let starts = text.first().is_some_and(u8::is_ascii_digit);
-                    // One at the end of its piece is whole in the next.
-                    let whole = text.len() < rest.len() || rest.len() == TEXT || left <= PIECE;
-                    (starts && whole).then(|| String::from_utf8_lossy(&text).into_owned())
+                let found = begins.iter().filter_map(|begin| {
+                    let (place, text) = number_after(&piece, begin, left <= PIECE)?;
+                    Some((place, begin, text))
                 });
-                if text.is_some() {
-                    return Ok(text);
+                if let Some((_, begin, text)) = found.min_by_key(|(place, ..)| *place) {
+                    return Ok(Some((begin.clone(), text)));
                 }
                 let step = match left > PIECE {
                     true => PIECE - overlap,
@@ -442,6 +436,20 @@ impl<'r> Elf<'r> {
         }
         Ok(None)
     }
+}
+
+/// Where in a piece of a text digits and dots follow `begin`, and which. In the `last` piece they may end with it: in others they are whole
+/// in the next.
+fn number_after(piece: &[u8], begin: &str, last: bool) -> Option<(usize, String)> {
+    let is_part = |byte: &u8| byte.is_ascii_digit() || *byte == b'.';
+    memchr::memmem::find_iter(piece, begin).find_map(|place| {
+        let rest = &piece[place + begin.len()..];
+        let rest = &rest[..rest.len().min(TEXT)];
+        let text: Vec<u8> = rest.iter().copied().take_while(is_part).collect();
+        let starts = text.first().is_some_and(u8::is_ascii_digit);
+        let whole = text.len() < rest.len() || rest.len() == TEXT || last;
+        (starts && whole).then(|| (place, String::from_utf8_lossy(&text).into_owned()))
+    })
 }
 
 /// A name that begins somewhere in a table of names. `None`: it lies outside, or is longer than any that is looked for.

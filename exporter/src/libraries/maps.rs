@@ -24,7 +24,7 @@ const PATHS: usize = 1 << 20;
 pub(crate) enum Interest {
     /// CUDA's driver.
     Cuda,
-    /// What is called as NCCL or its plugin is; beside CUDA's driver all, since NCCL may be linked into anything.
+    /// What is called as NCCL, RCCL or a plugin of theirs is; beside CUDA's driver all, since NCCL may be linked into anything.
     Nccl,
 }
 
@@ -33,8 +33,11 @@ impl Interest {
     pub(crate) fn names(self, name: &str) -> bool {
         match self {
             Self::Cuda => is_library(name, "libcuda"),
-            // libnccl.so.2, libnccl-profiler.so.
-            Self::Nccl => name.starts_with("libnccl") && name.contains(".so"),
+            // libnccl.so.2, libnccl-profiler.so, librccl.so.1.
+            Self::Nccl => {
+                let called = ["libnccl", "librccl"];
+                called.iter().any(|begin| name.starts_with(begin)) && name.contains(".so")
+            }
         }
     }
 }
@@ -188,10 +191,15 @@ nonsense
     #[test]
     fn beside_the_driver_every_file_with_code_may_be_nccl() {
         assert_eq!(read(MAPS, Interest::Nccl).files.len(), 5);
-        let nccl = MAPS.replace("libcuda.so", "libncclx.so");
-        let named = read(&nccl, Interest::Nccl);
-        let names: Vec<_> = named.files.iter().map(Mapped::name).collect();
-        assert_eq!(names, ["libncclx.so.550.54.14", "libncclx.so.1"]);
+        for name in ["libncclx", "librccl"] {
+            let nccl = MAPS.replace("libcuda.so", &format!("{name}.so"));
+            let named = read(&nccl, Interest::Nccl);
+            let names: Vec<_> = named.files.iter().map(Mapped::name).collect();
+            assert_eq!(
+                names,
+                [&*format!("{name}.so.550.54.14"), &*format!("{name}.so.1")]
+            );
+        }
     }
 
     /// What took 500 MB once.

@@ -5,7 +5,7 @@
 //! `task_file`. Metrics: `chandra_gpu_processes`, `chandra_gpu_runqueue_delay_seconds`.
 //!
 //! A process drives a GPU while it has one of the devices open by which that is done: nvidia-uvm (CUDA), kfd (ROCm), a
-//! render node (everything else), or one named by flag. The kernel half hears of opens and forks at once; which
+//! render node (other GPUs), an accelerator (`/dev/accel/*`), or one named by flag. Which of NVIDIA's it drives `/dev/nvidiaN` tells. The kernel half hears of opens and forks at once; which
 //! processes still have such a device open, and which were handed one, a walk over all open files tells every ten
 //! seconds, or every second where the kernel takes no kprobes.
 //!
@@ -31,7 +31,7 @@ use self::{
 };
 pub use self::{
     devices::Places,
-    metrics::{Processes, SLOTS, render},
+    metrics::{Driven, Processes, SLOTS, render},
 };
 use super::{
     Attempt, Entry, Options, Read, Scope, Signal, State, Status, entries, follow::Following,
@@ -125,10 +125,14 @@ impl Signal for Gpu {
             // So that beyond the limit the same ones are shown each time.
             processes.sort_by_key(|(_, process)| process.cgroup);
             for (_, process) in processes {
+                let driven = live.drivers.driven(process.devices);
+                if driven.is_empty() {
+                    continue;
+                }
                 let labels = owners.of(scope.resolve(process.cgroup));
                 let of_owner = self.processes.entry(labels).or_default();
-                for (driver, count) in of_owner.iter_mut().enumerate() {
-                    *count += u64::from(process.drivers >> driver & 1);
+                for gpu in driven {
+                    *of_owner.entry(gpu).or_default() += 1;
                 }
             }
             Ok(())

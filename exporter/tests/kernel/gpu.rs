@@ -9,6 +9,7 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{BufRead, BufReader, Read, Write},
+    path::Path,
     process::{Child, ChildStdout, Command, Stdio},
     thread,
     time::{Duration, Instant},
@@ -422,19 +423,117 @@ fn traced(trace: &str, names: [&str; 2]) -> (f64, f64) {
     times.fold((0.0, 0.0), |(count, sum), time| (count + 1.0, sum + time))
 }
 
+/// A module of tests/vm/gpu_sched, where it has been built for this kernel.
+fn module(name: &str) -> Option<String> {
+    let one = std::env::var("CHANDRA_MOCK_GPU").unwrap_or_default();
+    let module = Path::new(&one).with_file_name(name);
+    let there = !one.is_empty() && module.exists();
+    if !there {
+        println!(
+            "SKIPPED: needs tests/vm/gpu_sched/{name} for this kernel, which make kernel-test builds where the kernel's headers are to be had"
+        );
+    }
+    there.then(|| module.display().to_string())
+}
+
+/// What a process has open is told by where it opened it: devices with the numbers of NVIDIA's, and an accelerator.
+#[test]
+fn which_gpu_and_whose_accelerator_a_process_has_open_is_seen() {
+    let _alone = alone();
+    if !can_drive() {
+        return;
+    }
+    let Some(module) = module("mock_devices.ko") else {
+        return;
+    };
+    run(&format!("modprobe -q drm; insmod {module}"));
+    let text = fs::read_to_string("/proc/devices").expect("it is there");
+    let uvm = text
+        .lines()
+        .find_map(|line| line.trim().strip_suffix(" nvidia-uvm"));
+    let uvm = uvm.expect("the module has made it");
+    let nodes = tempfile::tempdir().expect("a folder");
+    let node = |name: &str, major: &str, minor: u32| {
+        let path = nodes.path().join(name).display().to_string();
+        run(&format!("mknod {path} c {major} {minor}"));
+        path
+    };
+    let compute = node("uvm", uvm, 0);
+    let gpus = [0, 5, 200].map(|gpu| node(&format!("nvidia{gpu}"), "195", gpu));
+
+    let exporter = Exporter::start(&["--pods", "none"]);
+    exporter.until_state("gpu", "up");
+    let seen = |scrape: &Scrape, driver: &str, gpu: &str| {
+        scrape.sum(PROCESSES, &[("driver", driver), ("gpu", gpu)])
+    };
+    // In any order.
+    let holds = |paths: &[&String]| {
+        let text = format!(
+            "import time\nkept = [open(path, 'rb', 0) for path in {paths:?}]\nprint('ready', flush=True)\ntime.sleep(600)"
+        );
+        let mut child = Command::new("python3")
+            .args(["-c", &text])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("python3");
+        let mut line = String::new();
+        let mut says = BufReader::new(child.stdout.take().expect("piped"));
+        says.read_line(&mut line).expect("it speaks");
+        assert_eq!(line, "ready\n");
+        child
+    };
+    let end = |mut child: Child| {
+        child.kill().expect("it runs");
+        child.wait().expect("it ends");
+    };
+    let monitoring = holds(&[&gpus[0], &gpus[1]]);
+    let first = holds(&[&gpus[0], &compute]);
+    let both = holds(&[&compute, &gpus[0], &gpus[1]]);
+    let without = holds(&[&compute]);
+    let beyond = holds(&[&compute, &gpus[2]]);
+    let expected =
+        |scrape: &Scrape| ["0", "5", ""].map(|gpu| seen(scrape, "nvidia", gpu)) == [2.0, 1.0, 2.0];
+    exporter.scrape_until("each under its GPUs", expected);
+    // The same by the search as by the opens.
+    thread::sleep(Duration::from_secs(11));
+    assert!(expected(&exporter.scrape()), "{}", exporter.scrape().text);
+    assert_eq!(exporter.scrape().sum(PROCESSES, &[]), 5.0);
+    end(both);
+    exporter.scrape_until("one less on both", |scrape| {
+        seen(scrape, "nvidia", "0") == 1.0 && seen(scrape, "nvidia", "5") == 0.0
+    });
+    // Threads of monitoring are nobody's who drives a GPU.
+    let driven = exporter.scrape().sum(PROCESSES, &[]);
+    assert_eq!(driven, 3.0);
+    [monitoring, first, without, beyond]
+        .into_iter()
+        .for_each(end);
+    exporter.scrape_until("nobody", processes(0.0));
+
+    let accel = "/dev/accel/accel0".to_owned();
+    if fs::exists(&accel).expect("/dev") {
+        let one = holds(&[&accel]);
+        exporter.scrape_until("by its driver's name", |scrape| {
+            seen(scrape, "mock_accel", "") == 1.0
+        });
+        end(one);
+        exporter.scrape_until("nobody", processes(0.0));
+    } else {
+        println!("this kernel has no class accel");
+    }
+    drop(exporter);
+    run("rmmod mock_devices");
+}
+
 #[test]
 fn jobs_of_the_kernels_gpu_scheduler_are_timed_as_its_tracer_times_them() {
     let _alone = alone();
     if !can_drive() {
         return;
     }
-    let module = std::env::var("CHANDRA_MOCK_GPU").unwrap_or_default();
-    if !fs::exists(&module).expect("a path") {
-        return println!(
-            "SKIPPED: needs tests/vm/gpu_sched/mock_gpu.ko for this kernel, which make kernel-test builds where the kernel's headers are \
-             to be had"
-        );
-    }
+    let Some(module) = module("mock_gpu.ko") else {
+        return;
+    };
     run(&format!(
         "modprobe gpu_sched && insmod {module} schedulers=2"
     ));

@@ -18,6 +18,12 @@ use super::{
     alone, built_outside, can_trace, common::*, compares_durations, in_vm, process, skip, smoke,
 };
 
+#[path = "nccl/libraries.rs"]
+mod libraries;
+
+const NCCL: &str = "libnccl.so.2";
+const RCCL: &str = "librccl.so.1";
+
 const COLLECTIVES: &str = "chandra_nccl_rank_collectives_total";
 const WAIT: &str = "chandra_nccl_rank_wait_seconds_total";
 const LAST: &str = "chandra_nccl_rank_last_arrivals_total";
@@ -27,7 +33,7 @@ const MISSING: &str = "chandra_nccl_missing_rank_seconds";
 
 /// The folder with the stand-in and the job, built by the compiler of this host. In a VM they are those that a run outside of it
 /// has built.
-fn built(version: &str, flags: &str) -> Option<PathBuf> {
+fn built(version: &str, flags: &str, library: &str) -> Option<PathBuf> {
     let folder = build().join("nccl-sim").join(version);
     if in_vm() {
         return built_outside(folder, "job");
@@ -38,7 +44,7 @@ fn built(version: &str, flags: &str) -> Option<PathBuf> {
     }
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/nccl-sim/build");
     run(&format!(
-        "CFLAGS='{flags}' {} {}",
+        "LIBRARY={library} CFLAGS='{flags}' {} {}",
         script.display(),
         folder.display()
     ));
@@ -51,7 +57,7 @@ pub(crate) fn known() -> Option<PathBuf> {
 }
 
 fn built_known() -> Option<PathBuf> {
-    built("2.27.5", "")
+    built("2.27.5", "", NCCL)
 }
 
 /// One that it does not know.
@@ -61,14 +67,25 @@ fn unknown() -> Option<PathBuf> {
 
 fn built_unknown() -> Option<PathBuf> {
     let flags = r#"-DSIM_VERSION=29999 -DSIM_VERSION_TEXT="2.99.99+cuda99.9""#;
-    built("2.99.99", flags)
+    built("2.99.99", flags, NCCL)
+}
+
+/// The library in a folder.
+fn library(folder: &Path) -> PathBuf {
+    let mut libraries = [NCCL, RCCL].map(|name| folder.join(name)).into_iter();
+    libraries.find(|path| path.exists()).expect("it is built")
 }
 
 /// What tests in a VM need.
 #[test]
 fn stand_ins() {
     let _alone = alone();
-    for build in [built_known, built_unknown, built_plugin] {
+    for build in [
+        built_known,
+        built_unknown,
+        libraries::built_rccl,
+        built_plugin,
+    ] {
         build();
     }
 }
@@ -83,7 +100,7 @@ impl Job {
     pub(crate) fn start(folder: &Path, arguments: &str) -> Self {
         let mut child = Command::new(folder.join("job"))
             .arg("--library")
-            .arg(folder.join("libnccl.so.2"))
+            .arg(library(folder))
             .args(arguments.split_whitespace())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

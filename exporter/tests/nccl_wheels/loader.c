@@ -25,6 +25,13 @@ static void call(void *function, const char *name, void *comm) {
     ((int (*)(void *, void *, size_t, int, void *, void *))function)(send, receive, 1, 7, comm, NULL);
   else if (!strcmp(name, "ncclSend") || !strcmp(name, "ncclRecv"))
     ((int (*)(void *, size_t, int, int, void *, void *))function)(send, 1, 7, 0, comm, NULL);
+  else if (!strcmp(name, "ncclPutSignal"))
+    ((int (*)(void *, size_t, int, int, void *, size_t, int, int, unsigned, void *, void *))function)(send, 1, 7, 0, NULL, 0, 0, 0, 0, comm,
+                                                                                                    NULL);
+  else if (!strcmp(name, "ncclSignal"))
+    ((int (*)(int, int, int, unsigned, void *, void *))function)(0, 0, 0, 0, comm, NULL);
+  else if (!strcmp(name, "ncclWaitSignal"))
+    ((int (*)(int, void *, void *, void *))function)(0, NULL, comm, NULL);
   else if (!strcmp(name, "ncclBcast"))
     ((int (*)(void *, size_t, int, int, void *, void *))function)(send, 1, 7, 0, comm, NULL);
   else

@@ -121,7 +121,12 @@ fn seventh(registers: Registers) -> Result<u64, Loss> {
     registers.seventh_argument()
 }
 
-// Where the communicator stands among the arguments (nccl.h).
+#[inline(always)]
+fn eighth(registers: Registers) -> Result<u64, Loss> {
+    registers.eighth_argument()
+}
+
+// Where the communicator stands among the arguments (nccl.h; of ncclAllToAllv RCCL's).
 collectives! {
     nccl_broadcast: Broadcast, sixth;
     nccl_reduce: Reduce, seventh;
@@ -129,22 +134,29 @@ collectives! {
     nccl_reduce_scatter: ReduceScatter, sixth;
     nccl_all_reduce: AllReduce, sixth;
     nccl_all_to_all: AllToAll, fifth;
+    nccl_all_to_all_v: AllToAll, eighth;
     nccl_gather: Gather, sixth;
     nccl_scatter: Scatter, sixth;
 }
 
-#[uprobe]
-pub fn nccl_send(ctx: ProbeContext) -> u32 {
-    keep_own_stack(&ctx, &NOWHERE);
-    begin(Registers::of(&ctx), 0, call(Operation::Send as u64));
-    0
+/// Operations between two ranks: nobody arrives.
+macro_rules! of_two {
+    ($($name:ident: $operation:ident;)*) => { $(
+        #[uprobe]
+        pub fn $name(ctx: ProbeContext) -> u32 {
+            keep_own_stack(&ctx, &NOWHERE);
+            begin(Registers::of(&ctx), 0, call(Operation::$operation as u64));
+            0
+        }
+    )* };
 }
 
-#[uprobe]
-pub fn nccl_recv(ctx: ProbeContext) -> u32 {
-    keep_own_stack(&ctx, &NOWHERE);
-    begin(Registers::of(&ctx), 0, call(Operation::Recv as u64));
-    0
+of_two! {
+    nccl_send: Send;
+    nccl_recv: Recv;
+    nccl_put_signal: PutSignal;
+    nccl_signal: Signal;
+    nccl_wait_signal: WaitSignal;
 }
 
 /// Where `struct ncclInfo` has its operation and its communicator (info.h, alike from 2.18 on; later ones have more at the end).
@@ -165,6 +177,10 @@ fn operation(number: u32) -> Option<u64> {
         8 => Operation::AllToAll,
         9 => Operation::Scatter,
         10 => Operation::Gather,
+        // 11 is NCCL's own (ncclFuncAllGatherV), and none that is called.
+        12 => Operation::PutSignal,
+        13 => Operation::Signal,
+        14 => Operation::WaitSignal,
         _ => return None,
     };
     Some(operation as u64)

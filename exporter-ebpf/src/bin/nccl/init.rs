@@ -10,8 +10,8 @@ use exporter_ebpf::{Loss, Registers, is_arm64, keep_own_stack, lose, now, read_u
 
 use crate::{
     LOST, NOWHERE, SUCCESS,
-    calls::{begin, end},
-    late::{known, layout},
+    calls::{begin, call, end},
+    late::{adopt_new, known, layout},
     or_lose,
     phases::count_phase,
     seats::{ANY_SEAT, expect, expect_less, group, handle, leave, mix, process, sit},
@@ -42,13 +42,11 @@ fn begin_rank(
         registers,
         0,
         Begun {
-            at: 0,
-            what: 0,
             told_at,
             group: key,
             rank,
             ranks,
-            cgroup: 0,
+            ..call(0)
         },
     );
     if !begun {
@@ -167,6 +165,27 @@ pub fn nccl_shrink(ctx: ProbeContext) -> u32 {
     0
 }
 
+/// The group of a rank of ncclCommGrow (from 2.29 on). Its old ranks know their communicator and its new ones the id that one of these has
+/// made: nothing by which they could be joined before the communicator tells its number.
+const GROWN: u64 = 0;
+
+#[uprobe]
+pub fn nccl_grow(ctx: ProbeContext) -> u32 {
+    keep_own_stack(&ctx, &NOWHERE);
+    let registers = Registers::of(&ctx);
+    let _ = layout();
+    begin(
+        registers,
+        0,
+        Begun {
+            told_at: registers.argument::<4>(),
+            group: GROWN,
+            ..call(0)
+        },
+    );
+    0
+}
+
 /// Takes the seat of a communicator that has been told. False if it will be told later, as where a split does not block: it is
 /// found at its first collective.
 #[inline(always)]
@@ -174,6 +193,9 @@ fn made(begun: &Begun) -> Result<bool, Loss> {
     let address: u64 = read_user(begun.told_at)?;
     if address == 0 {
         return Ok(false);
+    }
+    if begun.group == GROWN {
+        return adopt_new(handle(address)).map(|()| true);
     }
     sit::<ANY_SEAT>(begun.group, handle(address), begun.rank, 0)?;
     Ok(true)
@@ -195,7 +217,7 @@ fn init_return(registers: Registers, timed: bool) {
     } else {
         Ok(false)
     };
-    if made != Ok(true) {
+    if made != Ok(true) && begun.group != GROWN {
         expect_less(begun.group);
     }
     or_lose!(made);
@@ -224,13 +246,9 @@ pub fn nccl_init_all(ctx: ProbeContext) -> u32 {
         registers,
         0,
         Begun {
-            at: 0,
-            what: 0,
             told_at: registers.argument::<0>(),
-            group: 0,
-            rank: 0,
             ranks: u64::from(registers.argument::<1>() as u32),
-            cgroup: 0,
+            ..call(0)
         },
     );
     0

@@ -37,6 +37,27 @@ pub(crate) fn layout() -> Option<Layout> {
     (layout.hash != WANTED).then_some(layout)
 }
 
+/// What a communicator says of itself.
+struct Told {
+    hash: u64,
+    rank: u64,
+    ranks: u64,
+}
+
+/// Asks a communicator whose layout is known. `None` if it says what cannot be, as one does that is not made yet: NCCL tells it its number
+/// before its rank (`ncclCommInitRankFunc`).
+#[inline(always)]
+fn ask(name: &Handle, layout: &Layout) -> Result<Option<Told>, Loss> {
+    let hash: u64 = read_user(name.address + u64::from(layout.hash))?;
+    let rank: i32 = read_user(name.address + u64::from(layout.rank))?;
+    let ranks: i32 = read_user(name.address + u64::from(layout.ranks))?;
+    Ok((hash != 0 && rank >= 0 && rank < ranks).then_some(Told {
+        hash,
+        rank: rank as u64,
+        ranks: ranks as u64,
+    }))
+}
+
 /// Asks a communicator for its number and its rank, where it is known where they are. False if user space has not looked at
 /// the process yet.
 #[inline(always)]
@@ -49,26 +70,33 @@ pub(crate) fn learn(name: &Handle, known: *mut Communicator) -> Result<bool, Los
     if layout.hash == ABSENT || read_user::<u64>(name.address)? != MAGIC {
         return Ok(true);
     }
-    let hash: u64 = read_user(name.address + u64::from(layout.hash))?;
-    let rank: i32 = read_user(name.address + u64::from(layout.rank))?;
-    let ranks: i32 = read_user(name.address + u64::from(layout.ranks))?;
+    let Some(told) = ask(name, &layout)? else {
+        return Ok(true);
+    };
     // SAFETY: as above.
     let seat = unsafe { (*known).seat() };
-    if rank < 0 || rank >= ranks {
-        return Ok(true);
-    }
     if let Some(group) = GROUPS.get_ptr_mut(&seat.group) {
         // SAFETY: a map value; all ranks write the same.
         unsafe {
-            (*group).hash = hash;
-            (*group).ranks = ranks as u64;
+            (*group).hash = told.hash;
+            (*group).ranks = told.ranks;
         }
     }
     if let Some(member) = SEATS.get_ptr_mut(&seat) {
         // SAFETY: a map value that is this communicator's.
-        unsafe { (*member).rank = rank as u64 };
+        unsafe { (*member).rank = told.rank };
     }
     Ok(true)
+}
+
+/// Takes a communicator in that has just been made by a call of which not all ranks have a key in common. Where it cannot be asked yet it is
+/// found at its first collective.
+#[inline(always)]
+pub(crate) fn adopt_new(name: Handle) -> Result<(), Loss> {
+    match adopt(name) {
+        Err(Loss::Unreadable) => Ok(()),
+        adopted => adopted,
+    }
 }
 
 /// Takes a communicator in whose beginning was not seen, once user space has looked at its process.
@@ -81,13 +109,8 @@ fn adopt(name: Handle) -> Result<(), Loss> {
     if !can_tell || read_user::<u64>(name.address)? != MAGIC {
         return Err(Loss::Unreadable);
     }
-    let hash: u64 = read_user(name.address + u64::from(layout.hash))?;
-    let rank: i32 = read_user(name.address + u64::from(layout.rank))?;
-    let ranks: i32 = read_user(name.address + u64::from(layout.ranks))?;
-    if rank < 0 || rank >= ranks {
-        return Err(Loss::Unreadable);
-    }
-    join_late(hash, hash, name, rank as u64, ranks as u64)
+    let told = ask(&name, &layout)?.ok_or(Loss::Unreadable)?;
+    join_late(told.hash, told.hash, name, told.rank, told.ranks)
 }
 
 /// Takes a rank in that has been there for some time.

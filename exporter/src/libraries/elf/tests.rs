@@ -147,7 +147,7 @@ fn wanted() -> Wanted {
     Wanted {
         names: names(&["ncclAllReduce", "cuLaunchKernel", "main"]),
         inside: BTreeSet::new(),
-        before_version: "NCCL version ".to_owned(),
+        before_version: vec!["NCCL version ".to_owned(), "RCCL version : ".to_owned()],
         of_version: names(&["ncclAllReduce", "cuLaunchKernel"]),
     }
 }
@@ -164,13 +164,18 @@ fn names(library: &Library) -> Vec<&str> {
     functions.map(|function| &*function.name).collect()
 }
 
+fn version(library: &Library) -> Option<(&str, &str)> {
+    let version = library.version.as_ref();
+    version.map(|(begin, number)| (&**begin, &**number))
+}
+
 #[test]
 fn what_a_library_has_is_found() {
     let (seen, read) = look(&file(&Made::new().bytes()));
     let library = seen.expect("it is sound");
     assert_eq!(names(&library), ["ncclAllReduce", "cuLaunchKernel"]);
     assert_eq!(library.build_id.as_deref(), Some("01abff"));
-    assert_eq!(library.version.as_deref(), Some("2.27.5"));
+    assert_eq!(version(&library), Some(("NCCL version ", "2.27.5")));
     assert_eq!(library.lacks, []);
     assert!(read < 64 << 10, "{read}");
 
@@ -190,10 +195,20 @@ fn a_text_across_two_pieces_is_found() {
     ] {
         let mut library = Made::new();
         library.text = vec![b'x'; before as usize];
-        library.text.extend(b"NCCL version 2.30.7+cuda13.0\0");
-        let (seen, _) = look(&file(&library.bytes()));
-        let version = seen.expect("it is sound").version;
-        assert_eq!(version.as_deref(), Some("2.30.7"), "{before}");
+        for (text, expected) in [
+            ("NCCL version 2.30.7+cuda13.0", ("NCCL version ", "2.30.7")),
+            (
+                "RCCL version : 2.27.7-HEAD:0d2c4fd",
+                ("RCCL version : ", "2.27.7"),
+            ),
+        ] {
+            library.text.truncate(before as usize);
+            library.text.extend(text.as_bytes());
+            library.text.push(0);
+            let (seen, _) = look(&file(&library.bytes()));
+            let library = seen.expect("it is sound");
+            assert_eq!(version(&library), Some(expected), "{before}");
+        }
     }
 }
 

@@ -9,11 +9,11 @@ use std::{
 
 use anyhow::Context;
 use aya::maps::{self, MapData};
-use exporter_common::gpu::{Delays, Process, Thread};
+use exporter_common::gpu::{Delays, Device, Process, Thread};
 
 use super::{
     OBJECT, Settings,
-    devices::Places,
+    devices::{Drivers, Opened, Places},
     programs::{PROGRAMS, resolve},
 };
 use crate::{
@@ -37,11 +37,12 @@ pub(super) struct Live {
     pub(super) attached: Attached,
     pub(super) processes: maps::HashMap<MapData, u32, Process>,
     threads: maps::HashMap<MapData, u32, Thread>,
-    devices: maps::HashMap<MapData, u32, u32>,
-    search: maps::Array<MapData, u32>,
+    devices: maps::HashMap<MapData, u32, Device>,
+    search: maps::Array<MapData, u64>,
     pub(super) delays: maps::HashMap<MapData, u64, Delays>,
     /// The number of the last search.
-    number: u32,
+    number: u64,
+    pub(super) drivers: Drivers,
     searched: Option<Instant>,
 }
 
@@ -55,6 +56,7 @@ impl Live {
             delays: attached.map("DELAYS")?,
             attached,
             number: 0,
+            drivers: Drivers::default(),
             searched: None,
         })
     }
@@ -62,14 +64,15 @@ impl Live {
     /// Tells the kernel half which devices drive a GPU.
     fn set_devices(
         &mut self,
-        old: &BTreeMap<u32, u32>,
-        new: &BTreeMap<u32, u32>,
+        old: &BTreeMap<u32, Opened>,
+        new: &BTreeMap<u32, Opened>,
     ) -> anyhow::Result<()> {
         for device in old.keys().filter(|device| !new.contains_key(device)) {
             removed(self.devices.remove(device))?;
         }
-        for (device, driver) in new {
-            self.devices.insert(device, driver, 0)?;
+        for (device, opened) in new {
+            self.devices
+                .insert(device, self.drivers.device(opened), 0)?;
         }
         Ok(())
     }
@@ -114,11 +117,12 @@ pub(super) struct Core {
 }
 
 impl Core {
-    /// The processes that have a device open now.
+    /// The processes that drive a GPU now.
     pub(super) fn processes(&self) -> Vec<u32> {
         let known = self.live.as_ref().map(|live| entries(&live.processes));
-        let known = known.and_then(Result::ok).unwrap_or_default();
-        known.into_iter().map(|(process, _)| process).collect()
+        let known = known.and_then(Result::ok).unwrap_or_default().into_iter();
+        let drive = known.filter(|(_, process)| process.devices.drivers != 0);
+        drive.map(|(process, _)| process).collect()
     }
 }
 
@@ -134,7 +138,7 @@ pub(super) struct Devices {
     status: Status,
     settings: Settings,
     places: Places,
-    known: BTreeMap<u32, u32>,
+    known: BTreeMap<u32, Opened>,
     /// What is wrong with devices and searches now; notes of `status`.
     troubles: Vec<String>,
 }

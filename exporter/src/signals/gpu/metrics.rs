@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What does `gpu` show, besides jobs and calls?
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
-use exporter_common::gpu::{DELAY, DRIVERS};
+use exporter_common::gpu::DELAY;
 
 use super::{calls, jobs};
 use crate::{
@@ -26,12 +26,13 @@ pub const SLOTS: usize = DELAY.slots();
 static PROCESSES: Desc = Desc {
     name: "chandra_gpu_processes",
     kind: Kind::Gauge,
-    help: "Processes that have a GPU's device open.",
+    help: "Processes that have a GPU's device open, under each of the GPUs that they have open.",
     per_pod: true,
-    labels: &["driver"],
-    values: &[("driver", &DRIVERS)],
-    source: "open files of nvidia-uvm (nvidia), kfd (amdkfd), a render node (drm) or a device of --gpu.device (other); monitoring tools \
-             that open nvidiactl only do not count; not older than ten seconds",
+    labels: &["driver", "gpu"],
+    values: &[],
+    source: "open files of nvidia-uvm (driver nvidia), kfd (amdkfd), a render node (drm), an accelerator of the class accel (its driver's name) \
+             or a device of --gpu.device (other); gpu is the N of /dev/nvidiaN, below 32, and empty of others; monitoring tools that open \
+             nvidiactl and /dev/nvidiaN only do not count; not older than ten seconds",
 };
 
 static RUNQUEUE_DELAY: Desc = Desc {
@@ -45,8 +46,11 @@ static RUNQUEUE_DELAY: Desc = Desc {
              preemption or the end of a time slice; a CPU limit that throttles the pod is in it",
 };
 
-/// Processes of an owner, by driver.
-pub type Processes = [u64; DRIVERS.len()];
+/// By which driver which GPU of NVIDIA's is driven, if that is known.
+pub type Driven = (Arc<str>, Option<u32>);
+
+/// Processes of an owner.
+pub type Processes = BTreeMap<Driven, u64>;
 
 /// Arrivals on a CPU, for the account of attribution.
 pub(super) fn units(slots: &[u64; SLOTS]) -> u64 {
@@ -66,11 +70,16 @@ pub fn render<'a>(
         }
     }
     for (owner, counts) in processes {
-        for (driver, count) in DRIVERS.iter().zip(counts) {
-            if *count > 0 {
-                let labels = [&*owner.namespace, &*owner.pod, &*owner.container, driver];
-                families.add(&PROCESSES, &labels, *count as f64);
-            }
+        for ((driver, gpu), count) in counts {
+            let gpu = gpu.map(|gpu| gpu.to_string()).unwrap_or_default();
+            let labels = [
+                &*owner.namespace,
+                &*owner.pod,
+                &*owner.container,
+                driver,
+                &*gpu,
+            ];
+            families.add(&PROCESSES, &labels, *count as f64);
         }
     }
 }

@@ -163,8 +163,8 @@ impl Libraries {
         for files in self.probed.snapshot.processes.values() {
             let files = || files.iter().filter_map(|file| self.probed.files.get(file));
             let plugin = files().any(|probed| probed.sites.kind == Kind::Plugin);
-            let versions = files().filter_map(|probed| probed.sites.version);
-            for version in versions.filter(|version| plugin && version.is_denied()) {
+            let versions = files().filter_map(|probed| probed.sites.denied());
+            for version in versions.filter(|_| plugin) {
                 denied.insert(format!(
                     "the profiler plugin is loaded into NCCL {version}, with which it does harm: see docs/nccl-profiler.md"
                 ));
@@ -207,20 +207,39 @@ impl Libraries {
             for lack in &library.lacks {
                 found.push(format!("{path} is not read whole: {}", lack.why));
             }
-            match (file.sites.kind, file.sites.version) {
-                (Kind::Nccl, Some(version)) if version.is_known() => {
-                    found.push(format!("NCCL {version}: {path}{build}"));
-                }
-                (Kind::Nccl, Some(version)) => found.push(format!(
-                    "NCCL {version}: {path}{build}; communicators are followed from their beginning only, since this version's are not known"
+            match file.sites.kind {
+                Kind::Nccl => found.push(format!(
+                    "{}: {path}{build}{}",
+                    name(&file.sites),
+                    from_where(&file.sites)
                 )),
-                (Kind::Nccl, None) => found.push(format!(
-                    "NCCL of a version that it does not tell: {path}{build}; communicators are followed from their beginning only"
-                )),
-                (Kind::Plugin, _) => found.push(format!("NCCL profiler plugin: {path}{build}")),
-                (Kind::Cuda, _) => {}
+                Kind::Plugin => found.push(format!("NCCL profiler plugin: {path}{build}")),
+                Kind::Cuda => {}
             }
         }
         found
+    }
+}
+
+/// What people call a library of NCCL.
+fn name(sites: &Sites) -> String {
+    let name = if sites.is_rccl { "RCCL" } else { "NCCL" };
+    match sites.version {
+        Some(version) => format!("{name} {version}"),
+        None => format!("{name} of a version that it does not tell"),
+    }
+}
+
+/// From where on its communicators are followed, where that is not from anywhere.
+fn from_where(sites: &Sites) -> &'static str {
+    match (sites.is_known(), sites.version) {
+        (true, _) => "",
+        _ if sites.is_rccl => {
+            "; communicators are followed from their beginning only, since RCCL's are not known, and phases of an initialisation are not told"
+        }
+        (false, Some(_)) => {
+            "; communicators are followed from their beginning only, since this version's are not known"
+        }
+        (false, None) => "; communicators are followed from their beginning only",
     }
 }

@@ -49,8 +49,8 @@ static ENQUEUE: Desc = Desc {
     per_pod: true,
     labels: &["operation"],
     values: &[("operation", &OPERATIONS)],
-    source: "uprobes on ncclEnqueueCheck, entry to return; of a library without symbols on the exported functions, of the most used ones as far as \
-             24 probes go; not what a CUDA graph replays",
+    source: "uprobes on ncclEnqueueCheck, entry to return; of a library without symbols, and of RCCL, on the exported functions; not \
+             what a CUDA graph replays",
 };
 
 static ARRIVAL_WAIT: Desc = Desc {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What of a library's functions is probed, by which program, and what is known of its version?
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use exporter_common::{
     ABSENT,
@@ -46,9 +46,9 @@ const INIT_TIMED_RETURN: &str = "nccl_init_timed_return";
 
 /// Probes of one library of NCCL: the kernel takes a tenth of a second to take one out, and has to take all of them out before the
 /// exporter can end.
-const PROBES_OF_LIBRARY: usize = 24;
+const PROBES_OF_LIBRARY: usize = 42;
 
-/// The operations that libnccl exports, the most used first. Not ncclBcast, which calls ncclBroadcast.
+/// The operations that NCCL and RCCL export, the most used first. Not ncclBcast, which calls ncclBroadcast.
 #[rustfmt::skip] // one function a line
 const OPERATIONS: &[(&str, Probes)] = &[
     ("ncclAllReduce", probes("nccl_all_reduce", RETURN)),
@@ -59,8 +59,13 @@ const OPERATIONS: &[(&str, Probes)] = &[
     ("ncclBroadcast", probes("nccl_broadcast", RETURN)),
     ("ncclReduce", probes("nccl_reduce", RETURN)),
     ("ncclAlltoAll", probes("nccl_all_to_all", RETURN)),
+    ("ncclAllToAll", probes("nccl_all_to_all", RETURN)),
+    ("ncclAllToAllv", probes("nccl_all_to_all_v", RETURN)),
     ("ncclGather", probes("nccl_gather", RETURN)),
     ("ncclScatter", probes("nccl_scatter", RETURN)),
+    ("ncclPutSignal", probes("nccl_put_signal", RETURN)),
+    ("ncclWaitSignal", probes("nccl_wait_signal", RETURN)),
+    ("ncclSignal", probes("nccl_signal", RETURN)),
 ];
 
 /// What it exports besides: functions that make and end communicators.
@@ -72,6 +77,7 @@ const LIVES: &[(&str, Probes)] = &[
     ("ncclCommInitAll", probes("nccl_init_all", "nccl_init_all_return")),
     ("ncclCommSplit", probes("nccl_split", INIT_RETURN)),
     ("ncclCommShrink", probes("nccl_shrink", INIT_RETURN)),
+    ("ncclCommGrow", probes("nccl_grow", INIT_RETURN)),
     ("ncclCommDestroy", only("nccl_end")),
     ("ncclCommAbort", only("nccl_end")),
 ];
@@ -140,7 +146,7 @@ pub(super) struct Site {
 /// What a file is to NCCL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// NCCL, or something that has it linked in.
+    /// NCCL or RCCL, or something that has one of them linked in.
     Nccl,
     /// The profiler plugin.
     Plugin,
@@ -154,24 +160,34 @@ pub(super) struct Sites {
     pub(super) kind: Kind,
     pub(super) sites: Vec<Site>,
     pub(super) version: Option<Version>,
+    /// Whether it is RCCL, AMD's, which has NCCL's interface and numbers of versions, and another inside.
+    pub(super) is_rccl: bool,
 }
 
 /// What is looked for in a file.
 pub(super) fn wanted() -> Wanted {
-    let names = |lists: &[&[(&str, Probes)]]| {
+    let names = |lists: &[&[(&str, Probes)]]| -> BTreeSet<String> {
         let all = lists.iter().flat_map(|list| list.iter());
         all.map(|(name, _)| (*name).to_owned()).collect()
     };
+    let mut exported = names(&[OPERATIONS, LIVES, PLUGIN, GRAPHS]);
+    exported.insert(OF_RCCL.to_owned());
     Wanted {
-        names: names(&[OPERATIONS, LIVES, PLUGIN, GRAPHS]),
+        names: exported,
         inside: names(&[INSIDE]),
-        before_version: "NCCL version ".to_owned(),
+        before_version: BEFORE_VERSION.map(str::to_owned).into(),
         of_version: NCCL.map(str::to_owned).into(),
     }
 }
 
 /// Either of these makes a file NCCL.
 const NCCL: [&str; 2] = ["ncclAllReduce", "ncclCommInitRank"];
+
+/// What stands before the version in NCCL and in RCCL (`VERSION_STRING` of their src/init.cc).
+const BEFORE_VERSION: [&str; 2] = ["NCCL version ", "RCCL version : "];
+
+/// What RCCL exports besides (its nccl.h), from ROCm 5.3 on.
+const OF_RCCL: &str = "mscclLoadAlgo";
 
 impl Sites {
     /// Finds what there is to probe in a file. `None` if it has nothing to do with NCCL.
@@ -207,23 +223,40 @@ impl Sites {
         } else {
             return None;
         };
+        let told = library.version.as_ref().filter(|_| kind == Kind::Nccl);
+        let mut names = library.functions.iter().map(|function| &*function.name);
+        let is_rccl = kind == Kind::Nccl
+            && (names.any(|name| name == OF_RCCL)
+                || told.is_some_and(|(before, _)| before == BEFORE_VERSION[1]));
         // What else a file has the names of is not what it is for.
         match kind {
-            Kind::Nccl => sites = few(sites),
+            Kind::Nccl => sites = few(sites, is_rccl),
             Kind::Plugin => sites.retain(|site| is_in(PLUGIN, site)),
             Kind::Cuda => sites.retain(|site| is_in(GRAPHS, site)),
         }
-        let version = library.version.as_deref().filter(|_| kind == Kind::Nccl);
         Some(Self {
             kind,
             sites,
-            version: version.and_then(Version::of),
+            version: told.and_then(|(_, number)| Version::of(number)),
+            is_rccl,
         })
     }
 
     /// What is known of the communicators that it makes.
     pub(super) fn layout(&self) -> Layout {
-        self.version.map_or(UNKNOWN, Version::layout)
+        let version = self.version.filter(|_| !self.is_rccl);
+        version.map_or(UNKNOWN, Version::layout)
+    }
+
+    /// Whether communicators that were there before the exporter can be followed.
+    pub(super) fn is_known(&self) -> bool {
+        self.layout().sequence != ABSENT
+    }
+
+    /// Its version, if it is NCCL and the profiler plugin does harm with it.
+    pub(super) fn denied(&self) -> Option<Version> {
+        let version = self.version.filter(|_| !self.is_rccl);
+        version.filter(|Version(major, minor, patch)| DENIED.contains(&(*major, *minor, *patch)))
     }
 }
 
@@ -233,16 +266,17 @@ fn is_in(list: &[(&str, Probes)], site: &Site) -> bool {
 
 /// Chooses what is probed of NCCL, so that it takes at most [`PROBES_OF_LIBRARY`].
 ///
-/// With its symbols all operations are seen at one place. Without, each is at its own, the phases of an initialisation are not seen, and how long
-/// operations take is, of the most used ones, as far as there is room.
-fn few(mut sites: Vec<Site>) -> Vec<Site> {
+/// With its symbols all operations are seen at one place. Without, each is at its own, and the phases of an initialisation are not seen. So it is of
+/// RCCL, whose operations mostly do not come through that place (`mscclEnqueueCheck`). There is room for all that either exports; of a file that has
+/// the names of both the least used ones are left out. An operation is never probed at its entry alone: a call that does not return is a loss.
+fn few(mut sites: Vec<Site>, is_rccl: bool) -> Vec<Site> {
     sites.retain(|site| {
         [OPERATIONS, LIVES, INSIDE]
             .iter()
             .any(|list| is_in(list, site))
     });
     let has = |name: &str| sites.iter().any(|site| site.name == name);
-    if has(ENQUEUE.0) && has(TOTAL.0) {
+    if has(ENQUEUE.0) && has(TOTAL.0) && !is_rccl {
         sites.retain(|site| !is_in(OPERATIONS, site));
         return sites;
     }
@@ -257,9 +291,7 @@ fn few(mut sites: Vec<Site>) -> Vec<Site> {
         if probes(&sites) <= PROBES_OF_LIBRARY {
             break;
         }
-        if let Some(site) = sites.iter_mut().find(|site| site.name == *name) {
-            site.probes.exit = None;
-        }
+        sites.retain(|site| site.name != *name);
     }
     sites
 }
@@ -325,21 +357,12 @@ impl Version {
             sequence: *sequence,
         })
     }
-
-    /// Whether the profiler plugin does harm with it.
-    pub(super) fn is_denied(self) -> bool {
-        DENIED.contains(&(self.0, self.1, self.2))
-    }
-
-    /// Whether communicators that were there before the exporter can be followed.
-    pub(super) fn is_known(self) -> bool {
-        self.layout().sequence != ABSENT
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::libraries::elf::Function;
 
     #[test]
     fn functions_are_known_by_their_names_and_by_the_names_of_cpp() {
@@ -375,11 +398,47 @@ mod tests {
 
     #[test]
     fn versions_are_told_apart() {
-        assert!(Version(2, 27, 5).is_known());
-        assert!(!Version(2, 21, 5).is_known());
-        assert!(!Version(2, 27, 6).is_known());
+        let is_known = |version: Version| version.layout().sequence != ABSENT;
+        assert!(is_known(Version(2, 27, 5)));
+        assert!(!is_known(Version(2, 21, 5)));
+        assert!(!is_known(Version(2, 27, 6)));
         assert_eq!(Version(2, 99, 1).layout(), UNKNOWN);
         assert_eq!(Version(2, 27, 5).to_string(), "2.27.5");
+    }
+
+    #[test]
+    fn rccl_is_told_from_nccl_and_takes_none_of_its_layouts() {
+        let library = |version: Option<(&str, &str)>, also: &[&str]| Library {
+            version: version.map(|(before, number)| (before.to_owned(), number.to_owned())),
+            functions: ["ncclAllReduce", "_Z16ncclEnqueueCheckP8ncclInfo"]
+                .iter()
+                .chain(also)
+                .enumerate()
+                .map(|(index, name)| Function {
+                    name: (*name).to_owned(),
+                    at: 16 * index as u64,
+                    code: Vec::new(),
+                })
+                .collect(),
+            ..Library::default()
+        };
+        let sites = |library| Sites::of(&library).expect("of use");
+        let nccl = sites(library(Some(("NCCL version ", "2.27.5")), &[]));
+        assert!(!nccl.is_rccl && nccl.is_known());
+        for (version, also) in [
+            (Some(("RCCL version : ", "2.27.5")), &[][..]),
+            (Some(("NCCL version ", "2.27.5")), &[OF_RCCL][..]),
+            (None, &[OF_RCCL][..]),
+        ] {
+            let rccl = sites(library(version, also));
+            assert!(rccl.is_rccl && !rccl.is_known(), "{version:?}");
+            assert_eq!(rccl.layout(), UNKNOWN, "{version:?}");
+            assert_eq!(rccl.version.is_some(), version.is_some());
+        }
+        // What is no NCCL is no RCCL, whatever else it has.
+        let mut other = library(None, &[OF_RCCL, FINISHED]);
+        other.functions.remove(0);
+        assert!(!sites(other).is_rccl);
     }
 
     #[test]
@@ -399,31 +458,71 @@ mod tests {
         };
         let of = |lists: &[&[(&'static str, Probes)]]| {
             let sites = lists.iter().flat_map(|list| list.iter().map(site));
-            few(sites.collect())
+            few(sites.collect(), false)
         };
+        let without = |list: &[(&'static str, Probes)], names: &[&str]| -> Vec<_> {
+            let kept = list.iter().filter(|(name, _)| !names.contains(name));
+            kept.copied().collect()
+        };
+        let of_rccl = ["ncclAllToAll", "ncclAllToAllv"];
+        let operations = without(OPERATIONS, &of_rccl);
         let count = |sites: &[Site]| sites.iter().map(|site| site.probes.count()).sum::<usize>();
         let exit = |sites: &[Site], name: &str| {
             let site = sites.iter().find(|site| site.name == name);
             site.map(|site| site.probes.exit)
         };
 
-        let with_symbols = of(&[OPERATIONS, LIVES, INSIDE]);
-        assert_eq!(count(&with_symbols), 23);
+        let with_symbols = of(&[&operations, LIVES, INSIDE]);
+        assert_eq!(count(&with_symbols), 25);
         assert_eq!(exit(&with_symbols, "ncclAllReduce"), None);
         assert_eq!(exit(&with_symbols, "ncclEnqueueCheck"), Some(Some(RETURN)));
 
-        let stripped = of(&[OPERATIONS, LIVES]);
+        let stripped = of(&[&operations, LIVES]);
         assert_eq!(count(&stripped), PROBES_OF_LIBRARY);
-        assert_eq!(exit(&stripped, "ncclAllReduce"), Some(None));
+        for (name, probes) in &operations {
+            assert_eq!(exit(&stripped, name), Some(probes.exit), "{name}");
+        }
         let timed = Some(Some(INIT_TIMED_RETURN));
         assert_eq!(exit(&stripped, "ncclCommInitRank"), timed);
 
         // 2.18 exports less.
-        let older = of(&[&OPERATIONS[..7], &LIVES[..2], &LIVES[3..5], &LIVES[6..]]);
+        let lives = without(
+            LIVES,
+            &["ncclCommInitRankScalable", "ncclCommShrink", "ncclCommGrow"],
+        );
+        let older = of(&[&OPERATIONS[..7], &lives]);
         assert!(count(&older) <= PROBES_OF_LIBRARY);
         assert_eq!(exit(&older, "ncclReduce"), Some(Some(RETURN)));
 
         // One without the place where all come through.
-        assert!(count(&of(&[OPERATIONS, LIVES, &INSIDE[1..]])) <= PROBES_OF_LIBRARY);
+        assert!(count(&of(&[&operations, LIVES, &INSIDE[1..]])) <= PROBES_OF_LIBRARY);
+        // One that has the names of both.
+        let both = of(&[OPERATIONS, LIVES]);
+        assert!(count(&both) <= PROBES_OF_LIBRARY);
+        assert_eq!(exit(&both, "ncclAllToAllv"), Some(Some(RETURN)));
+        assert_eq!(exit(&both, "ncclSignal"), None);
+
+        // RCCL with its symbols: none of them is used.
+        let all = [
+            without(
+                OPERATIONS,
+                &[
+                    "ncclAlltoAll",
+                    "ncclPutSignal",
+                    "ncclWaitSignal",
+                    "ncclSignal",
+                ],
+            ),
+            without(
+                LIVES,
+                &["ncclCommInitRankScalable", "ncclCommShrink", "ncclCommGrow"],
+            ),
+            INSIDE.to_vec(),
+        ];
+        let rccl = few(all.iter().flatten().map(site).collect(), true);
+        assert!(count(&rccl) <= PROBES_OF_LIBRARY);
+        assert_eq!(exit(&rccl, ENQUEUE.0), None);
+        assert_eq!(exit(&rccl, "ncclScatter"), Some(Some(RETURN)));
+        assert_eq!(exit(&rccl, "ncclCommSplit"), timed);
     }
 }

@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Which files are of use, which are not looked at again, and until when?
 
-use std::{collections::BTreeSet, sync::Arc, time::Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Instant,
+};
 
 use super::{
     AGAIN, AGAIN_AT_MOST, Looker, Met, REFUSED_OF_PROCESS, Refused, Slow,
@@ -254,16 +258,7 @@ impl Looker {
     pub(super) fn forget(&mut self) {
         let looks = || self.looks.values();
         let used: BTreeSet<Identity> = looks().flat_map(|look| &look.files).copied().collect();
-        let before = self.files.len();
         self.files.retain(|identity, _| used.contains(identity));
-        if self.files.len() < before {
-            let now = Instant::now();
-            let waiting = self.refused.values_mut();
-            let waiting = waiting.filter(|refused| refused.skip == Skip::Files);
-            for refused in waiting.take(before - self.files.len()) {
-                refused.again = Some(now);
-            }
-        }
         self.refused.retain(|identity, _| used.contains(identity));
         let pods: BTreeSet<&Arc<str>> = looks().map(|look| &look.pod).collect();
         self.pods.retain(|pod, _| pods.contains(pod));
@@ -296,8 +291,28 @@ impl Looker {
         self.stuck.retain_mut(|(_, stuck)| !stuck.has_ended());
     }
 
+    /// Has as many files tried again at once as there is room for, of those that there was none for.
+    fn use_room(&mut self) {
+        let now = Instant::now();
+        let mut of_pods: BTreeMap<Arc<str>, usize> = BTreeMap::new();
+        for found in self.files.values() {
+            *of_pods.entry(Arc::clone(&found.pod)).or_default() += 1;
+        }
+        let mut left = FILES - self.files.len();
+        let waiting = self.refused.values_mut();
+        for refused in waiting.filter(|refused| refused.skip == Skip::Files) {
+            let of_pod = of_pods.entry(Arc::clone(&refused.pod)).or_default();
+            if left > 0 && *of_pod < FILES_OF_POD {
+                refused.again = Some(now);
+                *of_pod += 1;
+                left -= 1;
+            }
+        }
+    }
+
     /// Has the processes looked at again whose files are due to be tried again.
     pub(super) fn try_again(&mut self) {
+        self.use_room();
         let now = Instant::now();
         let due: BTreeSet<Identity> = self
             .refused
@@ -332,5 +347,95 @@ impl Slow {
         self.again = Instant::now() + self.every;
         self.every = AGAIN_AT_MOST.min(self.every * 2);
         self.tried = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::libraries::{
+        elf::{Library, Wanted},
+        maps::Interest,
+        watch::{
+            Watched,
+            looker::{Look, Pod},
+        },
+    };
+
+    fn identity(inode: u64) -> Identity {
+        Identity {
+            inode,
+            size: 1,
+            changed: (1, 1),
+            device: 0,
+        }
+    }
+
+    /// A looker that knows processes, each of a pod and with a file of its own, by their numbers.
+    struct Node(Looker);
+
+    impl Node {
+        fn new() -> Self {
+            Self(Looker::new(Watched {
+                interest: Interest::Nccl,
+                wanted: Wanted::default(),
+                is_of_use: |_| true,
+            }))
+        }
+
+        fn process(&mut self, number: u64, pod: &str) {
+            let (pod, now): (Arc<str>, _) = (pod.into(), Instant::now());
+            let look = Look {
+                pod: Arc::clone(&pod),
+                code: 0,
+                next: now + AGAIN,
+                every: AGAIN,
+                due: now + AGAIN,
+                files: vec![identity(number)],
+                trouble: None,
+                beyond: false,
+                at: 0,
+            };
+            self.0.looks.insert(number as u32, look);
+            self.0.pods.insert(Arc::clone(&pod), Pod::new());
+            let found = Found {
+                path: number.to_string(),
+                file: tempfile::tempfile().expect("a file"),
+                library: Library::default(),
+                pod: Arc::clone(&pod),
+            };
+            if let Err(refusal) = self.0.admit(identity(number), found, &pod) {
+                self.0.refuse(identity(number), &pod, "library", refusal);
+            }
+        }
+
+        /// One ends. Returns those whose file is tried again now.
+        fn end(&mut self, number: u64) -> Vec<u32> {
+            self.0.looks.remove(&(number as u32));
+            self.0.forget();
+            self.0.try_again();
+            let now = Instant::now();
+            let due = self.0.looks.iter().filter(|(_, look)| look.due <= now);
+            let mut due: Vec<_> = due.map(|(number, _)| *number).collect();
+            due.sort_unstable();
+            due
+        }
+    }
+
+    #[test]
+    fn what_had_no_room_is_tried_again_where_there_is_some_now() {
+        let mut node = Node::new();
+        for number in 0..FILES_OF_POD as u64 {
+            node.process(10 + number, "one");
+            node.process(30 + number, "two");
+        }
+        // Neither has the first, for its pod, and the second, for the node, a place.
+        node.process(20, "one");
+        node.process(50, "three");
+        node.process(51, "three");
+        assert_eq!(node.0.files.len(), FILES);
+        assert!(node.end(9999).is_empty(), "nobody has it");
+        assert_eq!(node.end(30), [50], "the pod of 20 has all it may have");
+        assert_eq!(node.end(10), [20, 50], "51 has no place yet");
     }
 }
