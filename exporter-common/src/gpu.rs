@@ -27,7 +27,7 @@ pub const DRIVERS: [&str; 4] = ["nvidia", "amdkfd", "drm", "other"];
 
 /// Drivers that are told apart: those of [`DRIVERS`], and of accelerators, which user space numbers as they come. One more is
 /// [`Driver::Other`].
-pub const MAX_DRIVERS: usize = 32;
+pub const MAX_DRIVERS: usize = 16;
 
 /// GPUs of NVIDIA that are told apart, those with the least numbers. Its driver takes as many (`NV_MAX_DEVICES` of nvlimits.h).
 pub const MAX_GPUS: u32 = 32;
@@ -65,11 +65,41 @@ pub struct Device {
 pub struct Process {
     /// Its cgroup when it was last seen with a device.
     pub cgroup: u64,
-    /// Which.
-    pub devices: Device,
+    /// Of [`Device`], as far as the search that is named below has come, and what it has opened since.
+    pub gpus: u32,
+    /// Of [`Device`], by the search before: it may have it still, as long as that search is under way.
+    pub gpus_before: u32,
+    /// As `gpus`.
+    pub drivers: u16,
+    /// As `gpus_before`.
+    pub drivers_before: u16,
     /// The last search of open files that saw it, or was under way when it opened a device.
-    pub search: u64,
+    pub search: u32,
 }
+
+impl Process {
+    /// What it has open, where the last search that is through is `done`.
+    pub const fn devices(&self, done: u32) -> Device {
+        let (drivers, gpus) = if self.search == done {
+            (self.drivers, self.gpus)
+        } else {
+            (
+                self.drivers | self.drivers_before,
+                self.gpus | self.gpus_before,
+            )
+        };
+        Device {
+            drivers: drivers as u32,
+            gpus,
+        }
+    }
+}
+
+/// The place in the map `SEARCH` of the search of open files that is under way, or was the last.
+pub const SEARCHING: u32 = 0;
+
+/// That of the last one that is through.
+pub const SEARCHED: u32 = 1;
 
 /// A thread of these: the value of the map `THREADS`, whose key is the thread id (`u32`). What the kernel will have
 /// counted for it once it runs (`struct sched_info`).

@@ -27,7 +27,7 @@ pub const MAX_PROCESSES: u32 = 2048;
 /// Their cgroups.
 pub const MAX_OWNERS: u32 = 96;
 
-/// Calls in progress: at most one and its inner ones for each thread.
+/// Calls in progress: at most one and its inner ones for each thread, and of a library without symbols which of them is outermost.
 pub const MAX_IN_PROGRESS: u32 = 2048;
 
 /// Cgroups of which it is known how much of the maps they have.
@@ -385,9 +385,12 @@ pub const MAGIC: u64 = 0x0280_0280_0280_0280;
 pub struct Frame {
     /// Process (upper half) and thread.
     pub thread: u64,
-    /// The address of its stack frame; 1 more for a phase of an initialisation.
+    /// The address of its stack frame; 1 more for a phase of an initialisation. Or [`OUTERMOST`].
     pub address: u64,
 }
+
+/// What names, in place of an address, the operation of a thread that no other one has called. Of it [`Begun::told_at`] is the frame.
+pub const OUTERMOST: u64 = 1;
 
 /// The value of the map `IN_PROGRESS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -397,7 +400,7 @@ pub struct Begun {
     pub at: u64,
     /// An [`Operation`] or a [`Phase`].
     pub what: u64,
-    /// Of an initialisation: where the communicator will be told.
+    /// Of an initialisation: where the communicator will be told. Of what is [`OUTERMOST`]: its frame.
     pub told_at: u64,
     /// Its group.
     pub group: u64,

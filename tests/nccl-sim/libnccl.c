@@ -12,7 +12,8 @@
 // (2000), SIM_TRANSPORT_US (5000), SIM_ENQUEUE_US (0, in each call) microseconds to sleep, SIM_COLLECTOR that somebody else unlinks
 // the shared memory. -DSIM_VERSION=22304 and
 // -DSIM_VERSION_TEXT='"2.23.4+cuda12.6"' build another version, -DSIM_LATER_NAMES one with the names of 2.32 (else of 2.27), -DSIM_RCCL
-// one that is RCCL: what it says of itself, its names of all-to-all, and operations that mostly do not come through ncclEnqueueCheck.
+// one that is RCCL: what it says of itself, its names of all-to-all, operations that call themselves once more or each other, and none that comes
+// through ncclEnqueueCheck.
 #define _GNU_SOURCE
 #include "sim.h"
 
@@ -712,9 +713,19 @@ static int enqueue(struct ncclInfo *info) {
 
 int enqueue_check(struct ncclInfo *info) { return enqueue(info); }
 
+// RCCL calls itself once more for what MSCCL has no algorithm for.
 #ifdef SIM_RCCL
+static __thread bool falls_back;
+#define FALL_BACK(again)                                                                                             \
+  if (!falls_back) {                                                                                                 \
+    falls_back = true;                                                                                               \
+    int result = again;                                                                                              \
+    falls_back = false;                                                                                              \
+    return result;                                                                                                   \
+  }
 #define ENQUEUE_CHECK enqueue
 #else
+#define FALL_BACK(again)
 #define ENQUEUE_CHECK enqueue_check
 #endif
 #define ENQUEUE(code, name, send, receive, op, root)                                                                 \
@@ -723,6 +734,7 @@ int enqueue_check(struct ncclInfo *info) { return enqueue(info); }
   return ENQUEUE_CHECK(&info)
 
 API(ncclAllReduce, const void *send, void *receive, size_t count, int type, int op, ncclComm_t comm, stream_t stream) {
+  FALL_BACK(pncclAllReduce(send, receive, count, type, op, comm, stream));
   ENQUEUE(ALL_REDUCE, "AllReduce", send, receive, op, 0);
 }
 
@@ -756,6 +768,7 @@ API(ncclAllToAllv, const void *send, const size_t *counts, const size_t *places,
     const size_t *receive_places, int type, ncclComm_t comm, stream_t stream) {
   (void)places, (void)receive_counts, (void)receive_places;
   size_t count = counts[0];
+  FALL_BACK(pncclAllToAll(send, receive, count, type, comm, stream));
   ENQUEUE(ALL_TO_ALL, "AllToAllv", send, receive, 0, 0);
 }
 
@@ -778,6 +791,7 @@ API(ncclScatter, const void *send, void *receive, size_t count, int type, int ro
 }
 
 API(ncclSend, const void *send, size_t count, int type, int peer, ncclComm_t comm, stream_t stream) {
+  FALL_BACK(pncclSend(send, count, type, peer, comm, stream));
   ENQUEUE(SEND, "Send", NULL, (void *)send, 0, peer);
 }
 

@@ -14,8 +14,8 @@ use aya_ebpf::{
     programs::{BtfTracePointContext, ProbeContext},
 };
 use exporter_common::gpu::{
-    Clock, DELAY, Delays, Device, MAX_DEVICES, MAX_OWNERS, MAX_PROCESSES, MAX_THREADS, Process, Thread,
-    WINDOW_BITS,
+    Clock, DELAY, Delays, Device, MAX_DEVICES, MAX_OWNERS, MAX_PROCESSES, MAX_THREADS, Process, SEARCHED,
+    SEARCHING, Thread, WINDOW_BITS,
 };
 use exporter_ebpf::{
     Counters, Loss, Registers, add, cgroup, constants, entry, field, insert_new, load, lose, now,
@@ -53,9 +53,9 @@ static THREADS: HashMap<u32, Thread> = HashMap::with_max_entries(MAX_THREADS, 0)
 #[map]
 static DEVICES: HashMap<u32, Device> = HashMap::with_max_entries(MAX_DEVICES, 0);
 
-/// The number of the search of open files that is under way, or was the last. User space writes it.
+/// The numbers of searches of open files, at [`SEARCHING`] and [`SEARCHED`]. User space writes them.
 #[map]
-static SEARCH: Array<u64> = Array::with_max_entries(1, 0);
+static SEARCH: Array<u32> = Array::with_max_entries(2, 0);
 
 /// By cgroup id.
 #[map]
@@ -99,8 +99,7 @@ pub fn sched_switch(ctx: BtfTracePointContext) -> i32 {
 #[inline(always)]
 fn drives(process: u32) -> bool {
     let known = PROCESSES.get_ptr(&process);
-    // SAFETY: a map value.
-    known.is_some_and(|known| unsafe { (*known).devices.drivers } != 0)
+    known.is_some_and(|known| devices_of(known).drivers != 0)
 }
 
 /// Counts how long a thread that comes onto the CPU has been runnable.
@@ -207,32 +206,60 @@ fn missed(arrivals: u64) {
     }
 }
 
-/// The search of open files that is under way, or was the last.
+/// The number of a search.
 #[inline(always)]
-fn search() -> u64 {
-    SEARCH.get(0).copied().unwrap_or_default()
+fn search(which: u32) -> u32 {
+    SEARCH.get(which).copied().unwrap_or_default()
+}
+
+/// What a process has open, as far as is known.
+#[inline(always)]
+fn devices_of(known: *const Process) -> Device {
+    // SAFETY: a map value.
+    unsafe { *known }.devices(search(SEARCHED))
 }
 
 /// Notes that a process has devices open.
 #[inline(always)]
 fn admit(process: u32, devices: Device, cgroup: u64) {
-    let search = search();
-    let mut new = Process {
+    let new = Process {
         cgroup,
-        devices,
-        search,
+        gpus: devices.gpus,
+        gpus_before: 0,
+        drivers: devices.drivers as u16,
+        drivers_before: 0,
+        search: search(SEARCHING),
     };
-    if let Some(known) = PROCESSES.get_ptr_mut(&process) {
-        // SAFETY: a map value. Two that write at once write the same but for a device, which the next search sees.
-        unsafe {
-            if (*known).search == search {
-                new.devices.drivers |= (*known).devices.drivers;
-                new.devices.gpus |= (*known).devices.gpus;
-            }
-            *known = new;
+    if PROCESSES.get_ptr(&process).is_none() {
+        match insert_new(&PROCESSES, &process, &new) {
+            Ok(false) => {}
+            Ok(true) => return,
+            Err(loss) => return lose(&LOST, loss),
         }
-    } else if let Err(loss) = insert_new(&PROCESSES, &process, &new) {
-        lose(&LOST, loss);
+    }
+    let Some(known) = PROCESSES.get_ptr_mut(&process) else {
+        return;
+    };
+    // SAFETY: a map value. 5.10 has no atomic OR. Of two threads that open a driver and a GPU at once neither writes what the other does;
+    // of two that open two drivers, or two GPUs, one may be forgotten until the next search. So may be what is opened in the moment in which
+    // a search first sees the process.
+    unsafe {
+        if (*known).search != new.search {
+            let before = devices_of(known);
+            *known = Process {
+                gpus_before: before.gpus,
+                drivers_before: before.drivers as u16,
+                ..new
+            };
+            return;
+        }
+        (*known).cgroup = cgroup;
+        if new.drivers != 0 {
+            (*known).drivers |= new.drivers;
+        }
+        if new.gpus != 0 {
+            (*known).gpus |= new.gpus;
+        }
     }
 }
 
@@ -248,9 +275,9 @@ pub fn sched_process_fork(ctx: BtfTracePointContext) -> i32 {
         return 0;
     }
     if let Some(parent) = PROCESSES.get_ptr(&parent) {
-        // SAFETY: a map value, and a typed task.
-        let (devices, cgroup) = unsafe { ((*parent).devices, task_cgroup(child)) };
-        admit(new, devices, cgroup);
+        // SAFETY: a typed task.
+        let cgroup = unsafe { task_cgroup(child) };
+        admit(new, devices_of(parent), cgroup);
     }
     0
 }

@@ -125,7 +125,7 @@ impl Signal for Gpu {
             // So that beyond the limit the same ones are shown each time.
             processes.sort_by_key(|(_, process)| process.cgroup);
             for (_, process) in processes {
-                let driven = live.drivers.driven(process.devices);
+                let driven = live.drivers.driven(process.devices(live.number));
                 if driven.is_empty() {
                     continue;
                 }

@@ -469,7 +469,7 @@ fn which_gpu_and_whose_accelerator_a_process_has_open_is_seen() {
     // In any order.
     let holds = |paths: &[&String]| {
         let text = format!(
-            "import time\nkept = [open(path, 'rb', 0) for path in {paths:?}]\nprint('ready', flush=True)\ntime.sleep(600)"
+            "import time\nkept = [open(path, 'rb', 0) for path in {paths:?}]\nprint('ready', flush=True)\nwhile True: time.sleep(0.002)"
         );
         let mut child = Command::new("python3")
             .args(["-c", &text])
@@ -487,6 +487,10 @@ fn which_gpu_and_whose_accelerator_a_process_has_open_is_seen() {
         child.wait().expect("it ends");
     };
     let monitoring = holds(&[&gpus[0], &gpus[1]]);
+    thread::sleep(Duration::from_secs(11));
+    let scrape = exporter.scrape();
+    let (open, waits) = (scrape.sum(PROCESSES, &[]), scrape.sum(COUNT, &[]));
+    assert_eq!((open, waits), (0.0, 0.0), "monitoring drives no GPU");
     let first = holds(&[&gpus[0], &compute]);
     let both = holds(&[&compute, &gpus[0], &gpus[1]]);
     let without = holds(&[&compute]);
@@ -494,17 +498,25 @@ fn which_gpu_and_whose_accelerator_a_process_has_open_is_seen() {
     let expected =
         |scrape: &Scrape| ["0", "5", ""].map(|gpu| seen(scrape, "nvidia", gpu)) == [2.0, 1.0, 2.0];
     exporter.scrape_until("each under its GPUs", expected);
-    // The same by the search as by the opens.
-    thread::sleep(Duration::from_secs(11));
-    assert!(expected(&exporter.scrape()), "{}", exporter.scrape().text);
-    assert_eq!(exporter.scrape().sum(PROCESSES, &[]), 5.0);
+    // The same by two searches as by the opens, in which nobody is forgotten for a moment, whatever comes first among its files.
+    let missed = [("signal", "gpu"), ("reason", "missed_switch")];
+    let missed = |scrape: &Scrape| scrape.sum("chandra_lost_events_total", &missed);
+    let before = exporter.scrape();
+    thread::sleep(Duration::from_secs(22));
+    let scrape = exporter.scrape();
+    assert!(expected(&scrape), "{}", scrape.text);
+    assert_eq!(scrape.sum(PROCESSES, &[]), 5.0);
+    assert_eq!(missed(&scrape), missed(&before), "{}", scrape.text);
+    let waits = scrape.sum(COUNT, &[]) - before.sum(COUNT, &[]);
+    assert!(
+        waits > 4.0 * 1000.0,
+        "{waits} arrivals of four that sleep 2 ms at a time"
+    );
     end(both);
     exporter.scrape_until("one less on both", |scrape| {
         seen(scrape, "nvidia", "0") == 1.0 && seen(scrape, "nvidia", "5") == 0.0
     });
-    // Threads of monitoring are nobody's who drives a GPU.
-    let driven = exporter.scrape().sum(PROCESSES, &[]);
-    assert_eq!(driven, 3.0);
+    assert_eq!(exporter.scrape().sum(PROCESSES, &[]), 3.0);
     [monitoring, first, without, beyond]
         .into_iter()
         .for_each(end);

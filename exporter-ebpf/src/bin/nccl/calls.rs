@@ -7,10 +7,10 @@ use aya_ebpf::{
     programs::{ProbeContext, RetProbeContext},
 };
 use exporter_common::nccl::{
-    Begun, CALL, COLLECTIVES, Frame, MAX_IN_PROGRESS, Operation, Share, call_slots,
+    Begun, CALL, COLLECTIVES, Frame, MAX_IN_PROGRESS, OUTERMOST, Operation, Share, call_slots,
 };
 use exporter_ebpf::{
-    Loss, Registers, cgroup, enter, keep_own_stack, leave, lose, now, read_user, thread,
+    Loss, Registers, cgroup, enter, keep_own_stack, leave, lose, now, read_user, thread, value,
 };
 
 use crate::{
@@ -92,6 +92,30 @@ pub(crate) const fn call(what: u64) -> Begun {
     }
 }
 
+/// How long, in nanoseconds, a thread is taken to be in an operation whose return is not seen.
+const PATIENCE: u64 = 10_000_000_000;
+
+/// Whether an exported operation is called by the program, and not by another operation: RCCL makes an all-to-all of sends, and calls
+/// itself once more for what MSCCL has no algorithm for (`mscclFallBackSavedParams`). Notes it as the outermost of its thread.
+#[inline(always)]
+fn is_outermost(registers: Registers) -> bool {
+    let key = frame(OUTERMOST);
+    if let Some(outer) = value(&IN_PROGRESS, &key)
+        && registers.frame() < outer.told_at
+        && now().wrapping_sub(outer.at) < PATIENCE
+    {
+        return false;
+    }
+    let begun = Begun {
+        at: now(),
+        told_at: registers.frame(),
+        ..call(0)
+    };
+    // Where there is no room it is counted, and so is what it calls.
+    note(&key, begun);
+    true
+}
+
 macro_rules! collectives {
     ($($name:ident: $operation:ident, $communicator:ident;)*) => { $(
         #[uprobe]
@@ -99,6 +123,9 @@ macro_rules! collectives {
             keep_own_stack(&ctx, &NOWHERE);
             let at = now();
             let registers = Registers::of(&ctx);
+            if !is_outermost(registers) {
+                return 0;
+            }
             or_lose!($communicator(registers).and_then(|address| collective(Operation::$operation as u64, address, at)));
             begin(registers, 0, call(Operation::$operation as u64));
             0
@@ -145,7 +172,10 @@ macro_rules! of_two {
         #[uprobe]
         pub fn $name(ctx: ProbeContext) -> u32 {
             keep_own_stack(&ctx, &NOWHERE);
-            begin(Registers::of(&ctx), 0, call(Operation::$operation as u64));
+            let registers = Registers::of(&ctx);
+            if is_outermost(registers) {
+                begin(registers, 0, call(Operation::$operation as u64));
+            }
             0
         }
     )* };
@@ -216,7 +246,14 @@ pub fn nccl_enqueue(ctx: ProbeContext) -> u32 {
 pub fn nccl_return(ctx: RetProbeContext) -> u32 {
     keep_own_stack(&ctx, &NOWHERE);
     let at = now();
-    let Some(begun) = end(Registers::of(&ctx), 0) else {
+    let registers = Registers::of(&ctx);
+    let outermost = frame(OUTERMOST);
+    if value(&IN_PROGRESS, &outermost)
+        .is_some_and(|outer| outer.told_at == registers.returned_frame())
+    {
+        let _ = end_of(&outermost);
+    }
+    let Some(begun) = end(registers, 0) else {
         return 0;
     };
     let took = at.wrapping_sub(begun.at);

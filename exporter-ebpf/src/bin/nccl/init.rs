@@ -165,9 +165,9 @@ pub fn nccl_shrink(ctx: ProbeContext) -> u32 {
     0
 }
 
-/// The group of a rank of ncclCommGrow (from 2.29 on). Its old ranks know their communicator and its new ones the id that one of these has
-/// made: nothing by which they could be joined before the communicator tells its number.
-const GROWN: u64 = 0;
+/// What a call of ncclCommGrow (from 2.29 on) does, which has no group yet. Its old ranks know their communicator and its new ones the id that
+/// one of these has made: nothing by which they could be joined before the communicator tells its number.
+const GROWS: u64 = 1;
 
 #[uprobe]
 pub fn nccl_grow(ctx: ProbeContext) -> u32 {
@@ -179,8 +179,7 @@ pub fn nccl_grow(ctx: ProbeContext) -> u32 {
         0,
         Begun {
             told_at: registers.argument::<4>(),
-            group: GROWN,
-            ..call(0)
+            ..call(GROWS)
         },
     );
     0
@@ -194,7 +193,7 @@ fn made(begun: &Begun) -> Result<bool, Loss> {
     if address == 0 {
         return Ok(false);
     }
-    if begun.group == GROWN {
+    if begun.what == GROWS {
         return adopt_new(handle(address)).map(|()| true);
     }
     sit::<ANY_SEAT>(begun.group, handle(address), begun.rank, 0)?;
@@ -217,7 +216,7 @@ fn init_return(registers: Registers, timed: bool) {
     } else {
         Ok(false)
     };
-    if made != Ok(true) && begun.group != GROWN {
+    if made != Ok(true) && begun.what != GROWS {
         expect_less(begun.group);
     }
     or_lose!(made);

@@ -147,7 +147,9 @@ fn wanted() -> Wanted {
     Wanted {
         names: names(&["ncclAllReduce", "cuLaunchKernel", "main"]),
         inside: BTreeSet::new(),
-        before_version: vec!["NCCL version ".to_owned(), "RCCL version : ".to_owned()],
+        before_version: ["NCCL version ", "RCCL version : "]
+            .map(str::to_owned)
+            .into(),
         of_version: names(&["ncclAllReduce", "cuLaunchKernel"]),
     }
 }

@@ -122,6 +122,8 @@ struct Refused {
     pod: Arc<str>,
     again: Option<Instant>,
     every: Duration,
+    /// Of one without room: when a place was last kept for it.
+    offered: Option<Instant>,
 }
 
 /// A place in memory whose file did not come.

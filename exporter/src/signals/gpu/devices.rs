@@ -32,17 +32,31 @@ impl Default for Places {
 }
 
 /// What having a device open says of a process.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Opened {
-    /// It drives a GPU, by this driver.
-    Drives(Arc<str>),
-    /// It has this GPU of NVIDIA's open: the N of `/dev/nvidiaN`.
-    Gpu(u32),
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Opened {
+    /// That it drives a GPU, by this driver.
+    pub driver: Option<Arc<str>>,
+    /// That it has this GPU of NVIDIA's open: the N of `/dev/nvidiaN`.
+    pub gpu: Option<u32>,
 }
 
 impl Opened {
     fn by(driver: Driver) -> Self {
-        Self::Drives(DRIVERS[driver as usize].into())
+        Self::of(DRIVERS[driver as usize].into())
+    }
+
+    fn of(driver: Arc<str>) -> Self {
+        Self {
+            driver: Some(driver),
+            gpu: None,
+        }
+    }
+
+    fn gpu(gpu: u32) -> Self {
+        Self {
+            driver: None,
+            gpu: Some(gpu),
+        }
     }
 }
 
@@ -77,7 +91,9 @@ impl Places {
     pub fn devices(&self, named: &[PathBuf]) -> (BTreeMap<u32, Opened>, Vec<String>) {
         let mut devices = BTreeMap::new();
         let mut add = |(major, minor): (u32, u32), opened: Opened| {
-            devices.entry(major << 20 | minor).or_insert(opened);
+            let device: &mut Opened = devices.entry(major << 20 | minor).or_default();
+            device.driver = device.driver.take().or(opened.driver);
+            device.gpu = device.gpu.or(opened.gpu);
         };
         let text = fs::read_to_string(self.proc.join("devices")).unwrap_or_default();
         let lines = text.lines().take_while(|line| *line != "Block devices:");
@@ -94,7 +110,7 @@ impl Places {
                 "kfd" => add((major, 0), Opened::by(Driver::Amdkfd)),
                 // As it is called today, and was before 2023.
                 "nvidia" | "nvidia-frontend" if with_uvm => {
-                    (0..MAX_GPUS).for_each(|gpu| add((major, gpu), Opened::Gpu(gpu)));
+                    (0..MAX_GPUS).for_each(|gpu| add((major, gpu), Opened::gpu(gpu)));
                 }
                 _ => {}
             }
@@ -108,7 +124,7 @@ impl Places {
             // Others are for monitoring, as Habana's accel_controlD0.
             let index = name.strip_prefix("accel").unwrap_or_default();
             if !index.is_empty() && index.bytes().all(|byte| byte.is_ascii_digit()) {
-                add(number, Opened::Drives(driver(&folder)));
+                add(number, Opened::of(driver(&folder)));
             }
         }
         let mut troubles = Vec::new();
@@ -156,15 +172,10 @@ impl Default for Drivers {
 impl Drivers {
     /// What the kernel half is told of a device.
     pub(super) fn device(&mut self, opened: &Opened) -> Device {
-        match opened {
-            Opened::Drives(driver) => Device {
-                drivers: 1 << self.number(driver),
-                gpus: 0,
-            },
-            Opened::Gpu(gpu) => Device {
-                drivers: 0,
-                gpus: 1 << gpu,
-            },
+        let driver = opened.driver.as_ref().map(|driver| self.number(driver));
+        Device {
+            drivers: driver.map_or(0, |number| 1 << number),
+            gpus: opened.gpu.map_or(0, |gpu| 1 << gpu),
         }
     }
 
@@ -240,7 +251,7 @@ mod tests {
             fs::create_dir_all(link.parent().expect("a folder")).expect("made");
             symlink(Path::new("../../bus/pci/drivers").join(driver), link).expect("made");
         }
-        let drives = |driver: &str| Opened::Drives(driver.into());
+        let drives = |driver: &str| Opened::of(driver.into());
         let expected = BTreeMap::from([
             (234 << 20, drives("amdkfd")),
             (226 << 20 | 128, drives("drm")),
@@ -264,7 +275,7 @@ mod tests {
             let (_folder, places) = host(&[("proc/devices", &text)]);
             let (devices, _) = places.devices(&[]);
             assert_eq!(devices[&(508 << 20)], Opened::by(Driver::Nvidia));
-            assert_eq!(devices[&(195 << 20 | 7)], Opened::Gpu(7));
+            assert_eq!(devices[&(195 << 20 | 7)], Opened::gpu(7));
             assert_eq!(devices.len(), 1 + MAX_GPUS as usize);
         }
     }
@@ -272,7 +283,7 @@ mod tests {
     #[test]
     fn drivers_have_a_bit_each_as_long_as_there_are_some() {
         let mut drivers = Drivers::default();
-        let drives = |driver: &str| Opened::Drives(driver.into());
+        let drives = |driver: &str| Opened::of(driver.into());
         let known = drivers.device(&drives("drm"));
         assert_eq!(known.drivers, 1 << Driver::Drm as u32);
         let first = drivers.device(&drives("habanalabs"));

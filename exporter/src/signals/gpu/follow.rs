@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::Context;
 use aya::maps::{self, MapData};
-use exporter_common::gpu::{Delays, Device, Process, Thread};
+use exporter_common::gpu::{Delays, Device, Process, SEARCHED, SEARCHING, Thread};
 
 use super::{
     OBJECT, Settings,
@@ -38,10 +38,10 @@ pub(super) struct Live {
     pub(super) processes: maps::HashMap<MapData, u32, Process>,
     threads: maps::HashMap<MapData, u32, Thread>,
     devices: maps::HashMap<MapData, u32, Device>,
-    search: maps::Array<MapData, u64>,
+    search: maps::Array<MapData, u32>,
     pub(super) delays: maps::HashMap<MapData, u64, Delays>,
     /// The number of the last search.
-    number: u64,
+    pub(super) number: u32,
     pub(super) drivers: Drivers,
     searched: Option<Instant>,
 }
@@ -80,15 +80,20 @@ impl Live {
     /// Looks through all open files, and lets go of the processes that have no device open any more.
     fn search(&mut self) -> anyhow::Result<()> {
         let number = self.number.wrapping_add(1);
-        self.search.set(0, number, 0)?;
+        self.search.set(SEARCHING, number, 0)?;
         self.attached
             .walk("open_files")
             .context("walk over all open files (bpf iterator task_file)")?;
+        self.search.set(SEARCHED, number, 0)?;
         self.number = number;
         self.searched = Some(Instant::now());
         let mut gone = HashSet::new();
         for (process, known) in entries(&self.processes)? {
             if known.search == number {
+                // Where one that drives no GPU any more does again, what its threads waited meanwhile is not counted.
+                if known.drivers == 0 {
+                    gone.insert(u64::from(process));
+                }
                 continue;
             }
             // It may have opened one again this very moment.
@@ -121,7 +126,7 @@ impl Core {
     pub(super) fn processes(&self) -> Vec<u32> {
         let known = self.live.as_ref().map(|live| entries(&live.processes));
         let known = known.and_then(Result::ok).unwrap_or_default().into_iter();
-        let drive = known.filter(|(_, process)| process.devices.drivers != 0);
+        let drive = known.filter(|(_, process)| process.drivers != 0);
         drive.map(|(process, _)| process).collect()
     }
 }
@@ -151,6 +156,7 @@ impl Follower<Core> for Devices {
         if core.live.is_none() && changed && !devices.is_empty() {
             core.live = self.load(&kernel());
         }
+        let mut done = Ok(());
         if let Some(live) = &mut core.live {
             let heard = self
                 .status
@@ -159,17 +165,18 @@ impl Follower<Core> for Devices {
                 .any(|hook| hook.method == Method::Kprobe && hook.reason == Reason::Attached);
             let every = if heard { SEARCH_EVERY } else { SEARCH_OFTEN };
             let due = live.searched.is_none_or(|at| at.elapsed() >= every);
-            let done = match changed {
-                true => live.set_devices(&self.known, &devices),
-                false => Ok(()),
-            };
-            let done = done.and_then(|()| match changed || due {
-                true => live.search(),
-                false => Ok(()),
-            });
-            troubles.extend(done.err().map(|error| format!("{error:#}")));
+            if changed {
+                done = live.set_devices(&self.known, &devices);
+            }
+            if done.is_ok() && (changed || due) {
+                done = live.search();
+            }
         }
-        self.known = devices;
+        // What could not be told is told again.
+        if done.is_ok() {
+            self.known = devices;
+        }
+        troubles.extend(done.err().map(|error| format!("{error:#}")));
         if core.live.is_none() && self.known.is_empty() {
             self.status = Status::bare(State::Absent);
         }

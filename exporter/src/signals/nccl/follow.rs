@@ -207,6 +207,12 @@ impl Libraries {
             for lack in &library.lacks {
                 found.push(format!("{path} is not read whole: {}", lack.why));
             }
+            if !file.sites.left_out.is_empty() {
+                let names = file.sites.left_out.join(", ");
+                found.push(format!(
+                    "{path}: not probed, since it has more than a library takes probes: {names}"
+                ));
+            }
             match file.sites.kind {
                 Kind::Nccl => found.push(format!(
                     "{}: {path}{build}{}",

@@ -162,6 +162,8 @@ pub(super) struct Sites {
     pub(super) version: Option<Version>,
     /// Whether it is RCCL, AMD's, which has NCCL's interface and numbers of versions, and another inside.
     pub(super) is_rccl: bool,
+    /// What is not probed, since a library has more of it than one takes probes.
+    pub(super) left_out: Vec<&'static str>,
 }
 
 /// What is looked for in a file.
@@ -183,10 +185,10 @@ pub(super) fn wanted() -> Wanted {
 /// Either of these makes a file NCCL.
 const NCCL: [&str; 2] = ["ncclAllReduce", "ncclCommInitRank"];
 
-/// What stands before the version in NCCL and in RCCL (`VERSION_STRING` of their src/init.cc).
-const BEFORE_VERSION: [&str; 2] = ["NCCL version ", "RCCL version : "];
+/// What stands before the version in NCCL and in RCCL, since July 2024 and before (`VERSION_STRING` of their src/init.cc).
+const BEFORE_VERSION: [&str; 3] = ["NCCL version ", "RCCL version : ", "RCCL version "];
 
-/// What RCCL exports besides (its nccl.h), from ROCm 5.3 on.
+/// What RCCL exports besides, since the end of 2022 (its nccl.h).
 const OF_RCCL: &str = "mscclLoadAlgo";
 
 impl Sites {
@@ -227,10 +229,11 @@ impl Sites {
         let mut names = library.functions.iter().map(|function| &*function.name);
         let is_rccl = kind == Kind::Nccl
             && (names.any(|name| name == OF_RCCL)
-                || told.is_some_and(|(before, _)| before == BEFORE_VERSION[1]));
+                || told.is_some_and(|(before, _)| before != BEFORE_VERSION[0]));
         // What else a file has the names of is not what it is for.
+        let mut left_out = Vec::new();
         match kind {
-            Kind::Nccl => sites = few(sites, is_rccl),
+            Kind::Nccl => (sites, left_out) = few(sites, is_rccl),
             Kind::Plugin => sites.retain(|site| is_in(PLUGIN, site)),
             Kind::Cuda => sites.retain(|site| is_in(GRAPHS, site)),
         }
@@ -239,6 +242,7 @@ impl Sites {
             sites,
             version: told.and_then(|(_, number)| Version::of(number)),
             is_rccl,
+            left_out,
         })
     }
 
@@ -264,12 +268,12 @@ fn is_in(list: &[(&str, Probes)], site: &Site) -> bool {
     list.iter().any(|(name, _)| *name == site.name)
 }
 
-/// Chooses what is probed of NCCL, so that it takes at most [`PROBES_OF_LIBRARY`].
+/// Chooses what is probed of NCCL, so that it takes at most [`PROBES_OF_LIBRARY`]. Returns what is left out for that, too.
 ///
 /// With its symbols all operations are seen at one place. Without, each is at its own, and the phases of an initialisation are not seen. So it is of
-/// RCCL, whose operations mostly do not come through that place (`mscclEnqueueCheck`). There is room for all that either exports; of a file that has
-/// the names of both the least used ones are left out. An operation is never probed at its entry alone: a call that does not return is a loss.
-fn few(mut sites: Vec<Site>, is_rccl: bool) -> Vec<Site> {
+/// RCCL, some of whose operations do not come through that place (`mscclEnqueueCheck`). There is room for all that either exports today; of a file that
+/// has more the least used ones are left out. An operation is never probed at its entry alone: a call that does not return is a loss.
+fn few(mut sites: Vec<Site>, is_rccl: bool) -> (Vec<Site>, Vec<&'static str>) {
     sites.retain(|site| {
         [OPERATIONS, LIVES, INSIDE]
             .iter()
@@ -278,7 +282,7 @@ fn few(mut sites: Vec<Site>, is_rccl: bool) -> Vec<Site> {
     let has = |name: &str| sites.iter().any(|site| site.name == name);
     if has(ENQUEUE.0) && has(TOTAL.0) && !is_rccl {
         sites.retain(|site| !is_in(OPERATIONS, site));
-        return sites;
+        return (sites, Vec::new());
     }
     sites.retain(|site| !is_in(INSIDE, site));
     for site in &mut sites {
@@ -286,14 +290,18 @@ fn few(mut sites: Vec<Site>, is_rccl: bool) -> Vec<Site> {
             site.probes.exit = Some(INIT_TIMED_RETURN);
         }
     }
+    let mut left_out = Vec::new();
     let probes = |sites: &[Site]| sites.iter().map(|site| site.probes.count()).sum::<usize>();
     for (name, _) in OPERATIONS.iter().rev() {
         if probes(&sites) <= PROBES_OF_LIBRARY {
             break;
         }
-        sites.retain(|site| site.name != *name);
+        if sites.iter().any(|site| site.name == *name) {
+            sites.retain(|site| site.name != *name);
+            left_out.push(*name);
+        }
     }
-    sites
+    (sites, left_out)
 }
 
 /// Which function has this name.
@@ -427,6 +435,7 @@ mod tests {
         assert!(!nccl.is_rccl && nccl.is_known());
         for (version, also) in [
             (Some(("RCCL version : ", "2.27.5")), &[][..]),
+            (Some(("RCCL version ", "2.18.3")), &[][..]),
             (Some(("NCCL version ", "2.27.5")), &[OF_RCCL][..]),
             (None, &[OF_RCCL][..]),
         ] {
@@ -458,7 +467,7 @@ mod tests {
         };
         let of = |lists: &[&[(&'static str, Probes)]]| {
             let sites = lists.iter().flat_map(|list| list.iter().map(site));
-            few(sites.collect(), false)
+            few(sites.collect(), false).0
         };
         let without = |list: &[(&'static str, Probes)], names: &[&str]| -> Vec<_> {
             let kept = list.iter().filter(|(name, _)| !names.contains(name));
@@ -497,7 +506,9 @@ mod tests {
         // One without the place where all come through.
         assert!(count(&of(&[&operations, LIVES, &INSIDE[1..]])) <= PROBES_OF_LIBRARY);
         // One that has the names of both.
-        let both = of(&[OPERATIONS, LIVES]);
+        let both = [OPERATIONS, LIVES].into_iter().flatten().map(site);
+        let (both, left_out) = few(both.collect(), false);
+        assert_eq!(left_out, ["ncclSignal", "ncclWaitSignal"]);
         assert!(count(&both) <= PROBES_OF_LIBRARY);
         assert_eq!(exit(&both, "ncclAllToAllv"), Some(Some(RETURN)));
         assert_eq!(exit(&both, "ncclSignal"), None);
@@ -519,7 +530,8 @@ mod tests {
             ),
             INSIDE.to_vec(),
         ];
-        let rccl = few(all.iter().flatten().map(site).collect(), true);
+        let (rccl, left_out) = few(all.iter().flatten().map(site).collect(), true);
+        assert!(left_out.is_empty());
         assert!(count(&rccl) <= PROBES_OF_LIBRARY);
         assert_eq!(exit(&rccl, ENQUEUE.0), None);
         assert_eq!(exit(&rccl, "ncclScatter"), Some(Some(RETURN)));

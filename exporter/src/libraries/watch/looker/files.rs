@@ -166,6 +166,7 @@ impl Looker {
             pod: Arc::clone(pod),
             again: refusal.skip.passes().then(|| Instant::now() + every),
             every: AGAIN_AT_MOST.min(every * 2),
+            offered: None,
         };
         if self.refused.insert(identity, refused).is_none()
             && let Some(pod) = self.pods.get_mut(pod)
@@ -291,7 +292,8 @@ impl Looker {
         self.stuck.retain_mut(|(_, stuck)| !stuck.has_ended());
     }
 
-    /// Has as many files tried again at once as there is room for, of those that there was none for.
+    /// Has as many files tried again at once as there is room for, of those that there was none for: of pods with the fewest first. A place
+    /// is kept for one for a while only, since its pod may have no time left to look at it.
     fn use_room(&mut self) {
         let now = Instant::now();
         let mut of_pods: BTreeMap<Arc<str>, usize> = BTreeMap::new();
@@ -300,10 +302,22 @@ impl Looker {
         }
         let mut left = FILES - self.files.len();
         let waiting = self.refused.values_mut();
-        for refused in waiting.filter(|refused| refused.skip == Skip::Files) {
+        let mut waiting: Vec<_> = waiting
+            .filter(|refused| refused.skip == Skip::Files)
+            .collect();
+        let is_kept = |at: Instant| now.saturating_duration_since(at) < AGAIN;
+        for refused in &waiting {
+            if refused.offered.is_some_and(is_kept) {
+                *of_pods.entry(Arc::clone(&refused.pod)).or_default() += 1;
+                left = left.saturating_sub(1);
+            }
+        }
+        waiting.retain(|refused| refused.offered.is_none());
+        waiting.sort_by_key(|refused| of_pods.get(&refused.pod).copied().unwrap_or_default());
+        for refused in waiting {
             let of_pod = of_pods.entry(Arc::clone(&refused.pod)).or_default();
             if left > 0 && *of_pod < FILES_OF_POD {
-                refused.again = Some(now);
+                (refused.again, refused.offered) = (Some(now), Some(now));
                 *of_pod += 1;
                 left -= 1;
             }
@@ -383,7 +397,8 @@ mod tests {
             }))
         }
 
-        fn process(&mut self, number: u64, pod: &str) {
+        /// A process that is known, and nothing of its file.
+        fn look(&mut self, number: u64, pod: &str) -> Arc<str> {
             let (pod, now): (Arc<str>, _) = (pod.into(), Instant::now());
             let look = Look {
                 pod: Arc::clone(&pod),
@@ -398,6 +413,12 @@ mod tests {
             };
             self.0.looks.insert(number as u32, look);
             self.0.pods.insert(Arc::clone(&pod), Pod::new());
+            pod
+        }
+
+        /// One whose file is probed, or has no room.
+        fn process(&mut self, number: u64, pod: &str) {
+            let pod = self.look(number, pod);
             let found = Found {
                 path: number.to_string(),
                 file: tempfile::tempfile().expect("a file"),
@@ -436,6 +457,18 @@ mod tests {
         assert_eq!(node.0.files.len(), FILES);
         assert!(node.end(9999).is_empty(), "nobody has it");
         assert_eq!(node.end(30), [50], "the pod of 20 has all it may have");
-        assert_eq!(node.end(10), [20, 50], "51 has no place yet");
+        // Nobody has looked at 50 yet: a place is kept for it. The next is for the pod with fewer.
+        assert_eq!(node.end(10), [50, 51]);
+        assert_eq!(node.end(11), [20, 50, 51]);
+        node.process(20, "one");
+        assert!(node.0.files.contains_key(&identity(20)), "it is probed now");
+        // One that is not looked at does not keep its place for ever: 60 has it then.
+        let four = node.look(60, "four");
+        let full = Refusal::new(Skip::Files, "no room");
+        node.0.refuse(identity(60), &four, "library", full);
+        assert_eq!(node.end(9999), [50, 51], "two places are kept");
+        let kept = node.0.refused.get_mut(&identity(50)).expect("it waits");
+        kept.offered = Instant::now().checked_sub(AGAIN * 2);
+        assert_eq!(node.end(9999), [50, 51, 60]);
     }
 }
