@@ -14,8 +14,8 @@ use aya_ebpf::{
     programs::{BtfTracePointContext, ProbeContext},
 };
 use exporter_common::gpu::{
-    Clock, DELAY, Delays, Device, MAX_DEVICES, MAX_OWNERS, MAX_PROCESSES, MAX_THREADS, Process, SEARCHED,
-    SEARCHING, Thread, WINDOW_BITS,
+    Clock, DELAY, Delays, Device, MAX_DEVICES, MAX_OWNERS, MAX_PROCESSES, MAX_THREADS, Process,
+    SEARCHED, SEARCHING, Thread, WINDOW_BITS,
 };
 use exporter_ebpf::{
     Counters, Loss, Registers, add, cgroup, constants, entry, field, insert_new, load, lose, now,
