@@ -84,6 +84,11 @@ dashboards: setup ## Draw every dashboard with Grafana's components, and say wha
 	tools/setup browser
 	tests/dashboards/draw
 
+.PHONY: demo
+demo: setup ## The dashboards live, with an incident every two minutes, all made up: PORT=3000
+	tools/setup browser
+	tests/dashboards/demo $(PORT)
+
 .PHONY: bpftrace
 bpftrace: setup ## The scripts of docs/bpftrace and the runbooks' commands in a VM: KERNEL=5.10
 	cargo build --quiet --locked --bin chandra

@@ -60,6 +60,17 @@
     sidecarDisable: ['gpu', 'nccl'],
 
     // Dashboards: the datasource variable's first choice, tags, how old the view is and how often it is renewed.
-    grafana: { datasource: 'default', tags: ['chandra', 'chandra-mixin'], from: 'now-1h', refresh: '30s' },
+    grafana: {
+      datasource: 'default',
+      tags: ['chandra', 'chandra-mixin'],
+      from: 'now-1h',
+      refresh: '30s',
+      // Dashboards of others that "Path of a request" links to, by the names they are published with: DCGM's exporter (12239 on
+      // grafana.com) and vLLM's example. Take out those that you do not have.
+      others: [
+        { title: 'GPUs (DCGM)', uid: 'Oxed_c6Wz' },
+        { title: 'vLLM', uid: 'b281712d-8bff-41ef-9f3f-71ad43c05e9b' },
+      ],
+    },
   },
 }

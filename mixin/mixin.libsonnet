@@ -63,6 +63,7 @@ local panels = import 'lib/panels.libsonnet';
       'chandra-' + n,
       mixin.signals[n].question,
       mixin.signals[n].panels,
+      if 'others' in mixin.signals[n] then mixin.signals[n].others else [],
     )
     for n in names
   },

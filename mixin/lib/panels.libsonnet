@@ -225,7 +225,8 @@
     skipUrlSync: false,
   },
 
-  dashboard(c, title, uid, description, list):: {
+  // `others` are dashboards that it links to: `{ title, uid }`.
+  dashboard(c, title, uid, description, list, others=[]):: {
     // Left to right, a new line where a panel does not fit.
     local placed = std.foldl(
       function(at, panel)
@@ -262,7 +263,21 @@
       icon: 'external link',
       tooltip: '',
       url: '',
-    }],
+    }] + [
+      {
+        title: other.title,
+        type: 'link',
+        url: '/d/' + other.uid,
+        asDropdown: false,
+        includeVars: false,
+        keepTime: true,
+        tags: [],
+        targetBlank: false,
+        icon: 'dashboard',
+        tooltip: 'A dashboard of others, if it is imported here (_config.grafana.others)',
+      }
+      for other in others
+    ],
     annotations: { list: [] },
     templating: {
       list: [

@@ -30,8 +30,8 @@ local text = import '../lib/text.libsonnet';
           expr: 'sum by (%(cluster)s, %(node)s, namespace, pod) (rate(chandra_gpu_runqueue_delay_seconds_sum{%(sel)s}[%(w)s]))' % f,
         },
         {
-          record: 'pod_driver_gpu:chandra_gpu_processes:sum',
-          expr: 'sum by (%(cluster)s, %(node)s, namespace, pod, driver, gpu) (chandra_gpu_processes{%(sel)s})' % f,
+          record: 'pod_driver:chandra_gpu_processes:sum',
+          expr: 'sum by (%(cluster)s, %(node)s, namespace, pod, driver) (chandra_gpu_processes{%(sel)s})' % f,
         },
         { record: 'pod_device_ring:chandra_gpu_job_queue_seconds:p99_rate%(w)s' % f, expr: quantile(0.99, 'chandra_gpu_job_queue_seconds', ['device', 'ring']) },
         { record: 'pod_device_ring:chandra_gpu_job_run_seconds:p99_rate%(w)s' % f, expr: quantile(0.99, 'chandra_gpu_job_run_seconds', ['device', 'ring']) },
@@ -69,8 +69,8 @@ local text = import '../lib/text.libsonnet';
         ),
         panels.timeseries(
           'Processes that drive a GPU',
-          'Steady while a job runs; of NVIDIA by GPU, N of /dev/nvidiaN. A process counts under each GPU that it has open; monitoring does not count.',
-          [{ expr: 'topk(20, pod_driver_gpu:chandra_gpu_processes:sum{%(where)s})' % p, legend: legend + ' {{driver}} {{gpu}}' }],
+          'Steady while a job runs. Of NVIDIA a process counts once for each GPU that it has open; chandra_gpu_processes tells which. Monitoring does not count.',
+          [{ expr: 'topk(20, pod_driver:chandra_gpu_processes:sum{%(where)s})' % p, legend: legend + ' {{driver}}' }],
           'short',
         ),
         panels.timeseries(

@@ -290,7 +290,7 @@ local text = import '../lib/text.libsonnet';
           'How long the call takes on the host. It is not the duration of the collective.',
           [{ expr: 'topk(10, pod_operation:chandra_nccl_enqueue_seconds:p99_rate%(w)s{%(where)s})' % p, legend: legend + ' {{operation}}' }],
           's',
-        ),
+        ) + panels.wide,
         panels.timeseries(
           'Collectives per rank',
           'Ranks of one communicator do the same number; one that falls behind has a collective under way.',

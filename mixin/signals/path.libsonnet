@@ -54,6 +54,8 @@ local panels = import '../lib/panels.libsonnet';
 
       alerts: [],
 
+      others: c.grafana.others,
+
       local pod = panels.where(c, ['cluster', 'node', 'namespace', 'pod']),
       // Neither the server nor its gateway is told from other pods by its node.
       local request = panels.where(c, ['cluster', 'namespace', 'pod']),

@@ -255,7 +255,7 @@ local text = import '../lib/text.libsonnet';
         'Queue pairs of pods and host, and how often the worst pod tore down its own within %(spike)s. During a run the count is steady; red is above the spike threshold: workers die and rebuild. Runbook: RdmaQueuePairSpike.' % f,
         [
           { expr: 'sum(pod_state:chandra_rdma_queue_pairs:sum{%(where)s}) or sum(node:chandra_rdma_queue_pairs:sum{%(whereNode)s}) * 0' % p, legend: 'queue pairs' },
-          { expr: 'max(container:chandra_rdma_queue_pairs_destroyed:ratio%(spike)s{%(where)s} or node:chandra_rdma_queue_pairs_replaced_briefly:ratio%(spike)s{%(whereNode)s}) or sum(node:chandra_rdma_queue_pairs:sum{%(whereNode)s}) * 0' % p, legend: 'times torn down' },
+          { expr: 'round(max(container:chandra_rdma_queue_pairs_destroyed:ratio%(spike)s{%(where)s} or node:chandra_rdma_queue_pairs_replaced_briefly:ratio%(spike)s{%(whereNode)s}), 0.1) or sum(node:chandra_rdma_queue_pairs:sum{%(whereNode)s}) * 0' % p, legend: 'times torn down' },
           { expr: 'sum(pod_state:chandra_rdma_queue_pairs:sum{state="ERR", %(where)s}) or sum(node:chandra_rdma_queue_pairs:sum{%(whereNode)s}) * 0' % p, legend: 'in ERR' },
         ],
         'short',

@@ -1,130 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
 // data.mjs → Prometheus, with the recording rules → the page → pictures and problems. `draw` runs this in the folder of the
 // npm packages.  usage: draw.mjs REPOSITORY CHROMIUM [--out DIR] [NAME...]
-import { execFile, spawn } from 'node:child_process';
-import { createHash } from 'node:crypto';
-import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
-import { createServer } from 'node:http';
+import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
-import { extname, join, resolve } from 'node:path';
-import { promisify } from 'node:util';
+import { join, resolve } from 'node:path';
 import { chromium } from 'playwright-core';
-import { build } from 'vite';
-import { end, start, step, write } from './data.mjs';
+import { cluster, fixed, script } from './data.mjs';
+import { Prometheus } from './prometheus.mjs';
+import { servePage } from './serve.mjs';
 
-const WIDTH = 1440;
+// As on a large screen and on a small one.
+const WIDTHS = [1920, 1280];
 // Chosen besides "All", to see that the variables do.
 const SELECTIONS = { chandra: { namespace: 'inference' }, 'chandra-path': { namespace: 'inference' } };
 
-const run = promisify(execFile);
 const [repository, browserPath, ...rest] = process.argv.slice(2);
 const option = rest.indexOf('--out');
 const out = option < 0 ? join(repository, 'target/dashboards') : resolve(rest.splice(option, 2)[1]);
 const wanted = rest;
 const folder = mkdtempSync(join(tmpdir(), 'chandra-dashboards-'));
-const database = join(folder, 'data');
+const prometheus = new Prometheus(folder);
 const say = (text) => console.error(`dashboards: ${text}`);
-
-const listening = async (handler) => {
-  const server = createServer(handler).listen(0, '127.0.0.1');
-  await new Promise((then) => server.once('listening', then));
-  return { server, port: server.address().port };
-};
-
-// --- Prometheus -------------------------------------------------------------------------------------------------------
-
-let prometheus;
-const api = async (path) => (await (await fetch(`${prometheus.url}/api/v1/${path}`)).json()).data;
-
-async function startPrometheus(ruleFiles = []) {
-  const { server, port } = await listening();
-  await new Promise((then) => server.close(then));
-  const config = join(folder, 'prometheus.yaml');
-  writeFileSync(config, JSON.stringify({ rule_files: ruleFiles }));
-  const child = spawn('prometheus', [
-    `--config.file=${config}`, `--storage.tsdb.path=${database}`, `--web.listen-address=127.0.0.1:${port}`,
-    // The page asks from a port of its own. The data are of a fixed day, however long ago.
-    '--web.cors.origin=http://127\\.0\\.0\\.1:[0-9]+', '--storage.tsdb.retention.time=100y', '--log.level=error',
-  ], { stdio: ['ignore', 'ignore', 'inherit'] });
-  prometheus = { child, url: `http://127.0.0.1:${port}` };
-  for (let i = 0; ; i++) {
-    if (child.exitCode !== null || i === 600) throw new Error('Prometheus does not start');
-    if (await fetch(`${prometheus.url}/-/ready`).then((answer) => answer.ok, () => false)) return;
-    await new Promise((then) => setTimeout(then, 100));
-  }
-}
-
-async function stopPrometheus() {
-  const { child } = prometheus;
-  if (child.exitCode !== null) return;
-  child.kill('SIGTERM');
-  await new Promise((then) => child.once('exit', then));
-}
-
-const record = (files) =>
-  run('promtool', ['tsdb', 'create-blocks-from', 'rules', `--url=${prometheus.url}`, `--start=${start}`, `--end=${end}`, `--eval-interval=${step}s`, `--output-dir=${database}`, ...files]);
-
-// Rules that read other rules come after them: promtool asks Prometheus, which knows of new blocks once it starts again.
-async function fill() {
-  const raw = join(folder, 'raw.txt');
-  const { series, samples } = await write(raw);
-  await run('promtool', ['tsdb', 'create-blocks-from', 'openmetrics', raw, database], { maxBuffer: 1e8 });
-  rmSync(raw);
-  await startPrometheus(readdirSync(join(repository, 'alerts')).map((file) => join(repository, 'alerts', file)));
-  const { groups } = await api('rules?type=record');
-  const rules = groups.flatMap((group) => group.rules).map(({ name, query }) => ({ record: name, expr: query }));
-  const depths = new Map();
-  const depth = (rule) => {
-    if (!depths.has(rule)) depths.set(rule, Math.max(0, ...rules.filter((other) => other !== rule && new RegExp(`(?<![\\w:])${other.record}(?![\\w:])`).test(rule.expr)).map((other) => 1 + depth(other))));
-    return depths.get(rule);
-  };
-  for (let level = 0; ; level++) {
-    const here = rules.filter((rule) => depth(rule) === level);
-    if (!here.length) break;
-    if (level > 0) await startPrometheus();
-    const file = join(folder, `rules-${level}.yaml`);
-    writeFileSync(file, JSON.stringify({ groups: [{ name: 'level', rules: here }] }));
-    await record([file]);
-    await stopPrometheus();
-  }
-  await startPrometheus();
-  say(`${series} series, ${samples} samples, ${rules.length} recording rules`);
-}
-
-// --- the page ---------------------------------------------------------------------------------------------------------
-
-// What Grafana's server has at addresses of its own.
-const asset = (pathname) => {
-  const icons = '/public/build/img/icons/';
-  if (pathname.startsWith(icons)) return `/../../node_modules/@grafana/ui/dist/public/img/icons/${pathname.slice(icons.length)}`;
-  const [, weight] = /^\/public\/fonts\/inter\/Inter-(Regular|Medium)\.woff2$/.exec(pathname) ?? [];
-  return weight ? `/../../node_modules/@fontsource/inter/files/inter-latin-${{ Regular: 400, Medium: 500 }[weight]}-normal.woff2` : pathname;
-};
-
-async function servePage() {
-  const sources = readdirSync('page').map((name) => readFileSync(join('page', name)));
-  const version = createHash('sha256').update(Buffer.concat([...sources, readFileSync('package-lock.json')])).digest('hex').slice(0, 16);
-  const built = resolve('built', version);
-  if (!existsSync(built)) {
-    rmSync('built', { recursive: true, force: true });
-    await build({ configFile: 'page/vite.config.js', root: 'page', build: { outDir: `${built}.new` } });
-    renameSync(`${built}.new`, built);
-  }
-  const types = { '.html': 'text/html', '.js': 'text/javascript', '.css': 'text/css', '.woff2': 'font/woff2', '.svg': 'image/svg+xml' };
-  return listening((request, response) => {
-    const { pathname } = new URL(request.url, 'http://page');
-    const path = resolve(built, `.${pathname === '/' ? '/index.html' : asset(pathname)}`);
-    if (pathname === '/favicon.ico') return response.writeHead(204).end();
-    if (!existsSync(path)) return response.writeHead(404).end();
-    response.writeHead(200, { 'content-type': types[extname(path)] ?? 'application/octet-stream' }).end(readFileSync(path));
-  });
-}
 
 const squeezed = (text) => text.replace(/\s+/g, '');
 
 // Draws one view of a dashboard; gives what is wrong with it.
-async function draw(browser, address, dashboard, theme, chosen, picture) {
-  const context = await browser.newContext({ viewport: { width: WIDTH, height: 900 }, timezoneId: 'UTC', locale: 'en-US', reducedMotion: 'reduce' });
+async function draw(browser, address, dashboard, theme, width, chosen, picture) {
+  const context = await browser.newContext({ viewport: { width, height: 900 }, timezoneId: 'UTC', locale: 'en-US', reducedMotion: 'reduce' });
   const page = await context.newPage();
   const problems = new Set();
   page.on('console', (message) => message.type() === 'error' && problems.add(`the page says: ${message.text().slice(0, 300)}`));
@@ -132,10 +34,10 @@ async function draw(browser, address, dashboard, theme, chosen, picture) {
   page.on('requestfailed', (request) => problems.add(`not fetched: ${request.url()} (${request.failure().errorText})`));
   page.on('response', (response) => response.status() >= 500 && problems.add(`${response.status()}: ${response.url()}`));
   const range = /^now-(\d+)h$/.exec(dashboard.time.from);
-  const to = end - step;
+  const to = fixed.start + (fixed.steps - 1) * fixed.step;
   const variables = Object.fromEntries(dashboard.templating.list.map(({ name, allValue }) => [name, chosen[name] ?? allValue ?? '']));
   await page.addInitScript((chandra) => (window.chandra = chandra), {
-    dashboard, theme, variables, prometheus: prometheus.url, from: to - 3600 * Number(range[1]), to, width: WIDTH - 16,
+    dashboard, theme, variables, prometheus: prometheus.url, from: to - 3600 * Number(range[1]), to, width: width - 16,
   });
   await page.goto(address);
   try {
@@ -185,7 +87,9 @@ let failed = 0;
 try {
   const names = readdirSync(join(repository, 'dashboards')).map((file) => file.replace('.json', ''));
   for (const name of wanted) if (!names.includes(name)) throw new Error(`no dashboard ${name}: ${names.join(' ')}`);
-  await fill();
+  const { series, samples, rules } = await prometheus.fill(cluster(fixed.step, script), fixed, join(repository, 'alerts'));
+  say(`${series} series, ${samples} samples, ${rules} recording rules`);
+  await prometheus.start();
   page = await servePage();
   const address = `http://127.0.0.1:${page.port}/`;
   browser = await chromium.launch({
@@ -204,15 +108,17 @@ try {
     panels += dashboard.panels.length;
     for (const theme of ['light', 'dark']) {
       for (const [suffix, chosen] of [['', {}], ...(SELECTIONS[name] ? [['-selected', SELECTIONS[name]]] : [])]) {
-        const picture = `${name}${suffix}-${theme}`;
-        tell(picture, await draw(browser, address, dashboard, theme, chosen, join(out, `${picture}.png`)));
-        pictures += 1;
+        for (const width of WIDTHS) {
+          const picture = `${name}${suffix}-${theme}-${width}`;
+          tell(picture, await draw(browser, address, dashboard, theme, width, chosen, join(out, `${picture}.png`)));
+          pictures += 1;
+        }
       }
     }
   }
   let made = 0;
   for (const [expected, dashboard] of Object.entries(mistakes(JSON.parse(readFileSync(join(repository, 'dashboards/chandra-tcp.json'), 'utf8'))))) {
-    const told = await draw(browser, address, dashboard, 'light', {}, join(folder, 'mistake.png'));
+    const told = await draw(browser, address, dashboard, 'light', WIDTHS[0], {}, join(folder, 'mistake.png'));
     if (!told.some((problem) => problem.includes(expected))) tell('a mistake made on purpose', [`"${expected}" is not told, but: ${told.join('; ') || 'nothing'}`]);
     made += 1;
   }
@@ -223,7 +129,7 @@ try {
 } finally {
   await browser?.close();
   page?.server.close();
-  if (prometheus) await stopPrometheus();
+  await prometheus.stop();
   rmSync(folder, { recursive: true, force: true });
 }
 process.exitCode = failed ? 1 : 0;

@@ -3,8 +3,8 @@
 // field overrides, `@grafana/ui` draws time series, stats, tables, legends and the panels around them. Bar chart and
 // heatmap are in neither package; they are drawn here, from the same frames.
 //
-// `draw.mjs` sets window.chandra = { dashboard, theme, prometheus, from, to, variables } and takes window.report when
-// window.settled says so.
+// `draw.mjs` sets window.chandra = { dashboard, theme, prometheus, from, to, variables, width } and takes window.report when
+// window.settled says so. `demo.mjs` sets `live` instead of `from`, `to` and `width`: the view ends now, is as wide as the window, and is renewed.
 import {
   createTheme, dateTime, FieldConfigOptionsRegistry, FieldType, formattedValueToString, getDisplayValueAlignmentFactors,
   getFieldDisplayName, getFieldDisplayValues, getFieldSeriesColor, getValueFormats, applyFieldOverrides, cacheFieldDisplayNames,
@@ -16,13 +16,25 @@ import { Component, useEffect, useState } from 'react';
 import { createRoot } from 'react-dom/client';
 import { firstValueFrom } from 'rxjs';
 
-const { dashboard, theme: mode, prometheus, from, to, variables, width } = window.chandra;
+const { dashboard, theme: mode, prometheus, variables, live, step: leastStep = 15 } = window.chandra;
 const theme = createTheme({ colors: { mode } });
-const timeRange = { from: dateTime(from * 1000), to: dateTime(to * 1000), raw: { from: dashboard.time.from, to: dashboard.time.to } };
 const timeZone = 'utc';
+
+// What is looked at.
+let { from, to } = window.chandra;
+let timeRange;
+function look() {
+  if (live) {
+    to = Math.floor(Date.now() / 1000 / leastStep) * leastStep;
+    from = to - 60 * live.minutes;
+  }
+  timeRange = { from: dateTime(from * 1000), to: dateTime(to * 1000), raw: { from: dashboard.time.from, to: dashboard.time.to } };
+}
+look();
 
 // Grafana's own sizes: 24 columns, rows of 30 px, 8 px between.
 const GAP = 8;
+const width = window.chandra.width ?? document.documentElement.clientWidth - 2 * GAP;
 const cell = ({ x, y, w, h }) => ({ left: (x * (width + GAP)) / 24, top: y * 38, width: (w * (width + GAP)) / 24 - GAP, height: h * 38 - GAP });
 
 const replace = (text) => text
@@ -76,7 +88,7 @@ async function query(target, panelWidth) {
     })];
   }
   // No more points than pixels, and not more often than is scraped.
-  const step = Math.max(15, Math.ceil((to - from) / panelWidth));
+  const step = Math.max(leastStep, Math.ceil((to - from) / panelWidth));
   const result = await ask('query_range', { query: expr, start: from, end: to, step });
   // A step without a value is a gap, as Grafana's panel has it.
   const steps = Array.from({ length: Math.floor((to - from) / step) + 1 }, (_, i) => from + i * step);
@@ -250,7 +262,7 @@ class Boundary extends Component {
   }
 }
 
-function Panel({ panel }) {
+function Panel({ panel, turn }) {
   const [frames, setFrames] = useState();
   const [error, setError] = useState();
   const { left, top, width, height } = cell(panel.gridPos);
@@ -265,13 +277,14 @@ function Panel({ panel }) {
         mine.units = [...new Set(numbers(frames).map(({ field }) => field.config.unit))];
         for (const unit of mine.units) if (!known.has(unit) && !/^(prefix|suffix):/.test(unit)) mine.problems.push(`Grafana knows no unit ${unit}`);
         setFrames(frames);
+        setError();
       },
       (why) => {
         mine.problems.push(`a query failed: ${why.message}`);
         setError(why.message);
       },
     );
-  }, []);
+  }, [turn]);
   const Kind = KINDS[panel.type];
   const body = (width, height) => {
     if (error) return <div style={{ color: theme.colors.error.text }}>{error}</div>;
@@ -286,7 +299,41 @@ function Panel({ panel }) {
   );
 }
 
+// Of the demo: what is wrong now, and the way to the other dashboards.
+function Bar() {
+  const [now, setNow] = useState();
+  useEffect(() => {
+    const ask = () => fetch('/now').then((answer) => answer.json()).then(setNow, () => setNow({ ended: true }));
+    ask();
+    const timer = setInterval(ask, 1000);
+    return () => clearInterval(timer);
+  }, []);
+  const other = mode === 'dark' ? 'light' : 'dark';
+  const link = { color: theme.colors.text.link, marginRight: 16, whiteSpace: 'nowrap' };
+  const clock = (seconds) => `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, '0')}`;
+  const said = !now ? '' : now.ended ? 'The demo has ended.' : now.incident ? `Now, for ${clock(now.since)}: ${now.incidents[now.incident]}` : `Healthy. In ${clock(now.left)}: ${now.incidents[now.next]}`;
+  return (
+    <div style={{ padding: '8px 4px', lineHeight: 1.7 }}>
+      <div>
+        {live.names.map((name) => <a key={name} href={`/d/${name}?theme=${mode}`} style={{ ...link, fontWeight: name === live.name ? 500 : 400, textDecoration: name === live.name ? 'underline' : 'none' }}>{name}</a>)}
+        <a href={`?theme=${other}`} style={link}>{other}</a>
+        <a href={`${prometheus}/alerts`} style={link}>alerts in Prometheus</a>
+      </div>
+      <div style={{ color: now?.incident || now?.ended ? theme.colors.error.text : theme.colors.success.text }}>{said}</div>
+    </div>
+  );
+}
+
 function Dashboard() {
+  const [turn, setTurn] = useState(0);
+  useEffect(() => {
+    if (!live) return undefined;
+    const timer = setInterval(() => {
+      look();
+      setTurn((turn) => turn + 1);
+    }, 1000 * live.refresh);
+    return () => clearInterval(timer);
+  }, []);
   const height = Math.max(...dashboard.panels.map(({ gridPos }) => gridPos.y + gridPos.h)) * 38;
   const clock = (at) => new Date(Math.round(at / 60) * 60e3).toISOString().slice(11, 16);
   const chosen = dashboard.templating.list.filter(({ type }) => type === 'query').map(({ name, label }) => `${label}: ${variables[name] === '.*' ? 'All' : variables[name]}`);
@@ -294,12 +341,13 @@ function Dashboard() {
     <ThemeContext.Provider value={theme}>
       <GlobalStyles />
       <div id="drawn" style={{ width: width + 2 * GAP, padding: GAP, background: theme.colors.background.canvas, color: theme.colors.text.primary }}>
+        {live && <Bar />}
         <div style={{ display: 'flex', gap: 24, alignItems: 'baseline', padding: `0 4px ${GAP}px` }}>
           <span style={{ fontSize: 18, fontWeight: 500 }}>{dashboard.title}</span>
           <span style={{ color: theme.colors.text.secondary }}>{chosen.join('   ·   ')}</span>
-          <span style={{ color: theme.colors.text.secondary, marginLeft: 'auto' }}>{clock(from)} to {clock(to)}   ·   drawn with Grafana's components, not by Grafana</span>
+          <span style={{ color: theme.colors.text.secondary, marginLeft: 'auto' }}>{clock(from)} to {clock(to)}   ·   drawn with Grafana's components, not by Grafana{live && '; every number is made up'}</span>
         </div>
-        <div style={{ position: 'relative', height: height - GAP }}>{dashboard.panels.map((panel) => <Panel key={panel.id} panel={panel} />)}</div>
+        <div style={{ position: 'relative', height: height - GAP }}>{dashboard.panels.map((panel) => <Panel key={panel.id} panel={panel} turn={turn} />)}</div>
       </div>
     </ThemeContext.Provider>
   );
