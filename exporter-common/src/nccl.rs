@@ -389,7 +389,8 @@ pub struct Frame {
     pub address: u64,
 }
 
-/// What names, in place of an address, the operation of a thread that no other one has called. Of it [`Begun::told_at`] is the frame.
+/// What names, in place of an address, the operation of a thread that no other one has called, where that is asked for: in libraries that
+/// are probed at what they export.
 pub const OUTERMOST: u64 = 1;
 
 /// The value of the map `IN_PROGRESS`.
@@ -400,7 +401,7 @@ pub struct Begun {
     pub at: u64,
     /// An [`Operation`] or a [`Phase`].
     pub what: u64,
-    /// Of an initialisation: where the communicator will be told. Of what is [`OUTERMOST`]: its frame.
+    /// Of an initialisation: where the communicator will be told. Of an operation that is [`OUTERMOST`]: its frame.
     pub told_at: u64,
     /// Its group.
     pub group: u64,

@@ -70,6 +70,16 @@ fn built_unknown() -> Option<PathBuf> {
     built("2.99.99", flags, NCCL)
 }
 
+/// A copy of a folder's job and library, an inode of its own for the kernel.
+fn copied(folder: &Path, into: &Path, number: u64) -> PathBuf {
+    let own = into.join(number.to_string());
+    fs::create_dir(&own).expect("a folder");
+    for file in ["job", NCCL] {
+        fs::copy(folder.join(file), own.join(file)).expect("copied");
+    }
+    own
+}
+
 /// The library in a folder.
 fn library(folder: &Path) -> PathBuf {
     let mut libraries = [NCCL, RCCL].map(|name| folder.join(name)).into_iter();
@@ -799,11 +809,7 @@ fn it_ends_in_half_a_minute_whatever_is_mapped() {
     // Of eight pods, since one may have a part of the places only.
     let jobs: Vec<_> = (0..24)
         .map(|copy| {
-            let own = copies.path().join(copy.to_string());
-            fs::create_dir(&own).expect("a folder");
-            for file in ["job", "libnccl.so.2"] {
-                fs::copy(folder.join(file), own.join(file)).expect("copied");
-            }
+            let own = copied(&folder, copies.path(), copy);
             let pod = Pod::new("training", "worker", 100 + copy % 8);
             let cgroup = root.join(pod.cgroup(0));
             fs::create_dir_all(&cgroup).expect("a cgroup");

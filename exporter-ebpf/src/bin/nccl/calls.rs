@@ -95,25 +95,28 @@ pub(crate) const fn call(what: u64) -> Begun {
 /// How long, in nanoseconds, a thread is taken to be in an operation whose return is not seen.
 const PATIENCE: u64 = 10_000_000_000;
 
-/// Whether an exported operation is called by the program, and not by another operation: RCCL makes an all-to-all of sends, and calls
-/// itself once more for what MSCCL has no algorithm for (`mscclFallBackSavedParams`). Notes it as the outermost of its thread.
+/// Whether an exported operation is called by another one, and not by the program: RCCL makes an all-to-all of sends, and calls itself
+/// once more for what MSCCL has no algorithm for (`mscclFallBackSavedParams`).
 #[inline(always)]
-fn is_outermost(registers: Registers) -> bool {
-    let key = frame(OUTERMOST);
-    if let Some(outer) = value(&IN_PROGRESS, &key)
-        && registers.frame() < outer.told_at
-        && now().wrapping_sub(outer.at) < PATIENCE
-    {
-        return false;
-    }
+fn is_inner(registers: Registers, at: u64) -> bool {
+    value(&IN_PROGRESS, &frame(OUTERMOST)).is_some_and(|outer| {
+        registers.frame() < outer.told_at && at.wrapping_sub(outer.at) < PATIENCE
+    })
+}
+
+/// Notes that an exported operation has begun, as the outermost of its thread. Where there is no room for it what it calls counts.
+#[inline(always)]
+fn begin_outermost(registers: Registers, at: u64, what: Operation) {
+    let outermost = frame(OUTERMOST);
     let begun = Begun {
-        at: now(),
+        at,
         told_at: registers.frame(),
-        ..call(0)
+        ..call(what as u64)
     };
-    // Where there is no room it is counted, and so is what it calls.
-    note(&key, begun);
-    true
+    note(&outermost, begun);
+    if !begin(registers, 0, begun) {
+        let _ = end_of(&outermost);
+    }
 }
 
 macro_rules! collectives {
@@ -123,11 +126,11 @@ macro_rules! collectives {
             keep_own_stack(&ctx, &NOWHERE);
             let at = now();
             let registers = Registers::of(&ctx);
-            if !is_outermost(registers) {
+            if is_inner(registers, at) {
                 return 0;
             }
             or_lose!($communicator(registers).and_then(|address| collective(Operation::$operation as u64, address, at)));
-            begin(registers, 0, call(Operation::$operation as u64));
+            begin_outermost(registers, at, Operation::$operation);
             0
         }
     )* };
@@ -172,9 +175,10 @@ macro_rules! of_two {
         #[uprobe]
         pub fn $name(ctx: ProbeContext) -> u32 {
             keep_own_stack(&ctx, &NOWHERE);
+            let at = now();
             let registers = Registers::of(&ctx);
-            if is_outermost(registers) {
-                begin(registers, 0, call(Operation::$operation as u64));
+            if !is_inner(registers, at) {
+                begin_outermost(registers, at, Operation::$operation);
             }
             0
         }
@@ -246,16 +250,12 @@ pub fn nccl_enqueue(ctx: ProbeContext) -> u32 {
 pub fn nccl_return(ctx: RetProbeContext) -> u32 {
     keep_own_stack(&ctx, &NOWHERE);
     let at = now();
-    let registers = Registers::of(&ctx);
-    let outermost = frame(OUTERMOST);
-    if value(&IN_PROGRESS, &outermost)
-        .is_some_and(|outer| outer.told_at == registers.returned_frame())
-    {
-        let _ = end_of(&outermost);
-    }
-    let Some(begun) = end(registers, 0) else {
+    let Some(begun) = end(Registers::of(&ctx), 0) else {
         return 0;
     };
+    if begun.told_at != 0 {
+        let _ = end_of(&frame(OUTERMOST));
+    }
     let took = at.wrapping_sub(begun.at);
     or_lose!(count(cgroup(), call_slots(0), begun.what, CALL, took));
     0

@@ -195,12 +195,11 @@ impl Drivers {
         let all = self.0.iter().enumerate();
         let by = all.filter(|(number, _)| devices.drivers >> number & 1 == 1);
         let driven = by.flat_map(|(number, driver)| {
-            let gpus = (0..MAX_GPUS).filter(|gpu| devices.gpus >> gpu & 1 == 1);
-            let mut gpus: Vec<_> = gpus.map(Some).collect();
-            if number != Driver::Nvidia as usize || gpus.is_empty() {
-                gpus = vec![None];
-            }
-            gpus.into_iter().map(|gpu| (Arc::clone(driver), gpu))
+            let is_told = number == Driver::Nvidia as usize && devices.gpus != 0;
+            let gpus = (0..MAX_GPUS).filter(move |gpu| is_told && devices.gpus >> gpu & 1 == 1);
+            let untold = (!is_told).then_some(None);
+            let gpus = gpus.map(Some).chain(untold);
+            gpus.map(|gpu| (Arc::clone(driver), gpu))
         });
         driven.collect()
     }

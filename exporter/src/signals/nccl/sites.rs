@@ -246,10 +246,14 @@ impl Sites {
         })
     }
 
+    /// Its version, if it is NCCL: those of RCCL are other libraries.
+    fn nccl(&self) -> Option<Version> {
+        self.version.filter(|_| !self.is_rccl)
+    }
+
     /// What is known of the communicators that it makes.
     pub(super) fn layout(&self) -> Layout {
-        let version = self.version.filter(|_| !self.is_rccl);
-        version.map_or(UNKNOWN, Version::layout)
+        self.nccl().map_or(UNKNOWN, Version::layout)
     }
 
     /// Whether communicators that were there before the exporter can be followed.
@@ -259,8 +263,9 @@ impl Sites {
 
     /// Its version, if it is NCCL and the profiler plugin does harm with it.
     pub(super) fn denied(&self) -> Option<Version> {
-        let version = self.version.filter(|_| !self.is_rccl);
-        version.filter(|Version(major, minor, patch)| DENIED.contains(&(*major, *minor, *patch)))
+        let denied =
+            |Version(major, minor, patch): &Version| DENIED.contains(&(*major, *minor, *patch));
+        self.nccl().filter(denied)
     }
 }
 
