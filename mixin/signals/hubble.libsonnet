@@ -500,7 +500,7 @@ local anyOfAgents(reasons) = anyOf(std.map(agentReason, reasons));
           [{ expr: 'topk(10, node:hubble_lost_events:ratio_rate%(w)s{%(where)s})' % (f { where: whereNode }), legend: '{{%(node)s}}' % f }],
           'percentunit',
           [panels.above(h.HubbleEventsLost.threshold)],
-        ),
+        ) + panels.wide,
       ],
     },
   },
