@@ -18,6 +18,8 @@ use crate::capabilities::{self, CapabilitySet};
 /// What people are told of the host.
 #[derive(Clone, Debug)]
 pub struct Host {
+    /// The node's name, or else the host's.
+    pub name: String,
     /// As `uname -r` says.
     pub release: String,
     /// What is wrong with the cgroup hierarchy.

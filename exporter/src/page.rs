@@ -27,9 +27,9 @@ td:first-child,th{white-space:nowrap}
 .up{color:#1a7f37}.failed{color:#d1242f}.absent,.disabled{color:#6e7781}
 .up,.failed,.absent,.disabled{font-weight:600;white-space:nowrap}
 .trouble,.less,.good{border-left:.25rem solid #d1242f;padding:.25rem .75rem;margin:.5rem 0}
-.less{border-color:#bf8700}.good{border-color:#1a7f37}
+.less{border-color:#bf8700}.lost{color:#9a6700;font-weight:600}.good{border-color:#1a7f37}
 code{font-size:.9em}summary{cursor:pointer}
-@media (prefers-color-scheme:dark){.up{color:#3fb950}.failed{color:#f85149}.absent,.disabled{color:#9198a1}}
+@media (prefers-color-scheme:dark){.lost{color:#d29922}.up{color:#3fb950}.failed{color:#f85149}.absent,.disabled{color:#9198a1}}
 @media (max-width:40rem){th{display:none}tr{display:block;border-bottom:1px solid #8884;padding:.35rem 0}td{display:inline-block;border:0;padding:.1rem .75rem .1rem 0}}
 ";
 
@@ -66,7 +66,10 @@ fn write(
         page,
         "<!DOCTYPE html><html lang=en><meta charset=utf-8><meta name=viewport content=\"width=device-width\">\
          <title>Chandra</title><style>{STYLE}</style><h1>Chandra</h1>\
-         <p>{VERSION} on Linux {}. <a href=/metrics>Metrics</a> · <a href=/livez>alive</a> · <a href=/readyz>ready</a>",
+         <p>What Hubble leaves dark on node <b>{}</b>, per pod, for Prometheus: <a href=/metrics>/metrics</a>. \
+         <a href={DOCS}/README.md>What the signals mean</a>.\
+         <p>{VERSION} on Linux {}. <a href=/livez>Alive?</a> <a href=/readyz>Ready?</a>",
+        Text(&host.name),
         Text(&host.release)
     )?;
     let troubles = host.cgroups.iter().map(String::as_str).chain(trouble);
@@ -79,13 +82,18 @@ fn write(
     }
     write_summary(page, signals)?;
     page.push_str("<h2>Signals</h2><table><tr><th>Signal<th>State<th>Question<th>Lost events");
+    let newest = signals.iter().filter_map(age).min();
     for running in signals {
-        write_signal(page, running)?;
+        write_signal(page, running, newest)?;
     }
-    page.push_str(
-        "</table><p>absent: this host has no such thing, and nothing is wrong. Lost events were seen and not counted, by reason.\
-         <h2>Hooks</h2><table><tr><th>Signal<th>State<th>Hooks",
-    );
+    page.push_str("</table><p>absent: this host has no such thing, and nothing is wrong. Lost events were seen and not counted, by reason.");
+    if let Some(seconds) = newest {
+        write!(
+            page,
+            " The signals were last read {seconds} s ago, for a scrape."
+        )?;
+    }
+    page.push_str("<h2>Hooks</h2><table><tr><th>Signal<th>State<th>Hooks");
     for running in signals {
         write_hooks(page, running)?;
     }
@@ -142,12 +150,26 @@ fn write_summary(page: &mut String, signals: &[Running]) -> std::fmt::Result {
         }
     }
     if all_well {
-        page.push_str("<p class=good>Everything that this host has works.");
+        page.push_str("<p class=good>Everything that this host has works");
+        let lost = signals.iter().flat_map(Running::lost);
+        match lost.map(|(_, events)| events).sum::<u64>() {
+            0 => page.push('.'),
+            lost => write!(
+                page,
+                ". {lost} events were lost since the start: the table says of what."
+            )?,
+        }
     }
     Ok(())
 }
 
-fn write_signal(page: &mut String, running: &Running) -> std::fmt::Result {
+/// Seconds since a signal was read.
+fn age(running: &Running) -> Option<u64> {
+    running.read_at.map(|at| at.elapsed().as_secs())
+}
+
+/// One signal; its age where others were read later.
+fn write_signal(page: &mut String, running: &Running, newest: Option<u64>) -> std::fmt::Result {
     let lost: Vec<_> = running
         .lost()
         .filter(|(_, n)| *n > 0)
@@ -155,18 +177,20 @@ fn write_signal(page: &mut String, running: &Running) -> std::fmt::Result {
         .collect();
     let state = running.state().label();
     let (name, question) = (running.entry.name, running.entry.question);
-    let lost = if lost.is_empty() {
-        "none lost".to_owned()
-    } else {
-        lost.join(", ")
+    let (class, lost) = match lost.is_empty() {
+        true => ("", "none lost".to_owned()),
+        false => (" class=lost", lost.join(", ")),
     };
     write!(
         page,
-        "<tr><td><a href={DOCS}/runbooks/{name}.md>{name}</a><td class={state}>{state}<td>{}<td>{lost}",
+        "<tr><td><a href={DOCS}/runbooks/{name}.md>{name}</a><td class={state}>{state}<td>{}<td{class}>{lost}",
         Text(question)
     )?;
-    match running.read_at.map(|at| at.elapsed().as_secs()) {
-        Some(age) if age > 0 => write!(page, "<br>read {age} s ago"),
+    match age(running) {
+        // A scrape reads one after the other.
+        Some(age) if Some(age) > newest.map(|newest| newest + 1) => {
+            write!(page, "<br>read {age} s ago")
+        }
         _ => Ok(()),
     }
 }
@@ -256,13 +280,18 @@ fn write_pods(page: &mut String, pods: &View<'_>, source: &Source) -> std::fmt::
         Some(age) => write!(page, " It last answered {} s ago.", age.as_secs())?,
         None => page.push_str(" It has not answered yet."),
     }
-    page.push_str("<table><tr><th>Namespace<th>Pod<th>Containers");
+    page.push_str("<table><tr><th>Namespace<th>Pod<th>Running");
     for (namespace, name, containers) in listed.iter().take(PODS) {
         write!(
             page,
-            "<tr><td>{}<td>{}<td>{containers}",
+            "<tr><td>{}<td>{}<td>{containers} {}",
             Text(namespace),
-            Text(name)
+            Text(name),
+            if *containers == 1 {
+                "container"
+            } else {
+                "containers"
+            }
         )?;
     }
     page.push_str("</table>");

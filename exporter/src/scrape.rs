@@ -10,6 +10,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::system::uname;
+
 use crate::{
     VERSION,
     args::Serve,
@@ -46,7 +48,7 @@ pub const DESCS: &[&Desc] = &[
     &WEB_CONFIG,
 ];
 
-static SIGNAL_STATE: Desc = Desc {
+pub(crate) static SIGNAL_STATE: Desc = Desc {
     name: "chandra_signal_state",
     kind: Kind::Gauge,
     help: "1 for the state that the signal is in, 0 for the others.",
@@ -66,7 +68,7 @@ static HOOK_INFO: Desc = Desc {
     source: "what came of attaching it; the page / has the sentence",
 };
 
-static LOST_EVENTS: Desc = Desc {
+pub(crate) static LOST_EVENTS: Desc = Desc {
     name: "chandra_lost_events_total",
     kind: Kind::Counter,
     help: "Events that a signal saw and could not count.",
@@ -157,7 +159,7 @@ static SERIES: Desc = Desc {
     source: "counted while rendering",
 };
 
-static BUILD_INFO: Desc = Desc {
+pub(crate) static BUILD_INFO: Desc = Desc {
     name: "chandra_build_info",
     kind: Kind::Gauge,
     help: "1, with the version of this exporter.",
@@ -236,6 +238,11 @@ impl Exporter {
             web,
             bell,
             host: Host {
+                // A container has another name than its node.
+                name: match &args.node_name {
+                    Some(name) if !name.is_empty() => name.clone(),
+                    _ => uname().nodename().to_string_lossy().into_owned(),
+                },
                 release: kernel.release.clone(),
                 cgroups: hierarchy.trouble(),
             },
