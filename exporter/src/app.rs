@@ -25,7 +25,6 @@ use tracing_subscriber::prelude::*;
 use self::terminal::{USAGE, print, refuse};
 use crate::{
     args::Serve,
-    capabilities::{CUDA_CALLS, GPU_DEVICE},
     plugin::{self, Installed},
     pods::{self, Pods, Source},
     scrape::Front,
@@ -47,16 +46,7 @@ pub fn serve(args: &Serve) -> ExitCode {
         )
         .with(args.log.clone())
         .init();
-    let flags = [
-        (CUDA_CALLS, args.cuda_calls),
-        (GPU_DEVICE, !args.gpu_devices.is_empty()),
-    ];
-    let flags: Vec<_> = flags
-        .iter()
-        .filter(|flag| flag.1)
-        .map(|flag| flag.0)
-        .collect();
-    process::prepare(&args.disable, &flags);
+    process::prepare(&args.disable, &args.flags());
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -162,32 +152,46 @@ async fn begin(args: &Serve) -> anyhow::Result<(TcpListener, Arc<Web>, Arc<Pods>
         None => Web::default(),
     });
     let listener = server::bind(&args.listen).await?;
-    let source = args.source();
-    let pods = Arc::new(Pods::new(&source, args.retention));
-    follow_pods(args, &source, &pods).await?;
-    Ok((listener, web, pods))
+    Ok((listener, web, follow_pods(args).await?))
+}
+
+/// Attaches the signals for who reads them in this process, without serving them.
+///
+/// # Errors
+/// The user's mistakes about the source of pod names.
+pub async fn attach_here(args: &Serve) -> anyhow::Result<Arc<Front>> {
+    let pods = follow_pods(args).await?;
+    let front = Arc::new(Front::default());
+    let (args, begun) = (args.clone(), Arc::clone(&front));
+    let attached = tokio::task::spawn_blocking(move || {
+        attach::attach(&args, pods, Arc::new(Web::default()), &begun);
+    });
+    attached.await.context("attach the signals")?;
+    Ok(front)
 }
 
 /// Starts the source of pod names. A source that cannot be used at all is the user's to mend; one that does not answer
 /// is waited for.
-async fn follow_pods(args: &Serve, source: &Source, pods: &Arc<Pods>) -> anyhow::Result<()> {
-    match source {
+async fn follow_pods(args: &Serve) -> anyhow::Result<Arc<Pods>> {
+    let source = args.source();
+    let pods = Arc::new(Pods::new(&source, args.retention));
+    match &source {
         Source::None => {}
         Source::File(path) => {
             let records = pods::file::read(path).map_err(|error| {
                 anyhow!("{error}; --pods takes a file with a PodList in JSON, kube or none")
             })?;
             pods.pods_listed(records, Instant::now());
-            tokio::spawn(pods::file::watch(Arc::clone(pods), path.clone()));
+            tokio::spawn(pods::file::watch(Arc::clone(&pods), path.clone()));
         }
         Source::Kube => {
             let node = args.node_name.clone().filter(|name| !name.is_empty());
             let node = node.context("--pods kube needs the node's name: set NODE_NAME from spec.nodeName, or --node-name")?;
             let client = pods::kube::client().await?;
-            tokio::spawn(pods::kube::watch(Arc::clone(pods), client, node));
+            tokio::spawn(pods::kube::watch(Arc::clone(&pods), client, node));
         }
     }
-    Ok(())
+    Ok(pods)
 }
 
 /// Installs the NCCL profiler plugin; with `keep` again and again until it is told to end.

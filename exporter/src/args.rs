@@ -5,7 +5,12 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 
-use crate::{pods::Source, signals::nccl::salt::Salt};
+use crate::{
+    capabilities::{CUDA_CALLS, GPU_DEVICE},
+    pods::Source,
+    signals::nccl::salt::Salt,
+    top::{self, source::Login},
+};
 
 /// Sees what Hubble leaves dark for AI workloads, and serves it to Prometheus.
 #[derive(Debug, Parser)]
@@ -60,9 +65,71 @@ pub enum Command {
     },
     /// Print the reference of all metrics, in Markdown.
     Metrics,
+    /// Show in a terminal which pods of this node hurt, and by what.
+    Top(Box<Top>),
     /// Look into files for an exporter that asks over standard input. It starts this itself.
     #[command(hide = true)]
     Look,
+}
+
+/// What to show in a terminal.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Top {
+    /// The exporter, as http://HOST:PORT or https://HOST:PORT; without this the one of this host, and where none runs, the signals are attached
+    /// by top itself, which takes the capabilities of the exporter.
+    #[arg(long, value_name = "URL", env = "CHANDRA_URL")]
+    pub url: Option<String>,
+    /// Print a table once and end; without a terminal that is always so.
+    #[arg(long)]
+    pub once: bool,
+    /// Print JSON once and end.
+    #[arg(long)]
+    pub json: bool,
+    /// Between two looks.
+    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = duration)]
+    pub interval: Duration,
+    /// A user that the exporter asks for.
+    #[arg(long, value_name = "NAME", env = "CHANDRA_USER")]
+    pub user: Option<String>,
+    /// A file with the user's password.
+    #[arg(long, value_name = "FILE", env = "CHANDRA_PASSWORD_FILE")]
+    pub password_file: Option<PathBuf>,
+    /// Certificates in PEM, one of which signed that of an exporter with TLS.
+    #[arg(long, value_name = "FILE", env = "CHANDRA_CA_FILE")]
+    pub ca_file: Option<PathBuf>,
+    /// How the signals are attached where no exporter runs.
+    #[command(flatten, next_help_heading = "Where no exporter runs")]
+    pub serve: Serve,
+}
+
+impl Top {
+    /// The exporter's address: what was asked for, or that of an exporter of this host with the same settings.
+    pub fn url(&self) -> String {
+        let listen = &self.serve.listen;
+        // What listens on every address listens on this one.
+        let here = ["", "0.0.0.0", "[::]"]
+            .iter()
+            .find_map(|every| listen.strip_prefix(every)?.strip_prefix(':'));
+        match (&self.url, here) {
+            (Some(url), _) => url.clone(),
+            (None, Some(port)) => format!("http://127.0.0.1:{port}"),
+            (None, None) => format!("http://{listen}"),
+        }
+    }
+
+    /// Who asks.
+    pub fn login(&self) -> Login {
+        Login {
+            user: self.user.clone(),
+            password: self.password_file.clone(),
+            ca: self.ca_file.clone(),
+        }
+    }
+
+    /// Whether it is shown once and not on a screen.
+    pub fn is_once(&self) -> bool {
+        self.once || self.json || !top::has_terminal()
+    }
 }
 
 /// How to serve.
@@ -198,6 +265,16 @@ pub struct Serve {
 }
 
 impl Serve {
+    /// The flags that are given of those that take more capabilities.
+    pub fn flags(&self) -> Vec<&'static str> {
+        let given = [
+            (CUDA_CALLS, self.cuda_calls),
+            (GPU_DEVICE, !self.gpu_devices.is_empty()),
+        ];
+        let given = given.into_iter().filter(|(_, is_given)| *is_given);
+        given.map(|(flag, _)| flag).collect()
+    }
+
     /// Where pod names come from, the default resolved.
     pub fn source(&self) -> Source {
         let inside = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();

@@ -24,6 +24,7 @@ pub mod reference;
 pub mod scrape;
 pub mod server;
 pub mod signals;
+pub mod top;
 pub mod web;
 
 /// The version of this build.

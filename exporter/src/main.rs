@@ -12,7 +12,7 @@ use chandra::{
     },
     args::{Args, Command},
     capabilities::{CUDA_CALLS, GPU_DEVICE},
-    check, libraries, pods, reference,
+    check, libraries, pods, reference, top,
 };
 use clap::Parser;
 
@@ -43,6 +43,7 @@ fn main() -> ExitCode {
         Some(Command::InstallNcclProfiler { folder, from, keep }) => {
             app::install_plugin(&from, &folder, keep)
         }
+        Some(Command::Top(args)) => return top::run(&args),
         Some(Command::Look) => libraries::look(),
         None => {
             process::spare_memory();

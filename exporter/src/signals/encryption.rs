@@ -16,7 +16,7 @@ mod addresses;
 mod books;
 mod follow;
 mod live;
-mod metrics;
+pub(crate) mod metrics;
 mod peers;
 mod programs;
 mod sessions;

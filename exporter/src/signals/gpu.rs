@@ -16,7 +16,7 @@ mod devices;
 mod follow;
 pub mod jobs;
 mod library;
-mod metrics;
+pub(crate) mod metrics;
 mod programs;
 
 use std::{collections::BTreeMap, path::PathBuf, thread, time::Duration};

@@ -12,7 +12,7 @@
 
 mod follow;
 mod live;
-mod metrics;
+pub(crate) mod metrics;
 pub mod pending;
 pub mod ranks;
 pub mod salt;

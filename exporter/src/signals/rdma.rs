@@ -17,7 +17,7 @@ mod follow;
 mod gauge;
 pub mod host;
 mod live;
-mod metrics;
+pub(crate) mod metrics;
 pub mod nldev;
 mod programs;
 

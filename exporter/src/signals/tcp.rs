@@ -39,7 +39,7 @@ static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("CHANDRA_EBPF_OBJECTS
 /// How many kinds of retransmit there are.
 pub const KINDS: usize = Kind::LABELS.len();
 
-static RETRANSMITS: Desc = Desc {
+pub(crate) static RETRANSMITS: Desc = Desc {
     name: "chandra_tcp_retransmits_total",
     kind: families::Kind::Counter,
     help: "TCP segments that were sent again.",

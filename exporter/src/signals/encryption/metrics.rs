@@ -33,7 +33,7 @@ pub const SLOTS: usize = PROTOCOLS.len() * DIRECTIONS.len() * COUNTS;
 /// How many peers are shown by name.
 pub const SHOWN_PEERS: usize = 16;
 
-static CPU: Desc = Desc {
+pub(crate) static CPU: Desc = Desc {
     name: "chandra_encryption_cpu_seconds_total",
     kind: Kind::Counter,
     help: "CPU seconds of encrypting or decrypting the owner's packets.",
@@ -44,7 +44,7 @@ static CPU: Desc = Desc {
              esp4:esp_output_tail, esp4:esp_input and those of esp6, weighted by bytes; container is empty",
 };
 
-static PACKETS: Desc = Desc {
+pub(crate) static PACKETS: Desc = Desc {
     name: "chandra_encryption_packets_total",
     kind: Kind::Counter,
     help: "Packets of the owner that were encrypted or decrypted.",
@@ -55,7 +55,7 @@ static PACKETS: Desc = Desc {
              inner destination of what is decrypted; keepalives are not counted",
 };
 
-static BYTES: Desc = Desc {
+pub(crate) static BYTES: Desc = Desc {
     name: "chandra_encryption_bytes_total",
     kind: Kind::Counter,
     help: "Bytes of those packets before encryption.",
@@ -75,7 +75,7 @@ static INTERVALS: Desc = Desc {
     source: "as chandra_encryption_sessions_total; a peer that is removed and added again is the same",
 };
 
-static SESSIONS: Desc = Desc {
+pub(crate) static SESSIONS: Desc = Desc {
     name: "chandra_encryption_sessions_total",
     kind: Kind::Counter,
     help: "Sessions that WireGuard derived, or security associations that were installed.",
@@ -85,7 +85,7 @@ static SESSIONS: Desc = Desc {
     source: "kretprobe wireguard:wg_noise_handshake_begin_session, xfrm_state_add and xfrm_state_update; interface is empty for ipsec",
 };
 
-static PEER_SESSIONS: Desc = Desc {
+pub(crate) static PEER_SESSIONS: Desc = Desc {
     name: "chandra_encryption_peer_sessions_total",
     kind: Kind::Counter,
     help: "The same for the 16 peers with most sessions of late.",
@@ -95,7 +95,7 @@ static PEER_SESSIONS: Desc = Desc {
     source: "as chandra_encryption_sessions_total; peer is the first 8 characters of the public key, or the remote address",
 };
 
-static HANDSHAKE_EVENTS: Desc = Desc {
+pub(crate) static HANDSHAKE_EVENTS: Desc = Desc {
     name: "chandra_encryption_handshakes_total",
     kind: Kind::Counter,
     help: "WireGuard handshakes by what became of them.",
@@ -106,7 +106,7 @@ static HANDSHAKE_EVENTS: Desc = Desc {
              wg_packet_send_queued_handshake_initiation that repeats one without an answer",
 };
 
-static ASSOCIATION_EVENTS: Desc = Desc {
+pub(crate) static ASSOCIATION_EVENTS: Desc = Desc {
     name: "chandra_encryption_security_associations_total",
     kind: Kind::Counter,
     help: "IPsec security associations by what happened to them.",

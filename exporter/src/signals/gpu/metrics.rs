@@ -23,7 +23,7 @@ pub(super) const DESCS: &[&Desc] = &[
 /// How many counters an owner has.
 pub const SLOTS: usize = DELAY.slots();
 
-static PROCESSES: Desc = Desc {
+pub(crate) static PROCESSES: Desc = Desc {
     name: "chandra_gpu_processes",
     kind: Kind::Gauge,
     help: "Processes that have a GPU's device open, under each of the GPUs that they have open.",
@@ -35,7 +35,7 @@ static PROCESSES: Desc = Desc {
              nvidiactl and /dev/nvidiaN only do not count; not older than ten seconds",
 };
 
-static RUNQUEUE_DELAY: Desc = Desc {
+pub(crate) static RUNQUEUE_DELAY: Desc = Desc {
     name: "chandra_gpu_runqueue_delay_seconds",
     kind: Kind::Histogram,
     help: "Seconds that threads of these processes were runnable before they ran.",

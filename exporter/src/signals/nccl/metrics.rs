@@ -64,7 +64,7 @@ static ARRIVAL_WAIT: Desc = Desc {
              than the one that it took the shortest (all_gather, reduce_scatter, all_reduce)",
 };
 
-static RANK_WAIT: Desc = Desc {
+pub(crate) static RANK_WAIT: Desc = Desc {
     name: "chandra_nccl_rank_wait_seconds_total",
     kind: Kind::Counter,
     help: "Seconds that a rank waited for the last one of this node.",
@@ -75,7 +75,7 @@ static RANK_WAIT: Desc = Desc {
              communicators of a container with most wait, 64 ranks of each, at most 512 ranks of a container and 2048 of a node, the rest is other",
 };
 
-static RANK_COLLECTIVES: Desc = Desc {
+pub(crate) static RANK_COLLECTIVES: Desc = Desc {
     name: "chandra_nccl_rank_collectives_total",
     kind: Kind::Counter,
     help: "Collectives at which all ranks of this node arrived.",
@@ -85,7 +85,7 @@ static RANK_COLLECTIVES: Desc = Desc {
     source: "as the waits of ranks",
 };
 
-static RANK_LAST: Desc = Desc {
+pub(crate) static RANK_LAST: Desc = Desc {
     name: "chandra_nccl_rank_last_arrivals_total",
     kind: Kind::Counter,
     help: "Those of them at which the rank was the last of this node.",

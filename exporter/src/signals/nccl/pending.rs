@@ -35,7 +35,7 @@ const TOLD_AFTER: u64 = 10_000_000_000;
 /// Processes that are asked at a scrape what they do.
 const ASKED: usize = 256;
 
-pub(super) static PENDING: Desc = Desc {
+pub(crate) static PENDING: Desc = Desc {
     name: "chandra_nccl_oldest_pending_seconds",
     kind: Kind::Gauge,
     help: "Age of the oldest collective that has been started and not finished.",
@@ -55,7 +55,7 @@ pub(super) static OF_COMMUNICATOR: Desc = Desc {
     source: "as chandra_nccl_oldest_pending_seconds; communicators as in chandra_nccl_rank_wait_seconds_total, the rest is other",
 };
 
-pub(super) static MISSING: Desc = Desc {
+pub(crate) static MISSING: Desc = Desc {
     name: "chandra_nccl_missing_rank_seconds",
     kind: Kind::Gauge,
     help: "Seconds for which other ranks of this node have waited for the rank, from 10 s on.",

@@ -52,7 +52,7 @@ pub(super) const TYPES: [(u8, &str); 11] = [
 /// What is neither a known type nor a known state.
 pub(super) const STRANGE: &str = "UNKNOWN";
 
-static PAIRS: Desc = Desc {
+pub(crate) static PAIRS: Desc = Desc {
     name: "chandra_rdma_queue_pairs",
     kind: Kind::Gauge,
     help: "Queue pairs that exist; those of the kernel are the host's.",
@@ -85,7 +85,7 @@ static PAIRS: Desc = Desc {
              at most every 10 s; the owner is the cgroup that created the pair, or that of its thread for pairs older than the exporter",
 };
 
-static CREATED: Desc = Desc {
+pub(crate) static CREATED: Desc = Desc {
     name: "chandra_rdma_queue_pairs_created_total",
     kind: Kind::Counter,
     help: "Queue pairs that user space created.",
@@ -95,7 +95,7 @@ static CREATED: Desc = Desc {
     source: "kretprobe ib_core:ib_create_qp_user; before 5.15 kprobe ib_core:ib_create_qp_security within the uverbs handlers",
 };
 
-static DESTROYED: Desc = Desc {
+pub(crate) static DESTROYED: Desc = Desc {
     name: "chandra_rdma_queue_pairs_destroyed_total",
     kind: Kind::Counter,
     help: "Queue pairs of user space that were destroyed, by whomever.",
@@ -230,7 +230,7 @@ static PARTIAL: Desc = Desc {
     source: "an error in the kernel's list (res_get_common_dumpit of nldev.c)",
 };
 
-static AGE: Desc = Desc {
+pub(crate) static AGE: Desc = Desc {
     name: "chandra_rdma_enumeration_age_seconds",
     kind: Kind::Gauge,
     help: "Seconds since the enumeration began that gave the device's queue pairs, or since the device was first seen.",

@@ -1,0 +1,324 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What is wrong, in words?
+//!
+//! The measure of each signal is the threshold of its alert. The alert also waits for some minutes, and knows what was before: what is
+//! said here may be over in a moment.
+
+use std::collections::HashMap;
+
+use serde::Serialize;
+
+use super::{
+    format::{number, share, time, visible},
+    node::{Node, Row, Tunnel},
+    reading::Owner,
+};
+
+/// From where an alert of the mixin fires.
+#[derive(Debug)]
+pub struct Threshold {
+    /// Its name.
+    pub alert: &'static str,
+    /// The signal that it belongs to.
+    pub signal: &'static str,
+    /// In the unit of what it looks at.
+    pub value: f64,
+}
+
+impl Threshold {
+    const fn new(signal: &'static str, alert: &'static str, value: f64) -> Self {
+        Self {
+            alert,
+            signal,
+            value,
+        }
+    }
+}
+
+/// Segments a second that a pod sends again.
+pub(super) const RETRANSMITS: Threshold = Threshold::new("tcp", "TcpRetransmitsHigh", 10.0);
+/// How many times over queue pairs are torn down in ten minutes.
+pub(super) const TORN_DOWN: Threshold = Threshold::new("rdma", "RdmaQueuePairSpike", 2.5);
+/// Queue pairs in ERR: the alert has no threshold, one is too many.
+const IN_ERROR: Threshold = Threshold::new("rdma", "RdmaQueuePairErrors", 1.0);
+/// Seconds since a device told its queue pairs.
+const STALE: Threshold = Threshold::new("rdma", "RdmaEnumerationStale", 120.0);
+/// Seconds that one wait for a CPU in a hundred exceeds.
+pub(super) const RUNQUEUE: Threshold = Threshold::new("gpu", "GpuRunqueueDelayHigh", 0.065_536);
+/// Seconds that ranks wait for the last one, on average.
+pub(super) const STRAGGLER: Threshold = Threshold::new("nccl", "NcclStraggler", 0.001);
+/// Seconds that a collective is under way.
+pub(super) const STUCK: Threshold = Threshold::new("nccl", "NcclCollectiveStuck", 30.0);
+/// Sessions a minute with one peer.
+const SESSIONS: Threshold = Threshold::new("encryption", "EncryptionRekeyStorm", 2.0);
+/// CPU cores for the encryption of one pod's packets.
+pub(super) const CPU: Threshold = Threshold::new("encryption", "EncryptionCpuHigh", 1.0);
+
+/// The thresholds of alerts that stand here too.
+pub const THRESHOLDS: [&Threshold; 8] = [
+    &RETRANSMITS,
+    &TORN_DOWN,
+    &STALE,
+    &RUNQUEUE,
+    &STRAGGLER,
+    &STUCK,
+    &SESSIONS,
+    &CPU,
+];
+
+/// In which share of the collectives a straggler is the last (`NcclStraggler`).
+pub const LAST_ARRIVALS: f64 = 0.75;
+
+/// Fewer collectives are chance.
+const COLLECTIVES: f64 = 20.0;
+
+/// Fewer sessions with a peer may be one renewal and one restart.
+const FEWEST_SESSIONS: f64 = 3.0;
+
+/// One thing that is wrong.
+#[derive(Clone, Debug, Serialize)]
+pub struct Complaint {
+    /// The alert that looks at the same: its runbook says what to do.
+    pub alert: &'static str,
+    /// The signal; `exporter` for what Chandra itself lacks.
+    pub signal: String,
+    /// Whose fault it is or who suffers, where it is one pod.
+    #[serde(flatten)]
+    pub owner: Option<Owner>,
+    /// How far above the threshold: 1 is at it.
+    pub ratio: f64,
+    /// One sentence.
+    pub text: String,
+    /// Whether the alert would wake somebody.
+    pub pages: bool,
+}
+
+/// Says what is wrong on a node, and how much each pod hurts.
+pub(super) fn judge(node: &mut Node) {
+    let mut complaints = signals(node);
+    let busiest = busiest(node);
+    for tunnel in &node.tunnels {
+        complaints.extend(sessions(tunnel, &busiest));
+    }
+    for device in node
+        .devices
+        .iter()
+        .filter(|of| of.age_seconds > STALE.value)
+    {
+        let text = format!(
+            "RDMA device {} has not told its queue pairs for {}: their number is history",
+            visible(&device.device),
+            time(device.age_seconds)
+        );
+        complaints.push(complaint(&STALE, None, device.age_seconds, text));
+    }
+    let waits = waits(node);
+    let seconds = node.seconds;
+    for row in &mut node.pods {
+        let of_pod = of_pod(row, seconds, &waits);
+        row.hurts = of_pod.iter().map(|one| one.ratio).fold(0.0, f64::max);
+        complaints.extend(of_pod.into_iter().filter(|one| one.ratio >= 1.0));
+    }
+    complaints.sort_by(|a, b| b.pages.cmp(&a.pages).then(b.ratio.total_cmp(&a.ratio)));
+    node.complaints = complaints;
+}
+
+fn complaint(threshold: &Threshold, owner: Option<&Owner>, value: f64, text: String) -> Complaint {
+    Complaint {
+        alert: threshold.alert,
+        signal: threshold.signal.to_owned(),
+        owner: owner.cloned(),
+        ratio: value / threshold.value,
+        text,
+        pages: false,
+    }
+}
+
+/// What Chandra itself lacks.
+fn signals(node: &Node) -> Vec<Complaint> {
+    let exporter = |alert, text| Complaint {
+        alert,
+        signal: "exporter".to_owned(),
+        owner: None,
+        ratio: 1.0,
+        text,
+        pages: false,
+    };
+    let mut all = Vec::new();
+    for (name, signal) in &node.signals {
+        let name = visible(name);
+        if signal.state == "failed" {
+            let text = format!("{name} does not work: the exporter's page / says why");
+            all.push(exporter("ChandraSignalDown", text));
+        }
+        if signal.lost_events > 0.0 {
+            let text = format!(
+                "{name} could not count {} events in {}: its numbers are too low",
+                number(signal.lost_events),
+                time(node.seconds)
+            );
+            all.push(exporter("ChandraEventsLost", text));
+        }
+    }
+    all
+}
+
+/// The pods with most encrypted traffic, who wait while a session is rebuilt.
+fn busiest(node: &Node) -> String {
+    let mut pods: Vec<_> = node
+        .pods
+        .iter()
+        .filter_map(|row| Some((row.encryption.as_ref()?.bytes_per_second, &row.owner)))
+        .filter(|(bytes, _)| *bytes > 0.0)
+        .collect();
+    pods.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let names = pods.iter().take(3).map(|(_, owner)| visible(&owner.name()));
+    names.collect::<Vec<_>>().join(", ")
+}
+
+fn sessions(tunnel: &Tunnel, busiest: &str) -> Option<Complaint> {
+    let worst = tunnel
+        .peers
+        .iter()
+        .find(|peer| peer.sessions >= FEWEST_SESSIONS)?;
+    if worst.sessions_per_minute <= SESSIONS.value {
+        return None;
+    }
+    let at = match &*tunnel.interface {
+        "" => String::new(),
+        interface => format!(" {}", visible(interface)),
+    };
+    let mut text = format!(
+        "{}{at} derives {} sessions a minute with peer {}, and packets wait for each",
+        visible(&tunnel.protocol),
+        number(worst.sessions_per_minute),
+        visible(&worst.peer)
+    );
+    if !busiest.is_empty() {
+        text += &format!("; most encrypted traffic: {busiest}");
+    }
+    let mut complaint = complaint(&SESSIONS, None, worst.sessions_per_minute, text);
+    complaint.pages = true;
+    Some(complaint)
+}
+
+/// By namespace and communicator, what its ranks wait in each collective on average.
+type Waits = HashMap<(String, String), f64>;
+
+fn waits(node: &Node) -> Waits {
+    let mut sums: HashMap<(String, String), (f64, f64)> = HashMap::new();
+    for row in &node.pods {
+        for rank in row.nccl.iter().flat_map(|nccl| &nccl.ranks) {
+            let key = (row.owner.namespace.clone(), rank.communicator.clone());
+            let (waited, collectives) = sums.entry(key).or_default();
+            *waited += rank.mean_wait_seconds * rank.collectives_per_second;
+            *collectives += rank.collectives_per_second;
+        }
+    }
+    let mean = |(key, (waited, collectives)): (_, (f64, f64))| {
+        (collectives > 0.0).then(|| (key, waited / collectives))
+    };
+    sums.into_iter().filter_map(mean).collect()
+}
+
+/// What there is to say of a pod; below a ratio of 1 it is only how near it is.
+fn of_pod(row: &Row, seconds: f64, waits: &Waits) -> Vec<Complaint> {
+    let owner = &row.owner;
+    let name = visible(&owner.name());
+    let mut all = Vec::new();
+    let mut say = |threshold, value, pages, text: String| {
+        let mut complaint = complaint(threshold, Some(owner), value, format!("{name} {text}"));
+        complaint.pages = pages;
+        all.push(complaint);
+    };
+    if let Some(tcp) = &row.tcp {
+        let rate = tcp.retransmits_per_second;
+        let text = format!("sends {} TCP segments a second again", number(rate));
+        say(&RETRANSMITS, rate, false, text);
+    }
+    if let Some(rdma) = &row.rdma {
+        let text = format!(
+            "has torn down its queue pairs {} times over: it dies, or NCCL starts over",
+            number(rdma.times_torn_down)
+        );
+        say(&TORN_DOWN, rdma.times_torn_down, false, text);
+        if rdma.in_error > 0.0 {
+            let text = format!(
+                "has {} queue pairs in ERR: they carry nothing, and who waits for them hangs",
+                number(rdma.in_error)
+            );
+            say(&IN_ERROR, rdma.in_error, !owner.pod.is_empty(), text);
+        }
+    }
+    if let Some(wait) = row.gpu.as_ref().and_then(|gpu| gpu.p99_seconds) {
+        let text = format!(
+            "waits for a CPU to drive its GPU, one time in a hundred for more than {}",
+            time(wait)
+        );
+        say(&RUNQUEUE, wait, false, text);
+    }
+    if let Some(encryption) = &row.encryption {
+        let text = format!(
+            "has traffic whose encryption takes {} CPU cores",
+            number(encryption.cpu_cores)
+        );
+        say(&CPU, encryption.cpu_cores, false, text);
+    }
+    if let Some(nccl) = &row.nccl {
+        if nccl.oldest_pending_seconds > 0.0 {
+            let (ranks, pages) = missing(nccl);
+            let text = format!(
+                "has had a collective under way for {}{ranks}",
+                time(nccl.oldest_pending_seconds)
+            );
+            say(&STUCK, nccl.oldest_pending_seconds, pages, text);
+        }
+        if let Some((rank, wait)) = straggler(row, seconds, waits) {
+            let text = format!(
+                "has rank {}, the last in {} of the collectives: in each the ranks wait {}",
+                visible(&rank.rank),
+                share(rank.last_share),
+                time(wait)
+            );
+            say(&STRAGGLER, wait, false, text);
+        }
+    }
+    all
+}
+
+/// Which ranks a collective waits for; and whether one of them will never come.
+fn missing(nccl: &super::node::Nccl) -> (String, bool) {
+    let Some(first) = nccl.missing.first() else {
+        return (
+            " (normal where a server waits for requests)".to_owned(),
+            false,
+        );
+    };
+    let never = |state: &str| matches!(state, "stopped" | "gone");
+    let pages = nccl.missing.iter().any(|rank| never(&rank.state));
+    let more = match nccl.missing.len() {
+        1 => String::new(),
+        n => format!(" and {} more", n - 1),
+    };
+    let (rank, state) = (visible(&first.rank), visible(&first.state));
+    (format!(", for rank {rank} ({state}){more}"), pages)
+}
+
+/// The rank of a pod for which the others wait, and how long.
+fn straggler<'a>(
+    row: &'a Row,
+    seconds: f64,
+    waits: &Waits,
+) -> Option<(&'a super::node::RankRow, f64)> {
+    let ranks = row.nccl.iter().flat_map(|nccl| &nccl.ranks);
+    let late = ranks.filter(|rank| {
+        rank.communicator != "other"
+            && rank.last_share > LAST_ARRIVALS
+            && rank.collectives_per_second * seconds >= COLLECTIVES
+    });
+    let with_wait = late.filter_map(|rank| {
+        let key = (row.owner.namespace.clone(), rank.communicator.clone());
+        Some((rank, *waits.get(&key)?))
+    });
+    with_wait.max_by(|a, b| a.1.total_cmp(&b.1))
+}
