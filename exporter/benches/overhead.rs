@@ -20,6 +20,10 @@ mod load;
 mod pods;
 #[path = "overhead/rdma.rs"]
 mod rdma;
+#[path = "../tests/common/screen.rs"]
+mod screen;
+#[path = "overhead/top.rs"]
+mod top;
 
 use std::{
     env,
@@ -110,6 +114,9 @@ fn main() {
         _ if !wanted("encryption") => {}
         None => encryption::per_packet(),
         Some(why) => missing.push(format!("encrypted packets: {why}")),
+    }
+    if wanted("top") && !top::per_screen() {
+        missing.push("chandra top: tmux is missing".to_owned());
     }
     if wanted("sizes") {
         once(kernel.may_trace());

@@ -162,7 +162,9 @@ async fn begin(args: &Serve) -> anyhow::Result<(TcpListener, Arc<Web>, Arc<Pods>
 pub async fn attach_here(args: &Serve) -> anyhow::Result<Arc<Front>> {
     let pods = follow_pods(args).await?;
     let front = Arc::new(Front::default());
-    let (args, begun) = (args.clone(), Arc::clone(&front));
+    let (mut args, begun) = (args.clone(), Arc::clone(&front));
+    // That is for who compares with a page on which an owner was not: what a reader here takes for 0.
+    args.rdma_zero_for = Duration::ZERO;
     let attached = tokio::task::spawn_blocking(move || {
         attach::attach(&args, pods, Arc::new(Web::default()), &begun);
     });

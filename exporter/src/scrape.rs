@@ -89,7 +89,7 @@ pub(crate) static LOST_EVENTS: Desc = Desc {
     source: "the map LOST of each object (missed_return: the kernel had no room to trace a return); recursion: recursion_misses of its programs; read_failed: scrapes whose map read failed",
 };
 
-static ATTRIBUTION: Desc = Desc {
+pub(crate) static ATTRIBUTION: Desc = Desc {
     name: "chandra_attribution_total",
     kind: Kind::Counter,
     help: "Units that a signal counted, by how their owner was found.",

@@ -7,6 +7,7 @@ mod columns;
 mod detail;
 pub mod exposition;
 mod format;
+mod growth;
 pub mod history;
 pub mod node;
 pub mod reading;
@@ -24,13 +25,16 @@ use std::{
 };
 
 use anyhow::{Context, anyhow, bail};
-use tokio::time::sleep;
+use tokio::{
+    runtime::{self, Runtime},
+    time::sleep,
+};
 
 use self::{
     history::History,
     node::Node,
     reading::Reading,
-    source::{Remote, Source, is_nobody},
+    source::{FIRST, Remote, Source, is_nobody},
 };
 use crate::{
     app::{
@@ -41,40 +45,55 @@ use crate::{
     kernel::Kernel,
 };
 
+/// Between two looks of `--once`, which finds what comes again and again by them.
+const LOOKS: Duration = Duration::from_secs(10);
+
 /// Shows the node until it is told to end, or once.
 pub fn run(args: &Top) -> ExitCode {
     let remote = match Remote::new(&args.url(), &args.login()) {
         Ok(remote) => remote,
         Err(error) => return refuse(USAGE, &format!("{error:#}")),
     };
-    // One thread: what the process gives up before it attaches holds for all of it.
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
-    let runtime = match runtime {
-        Ok(runtime) => runtime,
-        Err(error) => return refuse(1, &format!("cannot start the runtime: {error}")),
-    };
-    let shown = runtime.block_on(show(args, remote));
-    // A reading that hangs in the kernel does not hold up the exit.
-    runtime.shutdown_timeout(Duration::from_millis(200));
-    shown.unwrap_or_else(|error| refuse(1, &format!("{error:#}")))
+    show(args, remote).unwrap_or_else(|error| refuse(1, &format!("{error:#}")))
 }
 
-async fn show(args: &Top, remote: Remote) -> anyhow::Result<ExitCode> {
-    let source = source(args, remote).await?;
+fn runtime() -> anyhow::Result<Runtime> {
+    let runtime = runtime::Builder::new_current_thread().enable_all().build();
+    runtime.context("start the runtime")
+}
+
+fn show(args: &Top, remote: Remote) -> anyhow::Result<ExitCode> {
+    // Its threads end with it: what the process then gives up holds for all of it.
+    let answers = runtime()?.block_on(answers(args, &remote))?;
+    if !answers {
+        process::prepare(&args.serve.disable, &args.serve.flags());
+    }
+    let runtime = runtime()?;
+    let shown = runtime.block_on(async {
+        let source = match answers {
+            true => Source::Remote(remote),
+            false => Source::Here(app::attach_here(&args.serve).await?),
+        };
+        show_from(args, source).await
+    });
+    // A reading that hangs in the kernel does not hold up the exit.
+    runtime.shutdown_timeout(Duration::from_millis(200));
+    shown
+}
+
+async fn show_from(args: &Top, source: Source) -> anyhow::Result<ExitCode> {
     if args.is_once() {
         return once(args, &source).await;
     }
     terminal::run(source, args.interval).await
 }
 
-/// The exporter that answers, or else the signals attached here, unless a certain exporter was asked for.
-async fn source(args: &Top, remote: Remote) -> anyhow::Result<Source> {
-    let error = match remote.page().await {
+/// Whether an exporter answers. Where none runs the signals can be attached here, unless a certain exporter was asked for.
+async fn answers(args: &Top, remote: &Remote) -> anyhow::Result<bool> {
+    let error = match remote.page(FIRST).await {
         Ok(page) => {
             Reading::of(&page, Instant::now()).with_context(|| remote.to_string())?;
-            return Ok(Source::Remote(remote));
+            return Ok(true);
         }
         Err(error) => error,
     };
@@ -87,28 +106,44 @@ async fn source(args: &Top, remote: Remote) -> anyhow::Result<Source> {
              an exporter with --url"
         );
     }
-    process::prepare(&args.serve.disable, &args.serve.flags());
-    Ok(Source::Here(app::attach_here(&args.serve).await?))
+    Ok(false)
 }
 
-/// Two pages, and what was between them.
+/// Looks for so long, and tells what happened.
 async fn once(args: &Top, source: &Source) -> anyhow::Result<ExitCode> {
-    let mut history = History::default();
-    for is_second in [false, true] {
-        if is_second {
-            sleep(args.interval).await;
+    let mut history = History::over(args.interval);
+    let begun = Instant::now();
+    loop {
+        let reading = source.reading().await;
+        history.push(reading.with_context(|| format!("{source} does not tell its metrics"))?);
+        let left = args.interval.saturating_sub(begun.elapsed());
+        if left.is_zero() {
+            break;
         }
-        let at = Instant::now();
-        let page = source.page().await;
-        let page = page.with_context(|| format!("{source} does not tell its metrics"))?;
-        history.push(Reading::of(&page, at)?);
+        sleep(left.min(LOOKS)).await;
     }
     let node = Node::of(&history).ok_or_else(|| anyhow!("no time went by between two pages"))?;
     let text = match args.json {
-        true => serde_json::to_string_pretty(&node)? + "\n",
+        true => json(&node)? + "\n",
         false => table::table(&node, &source.to_string()),
     };
     Ok(print(&text))
+}
+
+/// The node as JSON, in which no character is left that a terminal acts on.
+///
+/// # Errors
+/// None that is known: it is plain data.
+pub fn json(node: &Node) -> serde_json::Result<String> {
+    let mut text = String::new();
+    for c in serde_json::to_string_pretty(node)?.chars() {
+        match c {
+            // JSON escapes what is below these.
+            '\x7f'..='\u{9f}' => text += &format!("\\u{:04x}", u32::from(c)),
+            c => text.push(c),
+        }
+    }
+    Ok(text)
 }
 
 /// Whether somebody looks at a screen and can press keys.

@@ -28,6 +28,11 @@ mod rdma;
 mod smoke;
 #[path = "kernel/tcp.rs"]
 mod tcp;
+#[path = "kernel/top.rs"]
+mod top;
+
+#[path = "common/screen.rs"]
+mod screen;
 
 /// Prints why a test is skipped. In the VM nothing may be skipped.
 fn skip(why: &str) {

@@ -23,7 +23,8 @@ use std::{
 use chandra::{
     server::{Limits, Site, bind, serve},
     top::{
-        history::History,
+        history::{History, PAIRS_FLOOR},
+        json,
         node::Node,
         reading::Reading,
         table,
@@ -38,15 +39,53 @@ use tokio::{runtime::Runtime, sync::oneshot};
 const BEFORE: &str = include_str!("top/before.prom");
 const AFTER: &str = include_str!("top/after.prom");
 
-/// What happened between the two pages, ten seconds apart.
+/// What happened between the two pages, ten seconds apart; before, sessions came one after the other.
 fn node() -> Node {
+    let sessions = |n| BEFORE.replace("peer=\"5k+hllGO\"} 30", &format!("peer=\"5k+hllGO\"}} {n}"));
+    node_of(&[BEFORE, &sessions(32), &sessions(33), AFTER])
+}
+
+/// What happened between the last two of these pages, each ten seconds after the one before.
+fn node_of(pages: &[&str]) -> Node {
     let mut history = History::default();
-    let begun = Instant::now();
-    for (page, seconds) in [(BEFORE, 0), (AFTER, 10)] {
-        let at = begun + Duration::from_secs(seconds);
+    let mut at = Instant::now();
+    for page in pages {
         history.push(Reading::of(page, at).unwrap());
+        at += Duration::from_secs(10);
     }
     Node::of(&history).unwrap()
+}
+
+/// What is said to be wrong, by the alerts.
+fn alerts(node: &Node) -> Vec<&str> {
+    node.complaints.iter().map(|one| one.alert).collect()
+}
+
+#[test]
+fn a_job_that_ends_and_a_rotation_of_keys_are_no_trouble() {
+    let ended = AFTER
+        .lines()
+        .filter(|line| {
+            !(line.starts_with("chandra_rdma_queue_pairs{") && line.contains("llama-worker-0"))
+        })
+        .map(|line| {
+            match line.starts_with("chandra_rdma_queue_pairs_destroyed_total{")
+                && line.contains("llama-worker-0")
+            {
+                true => line.replace("} 0", "} 16"),
+                false => line.to_owned(),
+            }
+        });
+    let ended = ended.collect::<Vec<_>>().join("\n");
+    let node = node_of(&[BEFORE, &ended, &ended, &ended]);
+    let of_job = node
+        .pods
+        .iter()
+        .find(|row| row.owner.pod == "llama-worker-0");
+    let rdma = of_job.unwrap().rdma.as_ref().unwrap();
+    assert_eq!((rdma.queue_pairs, rdma.times_torn_down), (0.0, 1.0));
+    // Five sessions at once.
+    assert!(!alerts(&node).contains(&"EncryptionRekeyStorm"));
 }
 
 fn golden(name: &str, text: &str) {
@@ -67,19 +106,12 @@ fn the_table_is_stable() {
 
 #[test]
 fn the_json_is_stable() {
-    let text = serde_json::to_string_pretty(&node()).unwrap();
-    golden("top.json", &(text + "\n"));
+    golden("top.json", &(json(&node()).unwrap() + "\n"));
 }
 
 #[test]
 fn an_exporter_that_began_anew_is_no_flood() {
-    let mut history = History::default();
-    let begun = Instant::now();
-    for (page, seconds) in [(AFTER, 0), (BEFORE, 10)] {
-        let at = begun + Duration::from_secs(seconds);
-        history.push(Reading::of(page, at).unwrap());
-    }
-    let node = Node::of(&history).unwrap();
+    let node = node_of(&[AFTER, BEFORE]);
     for row in &node.pods {
         let tcp = row
             .tcp
@@ -100,6 +132,7 @@ fn what_it_calls_wrong_is_what_alerts_call_so() {
     }
     let straggler = &tree["nccl"]["NcclStraggler"];
     assert_eq!(straggler["lastArrivals"], words::LAST_ARRIVALS);
+    assert_eq!(tree["rdma"]["pairsFloor"], PAIRS_FLOOR);
 }
 
 /// An exporter with the two pages, in turn.
@@ -333,8 +366,7 @@ fn keys_sort_filter_and_open() {
     tmux.keys(&["Escape", ">"]);
     tmux.until("sorted by retransmits", |screen| {
         let mut rows = screen.lines().skip_while(|line| !line.starts_with("POD"));
-        rows.nth(1)
-            .is_some_and(|row| row.starts_with("many/pod-2"))
+        rows.nth(1).is_some_and(|row| row.starts_with("many/pod-2"))
     });
     for (x, y) in [(200, 50), (30, 6), (1, 1), (80, 24)] {
         tmux.resize(x, y);

@@ -77,14 +77,9 @@ impl Exporter {
         fs::read_to_string(format!("/proc/{}/{path}", self.child.id())).expect("it runs")
     }
 
-    /// CPU time of all of its threads so far. The kernel counts it in nanoseconds; `/proc/PID/stat` would show ticks.
+    /// CPU time of all of its threads so far.
     pub(crate) fn cpu(&self) -> Duration {
-        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).expect("it runs");
-        let times = tasks.filter_map(|task| {
-            let text = fs::read_to_string(task.ok()?.path().join("schedstat")).ok()?;
-            text.split(' ').next()?.parse::<u64>().ok()
-        });
-        Duration::from_nanos(times.sum())
+        cpu(&self.child.id().to_string())
     }
 
     /// A line of `/proc/PID/status` that is a number of KiB, in bytes.
@@ -109,6 +104,16 @@ impl Exporter {
         // Two descriptors may be of one map.
         maps.collect::<BTreeMap<_, _>>().values().sum()
     }
+}
+
+/// CPU time of all threads of a process so far. The kernel counts it in nanoseconds; `/proc/PID/stat` would show ticks.
+pub(crate) fn cpu(pid: &str) -> Duration {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("it runs");
+    let times = tasks.filter_map(|task| {
+        let text = fs::read_to_string(task.ok()?.path().join("schedstat")).ok()?;
+        text.split(' ').next()?.parse::<u64>().ok()
+    });
+    Duration::from_nanos(times.sum())
 }
 
 impl Drop for Exporter {

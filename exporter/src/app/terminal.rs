@@ -14,8 +14,8 @@ pub fn print(text: &str) -> ExitCode {
 
 /// Ends with a status, and one line that says why.
 pub fn refuse(code: u8, why: &dyn std::fmt::Display) -> ExitCode {
-    // One line, whatever line breaks the name of a file has.
-    let why = why.to_string().replace(['\n', '\r'], " ");
+    // One line that no terminal acts on, whatever a file is called or a server answers.
+    let why = why.to_string().replace(char::is_control, " ");
     let _ = writeln!(std::io::stderr(), "chandra: {why}");
     ExitCode::from(code)
 }

@@ -79,7 +79,7 @@ impl Column {
             Self::Pairs => 8,
             Self::Churn | Self::GpuWait => 7,
             Self::NcclWait => 6,
-            Self::Last => 8,
+            Self::Last => 10,
             Self::EncryptionCpu => 5,
         }
     }

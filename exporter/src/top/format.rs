@@ -45,7 +45,11 @@ pub(super) fn share(of_one: f64) -> String {
 pub(super) fn visible(name: &str) -> String {
     let is_acted_on = |c: char| {
         c.is_control()
-            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+            || matches!(
+                c,
+                '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}'
+                    | '\u{e0000}'..='\u{e007f}'
+            )
     };
     let shown = |c| if is_acted_on(c) { '\u{fffd}' } else { c };
     name.chars().map(shown).collect()

@@ -6,10 +6,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Serialize;
 
 use super::{
+    growth::grew_each,
     history::History,
-    reading::{Arrivals, Counts, Delay, Owner, Rank, Reading},
+    reading::{Arrivals, Counts, Owner, Rank, Reading},
     words::{self, Complaint},
 };
+
+/// Waits for a CPU that a quantile is said of at least.
+const WAITS: f64 = 100.0;
+
+/// Times ten seconds in which sessions were derived, of those that are looked at: fewer are a rotation of keys, or a restart.
+const STEADY: usize = 3;
 
 /// The node over some seconds. Its JSON is an interface: members are added, never renamed.
 #[derive(Clone, Debug, Serialize)]
@@ -35,8 +42,10 @@ pub struct Node {
 pub struct Signal {
     /// up, absent, disabled or failed.
     pub state: String,
-    /// Events that it saw and could not count.
+    /// Events that it saw and could not count, in that time.
     pub lost_events: f64,
+    /// Those that it counted.
+    pub events: f64,
 }
 
 /// A pod, a cgroup of the host, or the host.
@@ -47,6 +56,8 @@ pub struct Row {
     pub owner: Owner,
     /// How far it is above the alert that it is nearest to: 1 is the threshold.
     pub hurts: f64,
+    /// Whether one of its complaints would wake somebody: such rows come first.
+    pub pages: bool,
     /// Each signal that says something of it.
     pub tcp: Option<Tcp>,
     /// RDMA queue pairs.
@@ -107,7 +118,7 @@ pub struct Gpu {
     pub arrivals_per_second: f64,
     /// Seconds that they waited for a CPU, in a second.
     pub waited_per_second: f64,
-    /// What half of the waits were at most; none without a wait.
+    /// What half of the waits were at most; none with fewer than 100.
     pub p50_seconds: Option<f64>,
     /// What 99 in 100 waits were at most.
     pub p99_seconds: Option<f64>,
@@ -224,10 +235,12 @@ pub struct Tunnel {
 pub struct Peer {
     /// The first 8 characters of its key, or its address.
     pub peer: String,
-    /// Sessions that were derived in the last ten minutes or since `top` began.
+    /// Sessions that were derived in the last two minutes or since `top` began.
     pub sessions: f64,
     /// In a minute, of at least one.
     pub sessions_per_minute: f64,
+    /// Whether they came one after the other, and not at once as in a rotation of keys.
+    pub is_steady: bool,
 }
 
 /// An RDMA device.
@@ -239,11 +252,6 @@ pub struct Device {
     pub age_seconds: f64,
 }
 
-/// What a counter grew by. One that is smaller began anew.
-pub(super) fn grew(before: f64, now: f64) -> f64 {
-    if now >= before { now - before } else { now }
-}
-
 impl Node {
     /// What happened between the oldest reading of the window and the newest; none before there are two.
     pub fn of(history: &History) -> Option<Self> {
@@ -252,11 +260,15 @@ impl Node {
         if seconds <= 0.0 {
             return None;
         }
-        let nothing = Counts::default();
-        let rows = now.owners.iter().map(|(owner, counts)| {
-            let old = before.owners.get(owner).unwrap_or(&nothing);
-            row(owner, old, counts, history.torn_down(owner), seconds)
-        });
+        let mut pods: BTreeMap<Owner, (Counts, f64)> = BTreeMap::new();
+        for (owner, counts) in &now.owners {
+            let (all, times) = pods.entry(owner.of_pod()).or_default();
+            all.add(counts.since(before.owners.get(owner)));
+            *times = times.max(history.times_torn_down(owner));
+        }
+        let rows = pods
+            .into_iter()
+            .map(|(owner, (counts, times))| row(owner, &counts, times, seconds));
         let mut node = Self {
             version: now.version.clone(),
             seconds,
@@ -274,41 +286,49 @@ impl Node {
                 .collect(),
         };
         words::judge(&mut node);
-        let by_hurt = |a: &Row, b: &Row| b.hurts.total_cmp(&a.hurts);
-        node.pods
-            .sort_by(|a, b| by_hurt(a, b).then_with(|| a.owner.cmp(&b.owner)));
+        let by_hurt = |a: &Row, b: &Row| {
+            b.pages
+                .cmp(&a.pages)
+                .then(b.hurts.total_cmp(&a.hurts))
+                .then_with(|| a.owner.cmp(&b.owner))
+        };
+        node.pods.sort_by(by_hurt);
         Some(node)
     }
 }
 
 fn signals(before: &Reading, now: &Reading) -> BTreeMap<String, Signal> {
+    let lost = grew_each(Some(&before.lost), &now.lost);
+    let counted = grew_each(Some(&before.counted), &now.counted);
+    let of = |events: &BTreeMap<String, f64>, name| events.get(name).copied().unwrap_or_default();
     let states = now.states.iter().map(|(name, state)| {
-        let lost = |reading: &Reading| reading.lost.get(name).copied().unwrap_or_default();
         let signal = Signal {
             state: state.clone(),
-            lost_events: grew(lost(before), lost(now)),
+            lost_events: of(&lost, name),
+            events: of(&counted, name),
         };
         (name.clone(), signal)
     });
     states.collect()
 }
 
-fn row(owner: &Owner, before: &Counts, now: &Counts, torn_down: f64, seconds: f64) -> Row {
+fn row(owner: Owner, grown: &Counts, times: f64, seconds: f64) -> Row {
     Row {
-        owner: owner.clone(),
+        owner,
         hurts: 0.0,
-        tcp: tcp(before, now, seconds),
-        rdma: rdma(before, now, torn_down, seconds),
-        gpu: gpu(before, now, seconds),
-        nccl: nccl(before, now, seconds),
-        encryption: encryption(before, now, seconds),
+        pages: false,
+        tcp: tcp(grown, seconds),
+        rdma: rdma(grown, times, seconds),
+        gpu: gpu(grown, seconds),
+        nccl: nccl(grown, seconds),
+        encryption: encryption(grown, seconds),
     }
 }
 
 impl Row {
     /// Whether any signal tells of it more than that it was there.
     fn says_something(&self) -> bool {
-        self.owner.pod != "unknown" && self.owner.pod != "other" && self.owner != Owner::default()
+        self.owner.is_named()
             || self
                 .tcp
                 .as_ref()
@@ -328,93 +348,64 @@ impl Row {
     }
 }
 
-fn tcp(before: &Counts, now: &Counts, seconds: f64) -> Option<Tcp> {
-    let by_kind: BTreeMap<_, _> = rates(&before.retransmits, &now.retransmits, seconds);
+fn tcp(grown: &Counts, seconds: f64) -> Option<Tcp> {
+    let by_kind = rates(&grown.retransmits, seconds);
     (!by_kind.is_empty()).then(|| Tcp {
         retransmits_per_second: by_kind.values().sum(),
         by_kind,
     })
 }
 
-fn rates<K: Clone + Ord>(
-    before: &BTreeMap<K, f64>,
-    now: &BTreeMap<K, f64>,
-    seconds: f64,
-) -> BTreeMap<K, f64> {
-    let rate = |(key, value): (&K, &f64)| {
-        let old = before.get(key).copied().unwrap_or_default();
-        (key.clone(), grew(old, *value) / seconds)
-    };
-    now.iter().map(rate).collect()
+fn rates(grown: &BTreeMap<String, f64>, seconds: f64) -> BTreeMap<String, f64> {
+    let rate = |(key, events): (&String, &f64)| (key.clone(), events / seconds);
+    grown.iter().map(rate).collect()
 }
 
-fn rdma(before: &Counts, now: &Counts, torn_down: f64, seconds: f64) -> Option<Rdma> {
-    if now.created.is_none() && now.pairs.is_empty() {
+fn rdma(grown: &Counts, times: f64, seconds: f64) -> Option<Rdma> {
+    if grown.created.is_none() && grown.pairs.is_empty() {
         return None;
     }
-    let sum = |counts: &Counts| counts.pairs.values().sum::<f64>();
-    let queue_pairs = sum(now);
-    // Who has none left had those that it tore down.
-    let had = queue_pairs.max(sum(before)).max(1.0);
+    let in_error = grown.jobs_pairs().filter(|(state, _)| *state == "ERR");
+    let by_state = grown
+        .pairs
+        .iter()
+        .map(|((device, kind, state), count)| Pairs {
+            device: device.clone(),
+            r#type: kind.clone(),
+            state: state.clone(),
+            count: *count,
+        });
     Some(Rdma {
-        queue_pairs,
-        in_error: now
-            .pairs
-            .iter()
-            .filter(|((.., state), _)| state == "ERR")
-            .map(|(_, count)| count)
-            .sum(),
-        created_per_second: grew(
-            before.created.unwrap_or_default(),
-            now.created.unwrap_or_default(),
-        ) / seconds,
-        destroyed_per_second: grew(before.destroyed, now.destroyed) / seconds,
-        times_torn_down: torn_down / had,
-        by_state: now
-            .pairs
-            .iter()
-            .map(|((device, kind, state), count)| Pairs {
-                device: device.clone(),
-                r#type: kind.clone(),
-                state: state.clone(),
-                count: *count,
-            })
-            .collect(),
+        queue_pairs: grown.jobs_pairs().map(|(_, count)| count).sum(),
+        in_error: in_error.map(|(_, count)| count).sum(),
+        created_per_second: grown.created.unwrap_or_default() / seconds,
+        destroyed_per_second: grown.destroyed / seconds,
+        times_torn_down: times,
+        by_state: by_state.collect(),
     })
 }
 
-fn gpu(before: &Counts, now: &Counts, seconds: f64) -> Option<Gpu> {
-    if now.processes.is_empty() && now.delay.buckets.is_empty() {
+fn gpu(grown: &Counts, seconds: f64) -> Option<Gpu> {
+    let waits = &grown.delay.buckets;
+    if grown.processes.is_empty() && waits.is_empty() {
         return None;
     }
-    let waits = waits(&before.delay, &now.delay);
+    let arrivals = waits.last().map_or(0.0, |(_, count)| *count);
+    let processes = grown.processes.iter();
+    let processes = processes.map(|((driver, gpu), count)| Processes {
+        driver: driver.clone(),
+        gpu: gpu.clone(),
+        count: *count,
+    });
+    // Of fewer waits one in a hundred is none.
+    let quantile = |share| quantile(share, waits).filter(|_| arrivals >= WAITS);
     Some(Gpu {
-        processes: now
-            .processes
-            .iter()
-            .map(|((driver, gpu), count)| Processes {
-                driver: driver.clone(),
-                gpu: gpu.clone(),
-                count: *count,
-            })
-            .collect(),
-        arrivals_per_second: waits.last().map_or(0.0, |(_, count)| *count) / seconds,
-        waited_per_second: grew(before.delay.sum, now.delay.sum) / seconds,
-        p50_seconds: quantile(0.5, &waits),
-        p99_seconds: quantile(0.99, &waits),
+        processes: processes.collect(),
+        arrivals_per_second: arrivals / seconds,
+        waited_per_second: grown.delay.sum / seconds,
+        p50_seconds: quantile(0.5),
+        p99_seconds: quantile(0.99),
     })
-}
-
-/// The buckets' growth.
-fn waits(before: &Delay, now: &Delay) -> Vec<(f64, f64)> {
-    let old = |bound| {
-        let known = before.buckets.iter().find(|(of, _)| *of == bound);
-        known.map_or(0.0, |(_, count)| *count)
-    };
-    let buckets = now.buckets.iter();
-    buckets
-        .map(|(bound, count)| (*bound, grew(old(*bound), *count)))
-        .collect()
 }
 
 /// As Prometheus' `histogram_quantile` does: linear within a bucket, the last bound where there is no higher one.
@@ -437,10 +428,10 @@ fn quantile(share: f64, buckets: &[(f64, f64)]) -> Option<f64> {
     }
 }
 
-fn nccl(before: &Counts, now: &Counts, seconds: f64) -> Option<Nccl> {
-    let of_host = ranks(&before.ranks, &now.ranks, "host", seconds);
-    let of_gpu = ranks(&before.ranks_on_gpu, &now.ranks_on_gpu, "kernel", seconds);
-    if of_host.is_empty() && of_gpu.is_empty() && now.pending == 0.0 && now.missing.is_empty() {
+fn nccl(grown: &Counts, seconds: f64) -> Option<Nccl> {
+    let of_host = ranks(&grown.ranks, "host", seconds);
+    let of_gpu = ranks(&grown.ranks_on_gpu, "kernel", seconds);
+    if of_host.is_empty() && of_gpu.is_empty() && grown.pending == 0.0 && grown.missing.is_empty() {
         return None;
     }
     // What the GPUs waited is what counts; who called first may be the last to be there.
@@ -465,8 +456,8 @@ fn nccl(before: &Counts, now: &Counts, seconds: f64) -> Option<Nccl> {
             rank: row.rank.clone(),
             share: row.last_share,
         }),
-        oldest_pending_seconds: now.pending,
-        missing: now
+        oldest_pending_seconds: grown.pending,
+        missing: grown
             .missing
             .iter()
             .map(|((communicator, rank), (state, seconds))| Missing {
@@ -480,45 +471,31 @@ fn nccl(before: &Counts, now: &Counts, seconds: f64) -> Option<Nccl> {
     })
 }
 
-fn ranks(
-    before: &BTreeMap<Rank, Arrivals>,
-    now: &BTreeMap<Rank, Arrivals>,
-    source: &'static str,
-    seconds: f64,
-) -> Vec<RankRow> {
-    let rows = now.iter().map(|((communicator, rank), all)| {
-        let key = (communicator.clone(), rank.clone());
-        let old = before.get(&key).copied().unwrap_or_default();
-        let collectives = grew(old.collectives, all.collectives);
-        let each = |of: f64| {
-            if collectives > 0.0 {
-                of / collectives
-            } else {
-                0.0
-            }
+fn ranks(grown: &BTreeMap<Rank, Arrivals>, source: &'static str, seconds: f64) -> Vec<RankRow> {
+    let rows = grown.iter().map(|((communicator, rank), all)| {
+        let each = |of: f64| match all.collectives > 0.0 {
+            true => of / all.collectives,
+            false => 0.0,
         };
         RankRow {
-            collectives_per_second: collectives / seconds,
-            mean_wait_seconds: each(grew(old.waited, all.waited)),
-            last_share: each(grew(old.last, all.last)),
-            communicator: key.0,
-            rank: key.1,
+            collectives_per_second: all.collectives / seconds,
+            mean_wait_seconds: each(all.waited),
+            last_share: each(all.last),
+            communicator: communicator.clone(),
+            rank: rank.clone(),
             source,
         }
     });
     rows.collect()
 }
 
-fn encryption(before: &Counts, now: &Counts, seconds: f64) -> Option<Encryption> {
-    let directions = now.encrypted.iter().map(|(key, all)| {
-        let old = before.encrypted.get(key).copied().unwrap_or_default();
-        Direction {
-            protocol: key.0.clone(),
-            direction: key.1.clone(),
-            cpu_cores: grew(old.cpu, all.cpu) / seconds,
-            packets_per_second: grew(old.packets, all.packets) / seconds,
-            bytes_per_second: grew(old.bytes, all.bytes) / seconds,
-        }
+fn encryption(grown: &Counts, seconds: f64) -> Option<Encryption> {
+    let directions = grown.encrypted.iter().map(|(key, all)| Direction {
+        protocol: key.0.clone(),
+        direction: key.1.clone(),
+        cpu_cores: all.cpu / seconds,
+        packets_per_second: all.packets / seconds,
+        bytes_per_second: all.bytes / seconds,
     });
     let by_direction: Vec<_> = directions.collect();
     if by_direction.is_empty() {
@@ -535,13 +512,14 @@ fn encryption(before: &Counts, now: &Counts, seconds: f64) -> Option<Encryption>
 
 fn tunnels(before: &Reading, now: &Reading, history: &History, seconds: f64) -> Vec<Tunnel> {
     let tunnels = now.tunnels.iter().map(|(key, tunnel)| {
-        let old = before.tunnels.get(key).cloned().unwrap_or_default();
+        let old = before.tunnels.get(key).map(|old| &old.handshakes);
         let peers = tunnel.peers.keys().map(|peer| {
-            let (sessions, seconds) = history.sessions(key, peer);
+            let seen = history.sessions(key, peer);
             Peer {
                 peer: peer.clone(),
-                sessions,
-                sessions_per_minute: sessions / (seconds / 60.0).max(1.0),
+                sessions: seen.sessions,
+                sessions_per_minute: seen.sessions / (seen.seconds / 60.0).max(1.0),
+                is_steady: seen.bursts >= STEADY,
             }
         });
         let mut peers: Vec<_> = peers.collect();
@@ -550,7 +528,7 @@ fn tunnels(before: &Reading, now: &Reading, history: &History, seconds: f64) -> 
             protocol: key.0.clone(),
             interface: key.1.clone(),
             peers,
-            events_per_second: rates(&old.handshakes, &tunnel.handshakes, seconds),
+            events_per_second: rates(&grew_each(old, &tunnel.handshakes), seconds),
         }
     });
     tunnels.collect()

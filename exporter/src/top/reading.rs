@@ -19,7 +19,7 @@ pub struct Owner {
     pub namespace: String,
     /// The pod's name; `unknown` or `other` without a namespace are no pods.
     pub pod: String,
-    /// The cgroup's name, where there is no pod. Containers of a pod are one.
+    /// The container's name; where there is no pod, the cgroup's. Empty of a pod as a whole.
     pub container: String,
 }
 
@@ -27,21 +27,35 @@ impl Owner {
     fn of(series: &Series<'_>) -> Self {
         let [namespace, pod, container] =
             ["namespace", "pod", "container"].map(|label| series.label(label).to_owned());
-        let is_named = pod.is_empty();
         Self {
             namespace,
             pod,
-            container: if is_named { container } else { String::new() },
+            container,
         }
     }
 
-    /// Its name for people.
+    /// The pod that it is of; a cgroup of the host is itself.
+    pub(super) fn of_pod(&self) -> Self {
+        let mut owner = self.clone();
+        if !owner.pod.is_empty() {
+            owner.container.clear();
+        }
+        owner
+    }
+
+    /// Whether it is a pod or a cgroup by its name, and not the host or what is left of pods.
+    pub(super) fn is_named(&self) -> bool {
+        !self.namespace.is_empty() || !self.container.is_empty()
+    }
+
+    /// Its name for people. What is no name is in parentheses, and no cgroup's name begins with one.
     pub fn name(&self) -> String {
         match (&*self.namespace, &*self.pod, &*self.container) {
-            ("", "", "") => "the host".to_owned(),
+            ("", "", "") => "(host)".to_owned(),
+            ("", "", cgroup) if cgroup.starts_with('(') => format!("./{cgroup}"),
             ("", "", cgroup) => cgroup.to_owned(),
-            ("", "unknown", _) => "unknown pods".to_owned(),
-            ("", "other", _) => "pods beyond --max-owners".to_owned(),
+            ("", "unknown", _) => "(unknown pods)".to_owned(),
+            ("", "other", _) => "(beyond --max-owners)".to_owned(),
             (namespace, pod, _) => format!("{namespace}/{pod}"),
         }
     }
@@ -58,6 +72,8 @@ pub struct Reading {
     pub states: BTreeMap<String, String>,
     /// Events that each signal saw and could not count.
     pub lost: BTreeMap<String, f64>,
+    /// Those that it counted.
+    pub counted: BTreeMap<String, f64>,
     /// By whose they are.
     pub owners: BTreeMap<Owner, Counts>,
     /// By protocol and interface.
@@ -138,11 +154,17 @@ pub struct Tunnel {
     pub handshakes: BTreeMap<String, f64>,
 }
 
+/// Containers of a page at most: ten times what an exporter names by default.
+const OWNERS: usize = 12_000;
+
+/// Buckets of a histogram at most: twice what there are.
+const BUCKETS: usize = 64;
+
 /// What is done with a series.
 type Take = fn(&mut Reading, &Series<'_>);
 
 /// Each metric that is read, what its series' names have behind it, and what is done with them.
-static TAKEN: [(&Desc, &str, Take); 23] = [
+static TAKEN: [(&Desc, &str, Take); 24] = [
     (&scrape::BUILD_INFO, "", |reading, series| {
         reading.version = series.label("version").to_owned();
     }),
@@ -153,7 +175,13 @@ static TAKEN: [(&Desc, &str, Take); 23] = [
         }
     }),
     (&scrape::LOST_EVENTS, "", |reading, series| {
-        *entry(&mut reading.lost, series, "signal") += series.value;
+        // A scrape that failed is no event.
+        if series.label("reason") != "read_failed" {
+            *entry(&mut reading.lost, series, "signal") += series.value;
+        }
+    }),
+    (&scrape::ATTRIBUTION, "", |reading, series| {
+        *entry(&mut reading.counted, series, "signal") += series.value;
     }),
     (&tcp::RETRANSMITS, "", |reading, series| {
         *entry(&mut reading.owner(series).retransmits, series, "kind") += series.value;
@@ -262,6 +290,7 @@ impl Reading {
             version: String::new(),
             states: BTreeMap::new(),
             lost: BTreeMap::new(),
+            counted: BTreeMap::new(),
             owners: BTreeMap::new(),
             tunnels: BTreeMap::new(),
             devices: BTreeMap::new(),
@@ -270,6 +299,10 @@ impl Reading {
             if let Some(take) = taker(series.name) {
                 take(&mut reading, &series);
             }
+            anyhow::ensure!(
+                reading.owners.len() <= OWNERS,
+                "its page has more than {OWNERS} containers"
+            );
         }
         anyhow::ensure!(
             !reading.version.is_empty(),
@@ -306,11 +339,13 @@ impl Reading {
 }
 
 impl Delay {
-    /// Adds what another container of the same pod has up to a bound.
-    fn add(&mut self, bound: f64, count: f64) {
-        match self.buckets.iter_mut().find(|(known, _)| *known == bound) {
-            Some((_, all)) => *all += count,
-            None => self.buckets.push((bound, count)),
+    /// Adds how many there are up to a bound.
+    pub(super) fn add(&mut self, bound: f64, count: f64) {
+        let known = self.buckets.iter().position(|(known, _)| *known == bound);
+        match known {
+            Some(at) => self.buckets[at].1 += count,
+            None if self.buckets.len() < BUCKETS => self.buckets.push((bound, count)),
+            None => {}
         }
     }
 }

@@ -24,6 +24,9 @@ const FAINT: Style = Style::new().add_modifier(Modifier::DIM);
 const HEADING: Style = Style::new().add_modifier(Modifier::REVERSED);
 const CHOSEN: Style = Style::new().add_modifier(Modifier::REVERSED);
 
+/// Columns for names, where there are more than they need.
+const NAMES: usize = 25;
+
 /// Draws everything. A terminal without room shows what fits, and of nothing nothing.
 pub(super) fn draw(frame: &mut Frame<'_>, screen: &mut Screen) {
     let area = frame.area();
@@ -61,8 +64,18 @@ fn head(screen: &Screen, area: Rect) -> Vec<Line<'static>> {
             width,
         ))),
     }
-    if let Some((why, since)) = &screen.silence {
-        let text = format!("NO ANSWER for {} s: {why}", since.elapsed().as_secs());
+    let trouble = match (&screen.silence, screen.stale()) {
+        (Some((why, since)), _) => Some(format!(
+            "NO ANSWER for {} s: {why}",
+            since.elapsed().as_secs()
+        )),
+        (None, Some(age)) => Some(format!(
+            "NO ANSWER yet: all of this is {} s old",
+            age.as_secs()
+        )),
+        (None, None) => None,
+    };
+    if let Some(text) = trouble {
         lines.push(Line::styled(cut(&visible(&text), width), BAD));
     }
     if let Some(node) = screen.node.as_ref().filter(|_| !screen.help) {
@@ -142,8 +155,12 @@ fn of_table(screen: &mut Screen, area: Rect) -> Vec<Line<'static>> {
             at.max((at + 1).saturating_sub(room)),
         )
         .min(rows.len().saturating_sub(room));
+    let longest = rows.iter().map(|row| Column::Pod.cell(row).width()).max();
     let names = usize::from(area.width).saturating_sub(numbers_width());
-    let names = names.max(Column::Pod.width());
+    // On a wide screen the numbers stay near the names.
+    let names = names
+        .min(longest.unwrap_or(0).max(NAMES))
+        .max(Column::Pod.width());
     let mut lines = vec![heading(screen.sort, names)];
     for (index, row) in rows.iter().enumerate().skip(first).take(room) {
         lines.push(of_row(row, names, index == at));
@@ -207,7 +224,8 @@ fn of_row(row: &Row, names: usize, is_chosen: bool) -> Line<'static> {
 
 fn of_detail(screen: &mut Screen, detail: Detail, area: Rect) -> Vec<Line<'static>> {
     let rows = screen.rows();
-    let row = rows.get(screen.position(&rows));
+    let selected = screen.selected.as_ref();
+    let row = rows.iter().find(|row| Some(&row.owner) == selected);
     let lines = match (row, &screen.node) {
         (Some(row), Some(node)) => {
             let title = format!("{} of {}", detail.name(), visible(&row.owner.name()));
@@ -299,8 +317,12 @@ fn left(text: &str, width: usize) -> String {
     text + &space
 }
 
+/// A number; what does not fit ends with a mark, or it would be another number.
 fn right(text: &str, width: usize) -> String {
-    let text = cut(text, width);
+    let text = match text.width() > width {
+        true => cut(text, width.saturating_sub(1)) + "…",
+        false => text.to_owned(),
+    };
     " ".repeat(width.saturating_sub(text.width())) + &text
 }
 

@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Where do pages come from: an exporter that runs, or the signals attached here?
 
-use std::{fmt, fs, io, path::Path, sync::Arc, time::Duration};
+use std::{
+    fmt, fs, io,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, anyhow, bail, ensure};
 use base64::{Engine, prelude::BASE64_STANDARD};
@@ -25,13 +30,15 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
+use super::reading::Reading;
 use crate::{scrape::Front, server::Site};
 
-/// How long a page may take: the first waits until the exporter has attached.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long the first page may take, which waits until the exporter has attached, and any other.
+pub(super) const FIRST: Duration = Duration::from_secs(30);
+const LATER: Duration = Duration::from_secs(5);
 
 /// Bytes of a page: ten times what 1000 pods make.
-const LARGEST: usize = 256 << 20;
+const LARGEST: usize = 64 << 20;
 
 /// Who asks, where the exporter asks for it.
 #[derive(Clone, Debug, Default)]
@@ -116,10 +123,10 @@ impl Remote {
     ///
     /// # Errors
     /// When there is none.
-    pub async fn page(&self) -> anyhow::Result<String> {
-        match timeout(PATIENCE, self.get()).await {
+    pub async fn page(&self, within: Duration) -> anyhow::Result<String> {
+        match timeout(within, self.get()).await {
             Ok(page) => page,
-            Err(_) => bail!("no answer in {} s", PATIENCE.as_secs()),
+            Err(_) => bail!("no answer in {} s", within.as_secs()),
         }
     }
 
@@ -166,15 +173,14 @@ impl Remote {
         let body = body
             .map_err(|error| anyhow!("its page: {error}"))?
             .to_bytes();
-        let text = String::from_utf8_lossy(&body);
         match status {
-            StatusCode::OK => Ok(text.into_owned()),
+            StatusCode::OK => Ok(String::from_utf8(body.into())?),
             StatusCode::UNAUTHORIZED => {
                 bail!("it asks for a user and a password: --user and --password-file")
             }
             status => {
+                let text = String::from_utf8_lossy(&body[..body.len().min(200)]);
                 let why = text.lines().next().unwrap_or_default();
-                let why: String = why.chars().take(200).collect();
                 bail!("it answers {status}: {why}")
             }
         }
@@ -243,14 +249,19 @@ impl fmt::Display for Source {
 }
 
 impl Source {
-    /// The next page.
-    pub(super) async fn page(&self) -> anyhow::Result<String> {
+    /// The next page, read.
+    pub(super) async fn reading(&self) -> anyhow::Result<Reading> {
+        let at = Instant::now();
+        // A page of many pods takes a while to read, in which keys are still answered.
         match self {
-            Self::Remote(remote) => remote.page().await,
+            Self::Remote(remote) => {
+                let page = remote.page(LATER).await?;
+                spawn_blocking(move || Reading::of(&page, at)).await?
+            }
             Self::Here(front) => {
                 let front = Arc::clone(front);
-                let page = spawn_blocking(move || front.metrics()).await??;
-                Ok(String::from_utf8(page)?)
+                let read = move || Reading::of(&String::from_utf8(front.metrics()?)?, at);
+                spawn_blocking(read).await?
             }
         }
     }

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
+use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 
 use super::{
     columns::Column,
@@ -15,6 +15,9 @@ use super::{
 
 /// How long an exporter may be silent: one that is started again is back by then.
 const SILENCE: Duration = Duration::from_secs(10);
+
+/// How old the newest reading may be without a word, besides the interval.
+const FRESH: Duration = Duration::from_secs(3);
 
 /// The longest filter.
 const FILTER: usize = 64;
@@ -31,6 +34,7 @@ pub(super) enum Wish {
 #[derive(Debug)]
 pub(super) struct Screen {
     pub(super) source: String,
+    interval: Duration,
     history: History,
     pub(super) node: Option<Node>,
     /// Why the last page could not be had, and since when none could.
@@ -49,9 +53,10 @@ pub(super) struct Screen {
 }
 
 impl Screen {
-    pub(super) fn new(source: String) -> Self {
+    pub(super) fn new(source: String, interval: Duration) -> Self {
         Self {
             source,
+            interval,
             history: History::default(),
             node: None,
             silence: None,
@@ -67,12 +72,18 @@ impl Screen {
         }
     }
 
-    /// Takes a page, or why there is none.
+    /// How old the newest reading is, where it is older than it should be.
+    pub(super) fn stale(&self) -> Option<Duration> {
+        let age = self.history.newest()?.elapsed();
+        (age > self.interval + FRESH).then_some(age)
+    }
+
+    /// Takes a reading, or why there is none.
     ///
     /// # Errors
-    /// When there has been none for too long.
-    pub(super) fn take(&mut self, page: anyhow::Result<String>, at: Instant) -> anyhow::Result<()> {
-        match page.and_then(|page| Reading::of(&page, at)) {
+    /// When there has been none for too long, unless the screen is held still.
+    pub(super) fn take(&mut self, reading: anyhow::Result<Reading>) -> anyhow::Result<()> {
+        match reading {
             Ok(reading) => {
                 self.silence = None;
                 self.history.push(reading);
@@ -81,9 +92,10 @@ impl Screen {
                 }
             }
             Err(error) => {
-                let since = self.silence.as_ref().map_or(at, |(_, since)| *since);
-                let silent = Instant::now().duration_since(since);
-                if silent >= SILENCE {
+                let first = self.silence.as_ref();
+                let since = first.map_or_else(Instant::now, |(_, since)| *since);
+                let silent = since.elapsed();
+                if silent >= SILENCE && !self.is_paused {
                     return Err(error.context(format!(
                         "{} has not answered for {} s",
                         self.source,

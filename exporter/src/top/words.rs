@@ -41,6 +41,8 @@ pub(super) const RETRANSMITS: Threshold = Threshold::new("tcp", "TcpRetransmitsH
 pub(super) const TORN_DOWN: Threshold = Threshold::new("rdma", "RdmaQueuePairSpike", 2.5);
 /// Queue pairs in ERR: the alert has no threshold, one is too many.
 const IN_ERROR: Threshold = Threshold::new("rdma", "RdmaQueuePairErrors", 1.0);
+/// The same of the host.
+const HOST_IN_ERROR: Threshold = Threshold::new("rdma", "RdmaHostQueuePairErrors", 1.0);
 /// Seconds since a device told its queue pairs.
 const STALE: Threshold = Threshold::new("rdma", "RdmaEnumerationStale", 120.0);
 /// Seconds that one wait for a CPU in a hundred exceeds.
@@ -72,8 +74,12 @@ pub const LAST_ARRIVALS: f64 = 0.75;
 /// Fewer collectives are chance.
 const COLLECTIVES: f64 = 20.0;
 
-/// Fewer sessions with a peer may be one renewal and one restart.
-const FEWEST_SESSIONS: f64 = 3.0;
+/// Segments that are sent for one that is sent again, where that is no trouble (`share` of `TcpRetransmitsHigh`, inverted).
+const SENT_FOR_EACH: f64 = 100.0;
+
+/// Which share of a signal's events may be lost, and how many a second have to happen (`ChandraEventsLost`).
+const LOST: f64 = 0.01;
+const EVENTS: f64 = 0.1;
 
 /// One thing that is wrong.
 #[derive(Clone, Debug, Serialize)]
@@ -117,6 +123,7 @@ pub(super) fn judge(node: &mut Node) {
     for row in &mut node.pods {
         let of_pod = of_pod(row, seconds, &waits);
         row.hurts = of_pod.iter().map(|one| one.ratio).fold(0.0, f64::max);
+        row.pages = of_pod.iter().any(|one| one.pages && one.ratio >= 1.0);
         complaints.extend(of_pod.into_iter().filter(|one| one.ratio >= 1.0));
     }
     complaints.sort_by(|a, b| b.pages.cmp(&a.pages).then(b.ratio.total_cmp(&a.ratio)));
@@ -148,13 +155,15 @@ fn signals(node: &Node) -> Vec<Complaint> {
     for (name, signal) in &node.signals {
         let name = visible(name);
         if signal.state == "failed" {
-            let text = format!("{name} does not work: the exporter's page / says why");
+            let text = format!("{name} does not work: chandra check says why");
             all.push(exporter("ChandraSignalDown", text));
         }
-        if signal.lost_events > 0.0 {
+        let seen = signal.lost_events + signal.events;
+        if signal.lost_events > LOST * seen && seen > EVENTS * node.seconds {
             let text = format!(
-                "{name} could not count {} events in {}: its numbers are too low",
+                "{name} could not count {} of {} events in {}: its numbers are too low",
                 number(signal.lost_events),
+                number(seen),
                 time(node.seconds)
             );
             all.push(exporter("ChandraEventsLost", text));
@@ -177,10 +186,7 @@ fn busiest(node: &Node) -> String {
 }
 
 fn sessions(tunnel: &Tunnel, busiest: &str) -> Option<Complaint> {
-    let worst = tunnel
-        .peers
-        .iter()
-        .find(|peer| peer.sessions >= FEWEST_SESSIONS)?;
+    let worst = tunnel.peers.iter().find(|peer| peer.is_steady)?;
     if worst.sessions_per_minute <= SESSIONS.value {
         return None;
     }
@@ -233,8 +239,20 @@ fn of_pod(row: &Row, seconds: f64, waits: &Waits) -> Vec<Complaint> {
     };
     if let Some(tcp) = &row.tcp {
         let rate = tcp.retransmits_per_second;
-        let text = format!("sends {} TCP segments a second again", number(rate));
-        say(&RETRANSMITS, rate, false, text);
+        let fast = ["fast", "probe"].map(|kind| tcp.by_kind.get(kind).copied());
+        let slow = rate - fast.into_iter().flatten().sum::<f64>();
+        let mut text = format!("sends {} TCP segments a second again", number(rate));
+        // What is sent is not known here. Timers and handshakes are trouble whatever it is.
+        let judged = if slow > RETRANSMITS.value || rate <= RETRANSMITS.value {
+            rate
+        } else {
+            text += &format!(
+                ", which is much if it sends less than {} a second",
+                number(rate * SENT_FOR_EACH)
+            );
+            RETRANSMITS.value
+        };
+        say(&RETRANSMITS, judged, false, text);
     }
     if let Some(rdma) = &row.rdma {
         let text = format!(
@@ -243,11 +261,20 @@ fn of_pod(row: &Row, seconds: f64, waits: &Waits) -> Vec<Complaint> {
         );
         say(&TORN_DOWN, rdma.times_torn_down, false, text);
         if rdma.in_error > 0.0 {
-            let text = format!(
-                "has {} queue pairs in ERR: they carry nothing, and who waits for them hangs",
-                number(rdma.in_error)
-            );
-            say(&IN_ERROR, rdma.in_error, !owner.pod.is_empty(), text);
+            let (pairs, carry) = match rdma.in_error {
+                1.0 => (
+                    "queue pair",
+                    "it carries nothing, and who waits for it hangs",
+                ),
+                _ => (
+                    "queue pairs",
+                    "they carry nothing, and who waits for them hangs",
+                ),
+            };
+            let text = format!("has {} {pairs} in ERR: {carry}", number(rdma.in_error));
+            let is_host = *owner == Owner::default();
+            let threshold = if is_host { &HOST_IN_ERROR } else { &IN_ERROR };
+            say(threshold, rdma.in_error, owner.is_named(), text);
         }
     }
     if let Some(wait) = row.gpu.as_ref().and_then(|gpu| gpu.p99_seconds) {
@@ -271,7 +298,10 @@ fn of_pod(row: &Row, seconds: f64, waits: &Waits) -> Vec<Complaint> {
                 "has had a collective under way for {}{ranks}",
                 time(nccl.oldest_pending_seconds)
             );
-            say(&STUCK, nccl.oldest_pending_seconds, pages, text);
+            // Whether the communicator is slow by nature is not known here: it may be idle, unless a rank will never come.
+            let age = nccl.oldest_pending_seconds;
+            let judged = if pages { age } else { age.min(STUCK.value) };
+            say(&STUCK, judged, pages && age >= STUCK.value, text);
         }
         if let Some((rank, wait)) = straggler(row, seconds, waits) {
             let text = format!(

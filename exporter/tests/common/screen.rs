@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A terminal that a test can look at and press keys in: tmux.
 
+#![allow(dead_code, reason = "each test uses what it needs")]
+
 use std::{
     process::Command,
     sync::atomic::{AtomicU32, Ordering},

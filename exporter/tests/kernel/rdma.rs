@@ -28,7 +28,7 @@ const BYTES: &str = "chandra_rdma_memory_registered_bytes_total";
 const UVERBS: &str = "/dev/infiniband/uverbs0";
 
 /// Says if this kernel has rdma_rxe and its tools, and prints why not.
-fn can_rdma() -> bool {
+pub(super) fn can_rdma() -> bool {
     let can = can_trace()
         && succeeds(
             "modprobe -qa rdma_rxe rdma_ucm ib_uverbs && command -v rping rdma ib_write_bw",
@@ -42,10 +42,10 @@ fn can_rdma() -> bool {
 }
 
 /// A device `rxe0` on an interface of its own. Removed when dropped.
-struct Rxe;
+pub(super) struct Rxe;
 
 impl Rxe {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         load();
         Self
     }
@@ -71,14 +71,14 @@ fn load() {
 }
 
 /// Pods with their cgroups, and the file that lists them.
-struct Cluster {
+pub(super) struct Cluster {
     pods: Vec<Pod>,
     folder: tempfile::TempDir,
     root: String,
 }
 
 impl Cluster {
-    fn new(names: &[&str]) -> Self {
+    pub(super) fn new(names: &[&str]) -> Self {
         let root = cgroup_root().display().to_string();
         let pods: Vec<_> = names
             .iter()
@@ -93,7 +93,7 @@ impl Cluster {
         Self { pods, folder, root }
     }
 
-    fn exporter(&self) -> Exporter {
+    pub(super) fn exporter(&self) -> Exporter {
         self.exporter_by(&mut Command::new(build().join("chandra")))
     }
 
@@ -117,7 +117,7 @@ impl Cluster {
     }
 
     /// Starts a shell line in a pod.
-    fn spawn(&self, pod: &str, work: &str) -> Child {
+    pub(super) fn spawn(&self, pod: &str, work: &str) -> Child {
         let line = format!("echo $$ >{}/cgroup.procs; {work}", self.cgroup(pod));
         Command::new("sh")
             .args(["-ec", &line])
@@ -135,7 +135,7 @@ impl Cluster {
     }
 
     /// Starts `verbs … hold` in a pod and waits until its queue pairs are there.
-    fn hold(&self, pod: &str, work: &str) -> Child {
+    pub(super) fn hold(&self, pod: &str, work: &str) -> Child {
         self.start(pod, &format!("hold {work}"))
     }
 
