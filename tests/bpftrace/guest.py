@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In the VM: each script of docs/bpftrace beside something that it has to see, all at the same time; then the runbooks' commands.
+"""In the VM: each script of docs/bpftrace, and each one-liner of docs/article.md that works, beside something that it has to see, all at
+the same time; then the one-liners that do not work, and the runbooks' commands.
 usage: guest.py FOLDER-OF-NCCL-SIM"""
 
 import contextlib
@@ -35,10 +36,10 @@ def check(what, seen, right):
 class Script:
     """A script at work."""
 
-    def __init__(self, name, *arguments):
+    def __init__(self, name, *arguments, text=None):
         self.name = name
         self.log = Path(tempfile.mkdtemp()) / "log"
-        text = (SCRIPTS / f"{name}.bt").read_text() + '\ninterval:s:1 { printf("READY\\n"); }\n'
+        text = (text or (SCRIPTS / f"{name}.bt").read_text()) + '\ninterval:s:1 { printf("READY\\n"); }\n'
         script = self.log.with_name(f"{name}.bt")
         script.write_text(text)
         with self.log.open("w") as out:
@@ -59,10 +60,10 @@ class Script:
         if self.child.poll() is None:
             self.child.send_signal(signal.SIGINT)
         self.child.wait(120)
-        text = self.log.read_text().replace("READY\n", "")
+        text = self.text = self.log.read_text().replace("READY\n", "")
         print(f"--- {self.name}\n{text}", flush=True)
         found = {}
-        for name, key, rest in re.findall(r"^@(\w+)(?:\[(.*)\])?:(.*(?:\n[\[(].*)*)", text, re.M):
+        for name, key, rest in re.findall(r"^@(\w*)(?:\[(.*)\])?:(.*(?:\n[\[(].*)*)", text, re.M):
             # A histogram is the sum of its rows.
             rows = re.findall(r"^[\[(].*?[\])]\s+(\d+) \|", rest, re.M)
             found.setdefault(name, {})[key] = sum(map(int, rows)) if rows else int(rest)
@@ -83,6 +84,21 @@ def handshakes(count):
         server.start()
         contexts[1].wrap_socket(sockets[1])
         server.join()
+
+
+def one_liners():
+    """Of docs/article.md: what each is about, its program as printed and what bpftrace says of it, the program that works."""
+    section = re.search(r"^## The bpftrace one-liners\n(.*?)(?=^## |\Z)", Path("docs/article.md").read_text(), re.M | re.S).group(1)
+    for part in re.split(r"^### ", section, flags=re.M)[1:]:
+        printed, works = re.findall(r"^bpftrace -e '(.*?)'$", part, re.M | re.S)
+        yield part.splitlines()[0], printed, re.findall(r"^> `(.*)`$", part, re.M), works
+
+
+def as_printed():
+    for about, program, errors, _ in one_liners():
+        ran = subprocess.run(["timeout", "60", "bpftrace", "-e", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        said = all(error in ran.stdout for error in errors)
+        check(f"as printed, {about}", ran.stdout[:400], ran.returncode == 1 and said and errors)
 
 
 def connect(address, port):
@@ -151,8 +167,10 @@ def scripts():
         "runqueue-delay": Script("runqueue-delay", worker.pid),
         "nccl-calls": Script("nccl-calls", SIM / "libnccl.so.2"),
     }
+    lines = {about: Script(about.replace(" ", "-"), text=program) for about, _, _, program in one_liners()}
+    running |= lines
     there = {path.stem for path in SCRIPTS.glob("*.bt")}
-    check("every script is tested", sorted(there), there == set(running))
+    check("every script is tested", sorted(there), there | set(lines) == set(running) and len(lines) == 3)
     if not all([script.ready() for script in running.values()]):
         return
 
@@ -196,6 +214,12 @@ def scripts():
     check("queue pairs destroyed", destroyed, destroyed == by_state.get("INIT"))
     sessions = seen["wireguard-sessions"].get("sessions", {}).get("")
     check("sessions of both ends, answers on the wire", (sessions, answered), answered >= 4 and answered + 4 <= sessions <= 2 * answered)
+    again = seen["TCP retransmits"].get("", {}).get("10.79.0.2, 7000", 0)
+    check("retransmits, in one line", (again, sent_again), 0 < again <= sent_again)
+    took = re.findall(r"handshake pid=\d+ duration_ns=(\d+)", lines["TLS handshakes"].text)
+    check("handshakes, in one line", took, len(took) == 10 and all(int(time) > 0 for time in took))
+    asked = re.findall(r"connect pid=\d+ \S+ to 10\.79\.0\.1:(700[12])", lines["Who connects to what"].text)
+    check("connects, in one line", asked, asked == ["7001"] * 4 + ["7002"] * 3)
     waits = sum(seen["runqueue-delay"].get("us", {}).values())
     check("waits for the CPU", waits, waits > 100)
     calls = sum(seen["nccl-calls"].get("enqueue_us", {}).values())
@@ -208,6 +232,7 @@ network()
 wireguard()
 rdma()
 scripts()
+as_printed()
 for what, seen, right in runbooks.check():
     check(what, seen, right)
 print(f"{'FAILED: ' + ', '.join(problems) if problems else 'all as expected'}")
