@@ -24,7 +24,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 use tokio::{
     runtime::{self, Runtime},
     time::sleep,
@@ -72,7 +72,11 @@ fn show(args: &Top, remote: Remote) -> anyhow::Result<ExitCode> {
     let shown = runtime.block_on(async {
         let source = match answers {
             true => Source::Remote(remote),
-            false => Source::Here(app::attach_here(&args.serve).await?),
+            false => match app::attach_here(&args.serve).await {
+                Ok(front) => Source::Here(front),
+                // The file with the pods, or the API server's address.
+                Err(error) => return Ok(refuse(USAGE, &format!("{error:#}"))),
+            },
         };
         show_from(args, source).await
     });
@@ -113,16 +117,17 @@ async fn answers(args: &Top, remote: &Remote) -> anyhow::Result<bool> {
 async fn once(args: &Top, source: &Source) -> anyhow::Result<ExitCode> {
     let mut history = History::over(args.interval);
     let begun = Instant::now();
-    loop {
+    let node = loop {
         let reading = source.reading().await;
         history.push(reading.with_context(|| format!("{source} does not tell its metrics"))?);
         let left = args.interval.saturating_sub(begun.elapsed());
-        if left.is_zero() {
-            break;
+        match Node::of(&history).filter(|_| left.is_zero()) {
+            Some(node) => break node,
+            // The first look may have taken all of the time.
+            None if left.is_zero() => sleep(args.interval.min(LOOKS)).await,
+            None => sleep(left.min(LOOKS)).await,
         }
-        sleep(left.min(LOOKS)).await;
-    }
-    let node = Node::of(&history).ok_or_else(|| anyhow!("no time went by between two pages"))?;
+    };
     let text = match args.json {
         true => json(&node)? + "\n",
         false => table::table(&node, &source.to_string()),

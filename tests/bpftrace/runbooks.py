@@ -12,7 +12,7 @@ from pathlib import Path
 RUNBOOKS = Path("docs/runbooks")
 
 # Tools of a cluster, of a vendor's driver, or of packages that the guest does not have.
-ELSEWHERE = {"kubectl", "crictl", "hubble", "cilium-dbg", "py-spy", "nvidia-smi", "mpstat", "sminfo"}
+ELSEWHERE = {"kubectl", "crictl", "helm", "hubble", "cilium-dbg", "chandra-mixin", "nvme", "py-spy", "nvidia-smi", "mpstat", "sminfo"}
 
 # What hardware and kernels without it answer; the command was understood.
 LACKS = re.compile(

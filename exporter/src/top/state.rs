@@ -115,9 +115,11 @@ impl Screen {
         let mut rows: Vec<_> = rows
             .filter(|row| filter.is_empty() || row.owner.name().to_lowercase().contains(&filter))
             .collect();
-        // Stable: what hurts most is first among equals.
-        let value = |row: &Row| self.sort.value(row).unwrap_or(-1.0);
-        rows.sort_by(|a, b| value(b).total_cmp(&value(a)));
+        // They are sorted by what hurts; that stays so among equals.
+        if self.sort != Column::Pod {
+            let value = |row: &Row| self.sort.value(row).unwrap_or(-1.0);
+            rows.sort_by(|a, b| value(b).total_cmp(&value(a)));
+        }
         rows
     }
 
