@@ -27,28 +27,34 @@ impl Series<'_> {
     }
 }
 
-/// The series of a page whose names `wanted` takes. A line that is none is passed over.
-pub fn series<'a>(
+/// The series of a page whose names `wanted` gives something for, with that. A line that is none is passed over.
+pub fn series<'a, T: Copy + 'a>(
     page: &'a str,
-    wanted: impl Fn(&str) -> bool,
-) -> impl Iterator<Item = Series<'a>> {
+    wanted: impl Fn(&str) -> Option<T> + 'a,
+) -> impl Iterator<Item = (T, Series<'a>)> {
+    // Series of one name follow each other.
+    let mut last = ("", None);
     page.lines().filter_map(move |line| {
-        let end = line.find(['{', ' '])?;
+        let end = memchr::memchr2(b'{', b' ', line.as_bytes())?;
         let name = &line[..end];
-        if name.starts_with('#') || !wanted(name) {
-            return None;
+        if name != last.0 {
+            last = (name, wanted(name));
         }
+        let for_it = last.1?;
         let (labels, rest) = match line[end..].strip_prefix('{') {
             Some(labels) => read_labels(labels)?,
             None => (Vec::new(), &line[end..]),
         };
         // A time may follow.
         let value = rest.split_whitespace().next()?.parse().ok()?;
-        Some(Series {
-            name,
-            labels,
-            value,
-        })
+        Some((
+            for_it,
+            Series {
+                name,
+                labels,
+                value,
+            },
+        ))
     })
 }
 
@@ -62,7 +68,8 @@ fn read_labels(mut text: &str) -> Option<(Labels<'_>, &str)> {
         if let Some(rest) = text.strip_prefix('}') {
             return Some((labels, rest));
         }
-        let (name, rest) = text.split_once("=\"")?;
+        let at = memchr::memchr(b'=', text.as_bytes())?;
+        let (name, rest) = (&text[..at], text[at + 1..].strip_prefix('"')?);
         let end = closing_quote(rest)?;
         labels.push((name, unescaped(&rest[..end])));
         text = &rest[end + 1..];
@@ -109,7 +116,8 @@ mod tests {
     fn a_page_is_taken_apart() {
         let page = "# HELP a_total Of a.\n# TYPE a_total counter\na_total{pod=\"x,}\\\"\\\\\\n\",n=\"\"} 5\na_total 1e3 1700000000\n\
                     b_total{pod=\"y\"} 7\na_bucket{le=\"+Inf\",} NaN\n";
-        let found: Vec<_> = series(page, |name| name.starts_with("a_")).collect();
+        let wanted = |name: &str| name.starts_with("a_").then_some(());
+        let found: Vec<_> = series(page, wanted).map(|((), found)| found).collect();
         assert_eq!(found.len(), 3);
         assert_eq!(found[0].label("pod"), "x,}\"\\\n");
         assert_eq!((found[0].label("n"), found[0].label("none")), ("", ""));
@@ -135,7 +143,8 @@ mod tests {
             "{} 1 2 ü",
             "<html>",
         ] {
-            assert_eq!(series(line, |name| name == "a").count(), 0, "{line}");
+            let wanted = |name: &str| (name == "a").then_some(());
+            assert_eq!(series(line, wanted).count(), 0, "{line}");
         }
     }
 }

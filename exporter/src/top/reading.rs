@@ -295,10 +295,8 @@ impl Reading {
             tunnels: BTreeMap::new(),
             devices: BTreeMap::new(),
         };
-        for series in exposition::series(page, |name| taker(name).is_some()) {
-            if let Some(take) = taker(series.name) {
-                take(&mut reading, &series);
-            }
+        for (take, series) in exposition::series(page, taker) {
+            take(&mut reading, &series);
             anyhow::ensure!(
                 reading.owners.len() <= OWNERS,
                 "its page has more than {OWNERS} containers"

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::{
     format::{number, share, time, visible},
-    node::{Node, Row, Tunnel},
+    node::{Missing, Nccl, Node, RankRow, Row, Tcp, Tunnel},
     reading::Owner,
 };
 
@@ -121,10 +121,10 @@ pub(super) fn judge(node: &mut Node) {
     let waits = waits(node);
     let seconds = node.seconds;
     for row in &mut node.pods {
-        let of_pod = of_pod(row, seconds, &waits);
-        row.hurts = of_pod.iter().map(|one| one.ratio).fold(0.0, f64::max);
-        row.pages = of_pod.iter().any(|one| one.pages && one.ratio >= 1.0);
-        complaints.extend(of_pod.into_iter().filter(|one| one.ratio >= 1.0));
+        let (of_pod, nearest) = of_pod(row, seconds, &waits);
+        row.hurts = nearest;
+        row.pages = of_pod.iter().any(|one| one.pages);
+        complaints.extend(of_pod);
     }
     complaints.sort_by(|a, b| b.pages.cmp(&a.pages).then(b.ratio.total_cmp(&a.ratio)));
     node.complaints = complaints;
@@ -227,40 +227,44 @@ fn waits(node: &Node) -> Waits {
     sums.into_iter().filter_map(mean).collect()
 }
 
-/// What there is to say of a pod; below a ratio of 1 it is only how near it is.
-fn of_pod(row: &Row, seconds: f64, waits: &Waits) -> Vec<Complaint> {
+/// What there is to say of a pod, and how near it is to the alert that it is nearest to.
+fn of_pod(row: &Row, seconds: f64, waits: &Waits) -> (Vec<Complaint>, f64) {
     let owner = &row.owner;
-    let name = visible(&owner.name());
     let mut all = Vec::new();
-    let mut say = |threshold, value, pages, text: String| {
-        let mut complaint = complaint(threshold, Some(owner), value, format!("{name} {text}"));
-        complaint.pages = pages;
-        all.push(complaint);
+    let mut nearest = 0.0_f64;
+    // Most pods are far below: their sentences are not made.
+    let mut say = |threshold: &Threshold, value: f64, pages, text: &dyn Fn() -> String| {
+        nearest = nearest.max(value / threshold.value);
+        if value >= threshold.value {
+            let text = format!("{} {}", visible(&owner.name()), text());
+            let mut complaint = complaint(threshold, Some(owner), value, text);
+            complaint.pages = pages;
+            all.push(complaint);
+        }
     };
     if let Some(tcp) = &row.tcp {
-        let rate = tcp.retransmits_per_second;
-        let fast = ["fast", "probe"].map(|kind| tcp.by_kind.get(kind).copied());
-        let slow = rate - fast.into_iter().flatten().sum::<f64>();
-        let mut text = format!("sends {} TCP segments a second again", number(rate));
-        // What is sent is not known here. Timers and handshakes are trouble whatever it is.
-        let judged = if slow > RETRANSMITS.value || rate <= RETRANSMITS.value {
-            rate
-        } else {
-            text += &format!(
-                ", which is much if it sends less than {} a second",
-                number(rate * SENT_FOR_EACH)
-            );
-            RETRANSMITS.value
-        };
-        say(&RETRANSMITS, judged, false, text);
+        let (judged, is_slow) = retransmits(tcp);
+        say(&RETRANSMITS, judged, false, &|| {
+            let rate = number(tcp.retransmits_per_second);
+            match is_slow {
+                true => format!("sends {rate} TCP segments a second again"),
+                false => format!(
+                    "sends {rate} TCP segments a second again, which is much if it sends less than {} a second",
+                    number(tcp.retransmits_per_second * SENT_FOR_EACH)
+                ),
+            }
+        });
     }
     if let Some(rdma) = &row.rdma {
-        let text = format!(
-            "has torn down its queue pairs {} times over: it dies, or NCCL starts over",
-            number(rdma.times_torn_down)
-        );
-        say(&TORN_DOWN, rdma.times_torn_down, false, text);
-        if rdma.in_error > 0.0 {
+        say(&TORN_DOWN, rdma.times_torn_down, false, &|| {
+            format!(
+                "has torn down its queue pairs {} times over: it dies, or NCCL starts over",
+                number(rdma.times_torn_down)
+            )
+        });
+        let is_host = *owner == Owner::default();
+        let threshold = if is_host { &HOST_IN_ERROR } else { &IN_ERROR };
+        say(threshold, rdma.in_error, owner.is_named(), &|| {
             let (pairs, carry) = match rdma.in_error {
                 1.0 => (
                     "queue pair",
@@ -271,75 +275,92 @@ fn of_pod(row: &Row, seconds: f64, waits: &Waits) -> Vec<Complaint> {
                     "they carry nothing, and who waits for them hangs",
                 ),
             };
-            let text = format!("has {} {pairs} in ERR: {carry}", number(rdma.in_error));
-            let is_host = *owner == Owner::default();
-            let threshold = if is_host { &HOST_IN_ERROR } else { &IN_ERROR };
-            say(threshold, rdma.in_error, owner.is_named(), text);
-        }
+            format!("has {} {pairs} in ERR: {carry}", number(rdma.in_error))
+        });
     }
     if let Some(wait) = row.gpu.as_ref().and_then(|gpu| gpu.p99_seconds) {
-        let text = format!(
-            "waits for a CPU to drive its GPU, one time in a hundred for more than {}",
-            time(wait)
-        );
-        say(&RUNQUEUE, wait, false, text);
+        say(&RUNQUEUE, wait, false, &|| {
+            format!(
+                "waits for a CPU to drive its GPU, one time in a hundred for more than {}",
+                time(wait)
+            )
+        });
     }
     if let Some(encryption) = &row.encryption {
-        let text = format!(
-            "has traffic whose encryption takes {} CPU cores",
-            number(encryption.cpu_cores)
-        );
-        say(&CPU, encryption.cpu_cores, false, text);
+        say(&CPU, encryption.cpu_cores, false, &|| {
+            format!(
+                "has traffic whose encryption takes {} CPU cores",
+                number(encryption.cpu_cores)
+            )
+        });
     }
     if let Some(nccl) = &row.nccl {
-        if nccl.oldest_pending_seconds > 0.0 {
-            let (ranks, pages) = missing(nccl);
-            let text = format!(
-                "has had a collective under way for {}{ranks}",
-                time(nccl.oldest_pending_seconds)
-            );
-            // Whether the communicator is slow by nature is not known here: it may be idle, unless a rank will never come.
-            let age = nccl.oldest_pending_seconds;
-            let judged = if pages { age } else { age.min(STUCK.value) };
-            say(&STUCK, judged, pages && age >= STUCK.value, text);
-        }
+        let age = nccl.oldest_pending_seconds;
+        let never_comes = nccl.missing.iter().any(Missing::never_comes);
+        // Whether the communicator is slow by nature is not known here: it may be idle, unless a rank will never come.
+        let judged = if never_comes {
+            age
+        } else {
+            age.min(STUCK.value)
+        };
+        say(&STUCK, judged, never_comes, &|| {
+            format!(
+                "has had a collective under way for {}{}",
+                time(age),
+                missing(nccl)
+            )
+        });
         if let Some((rank, wait)) = straggler(row, seconds, waits) {
-            let text = format!(
-                "has rank {}, the last in {} of the collectives: in each the ranks wait {}",
-                visible(&rank.rank),
-                share(rank.last_share),
-                time(wait)
-            );
-            say(&STRAGGLER, wait, false, text);
+            say(&STRAGGLER, wait, false, &|| {
+                format!(
+                    "has rank {}, the last in {} of the collectives: in each the ranks wait {}",
+                    visible(&rank.rank),
+                    share(rank.last_share),
+                    time(wait)
+                )
+            });
         }
     }
-    all
+    (all, nearest)
 }
 
-/// Which ranks a collective waits for; and whether one of them will never come.
-fn missing(nccl: &super::node::Nccl) -> (String, bool) {
-    let Some(first) = nccl.missing.first() else {
-        return (
-            " (normal where a server waits for requests)".to_owned(),
-            false,
-        );
+/// By how many retransmits a second a pod is judged, and whether they are much whatever it sends: timers and handshakes are, what was sent
+/// again at once is where it is one in a hundred.
+fn retransmits(tcp: &Tcp) -> (f64, bool) {
+    let rate = tcp.retransmits_per_second;
+    let fast = ["fast", "probe"].map(|kind| tcp.by_kind.get(kind).copied());
+    let slow = rate - fast.into_iter().flatten().sum::<f64>();
+    let is_slow = slow > RETRANSMITS.value;
+    let judged = if is_slow {
+        rate
+    } else {
+        rate.min(RETRANSMITS.value)
     };
-    let never = |state: &str| matches!(state, "stopped" | "gone");
-    let pages = nccl.missing.iter().any(|rank| never(&rank.state));
+    (judged, is_slow)
+}
+
+/// Which ranks a collective waits for.
+fn missing(nccl: &Nccl) -> String {
+    let Some(first) = nccl.missing.first() else {
+        return " (normal where a server waits for requests)".to_owned();
+    };
     let more = match nccl.missing.len() {
         1 => String::new(),
         n => format!(" and {} more", n - 1),
     };
     let (rank, state) = (visible(&first.rank), visible(&first.state));
-    (format!(", for rank {rank} ({state}){more}"), pages)
+    format!(", for rank {rank} ({state}){more}")
+}
+
+impl Missing {
+    /// Whether its process cannot call any more.
+    fn never_comes(&self) -> bool {
+        matches!(&*self.state, "stopped" | "gone")
+    }
 }
 
 /// The rank of a pod for which the others wait, and how long.
-fn straggler<'a>(
-    row: &'a Row,
-    seconds: f64,
-    waits: &Waits,
-) -> Option<(&'a super::node::RankRow, f64)> {
+fn straggler<'a>(row: &'a Row, seconds: f64, waits: &Waits) -> Option<(&'a RankRow, f64)> {
     let ranks = row.nccl.iter().flat_map(|nccl| &nccl.ranks);
     let late = ranks.filter(|rank| {
         rank.communicator != "other"
