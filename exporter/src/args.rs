@@ -86,7 +86,7 @@ pub struct Top {
     #[arg(long)]
     pub json: bool,
     /// Between two looks.
-    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = duration)]
+    #[arg(long, value_name = "DURATION", default_value = "3s", value_parser = duration)]
     pub interval: Duration,
     /// A user that the exporter asks for.
     #[arg(long, value_name = "NAME", env = "CHANDRA_USER")]
