@@ -165,22 +165,29 @@ fn nccl(nccl: &Nccl) -> Vec<String> {
             visible(&rank.state)
         ));
     }
-    lines.push(format!(
-        "{:<20}{:>6}  {:>13}  {:>10}  {:>5}  by",
-        "communicator", "rank", "collectives/s", "waits each", "last"
+    let line =
+        |communicator: &str, rank: &str, collectives: &str, waits: &str, last: &str, by: &str| {
+            format!("{communicator:<20}{rank:>6}  {collectives:>13}  {waits:>10}  {last:>5}  {by}")
+        };
+    lines.push(line(
+        "communicator",
+        "rank",
+        "collectives/s",
+        "waits each",
+        "last",
+        "by",
     ));
     for rank in &nccl.ranks {
-        lines.push(format!(
-            "{:<20}{:>6}  {:>13}  {:>10}  {:>5}  {}",
-            visible(&rank.communicator),
-            visible(&rank.rank),
-            number(rank.collectives_per_second),
-            time(rank.mean_wait_seconds),
-            share(rank.last_share),
+        lines.push(line(
+            &visible(&rank.communicator),
+            &visible(&rank.rank),
+            &number(rank.collectives_per_second),
+            &time(rank.mean_wait_seconds),
+            &share(rank.last_share),
             match rank.source {
                 "kernel" => "its GPU (plugin)",
                 _ => "its calls",
-            }
+            },
         ));
     }
     lines

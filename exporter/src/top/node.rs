@@ -435,12 +435,12 @@ fn nccl(grown: &Counts, seconds: f64) -> Option<Nccl> {
         return None;
     }
     // What the GPUs waited is what counts; who called first may be the last to be there.
+    let key = |row: &RankRow| (row.communicator.clone(), row.rank.clone());
     let told: BTreeSet<Rank> = of_gpu
         .iter()
         .filter(|row| row.collectives_per_second > 0.0)
-        .map(|row| (row.communicator.clone(), row.rank.clone()))
+        .map(key)
         .collect();
-    let key = |row: &RankRow| (row.communicator.clone(), row.rank.clone());
     let of_host = of_host.into_iter().filter(|row| !told.contains(&key(row)));
     let ranks: Vec<_> = of_gpu.into_iter().chain(of_host).collect();
     let collectives: f64 = ranks.iter().map(|row| row.collectives_per_second).sum();

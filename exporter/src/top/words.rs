@@ -56,8 +56,13 @@ const SESSIONS: Threshold = Threshold::new("encryption", "EncryptionRekeyStorm",
 /// CPU cores for the encryption of one pod's packets.
 pub(super) const CPU: Threshold = Threshold::new("encryption", "EncryptionCpuHigh", 1.0);
 
+/// A signal that failed: the alert has no threshold.
+const DOWN: Threshold = Threshold::new("exporter", "ChandraSignalDown", 1.0);
+/// Which share of a signal's events is lost.
+const EVENTS_LOST: Threshold = Threshold::new("exporter", "ChandraEventsLost", 0.01);
+
 /// The thresholds of alerts that stand here too.
-pub const THRESHOLDS: [&Threshold; 8] = [
+pub const THRESHOLDS: [&Threshold; 9] = [
     &RETRANSMITS,
     &TORN_DOWN,
     &STALE,
@@ -66,6 +71,7 @@ pub const THRESHOLDS: [&Threshold; 8] = [
     &STUCK,
     &SESSIONS,
     &CPU,
+    &EVENTS_LOST,
 ];
 
 /// In which share of the collectives a straggler is the last (`NcclStraggler`).
@@ -77,8 +83,7 @@ const COLLECTIVES: f64 = 20.0;
 /// Segments that are sent for one that is sent again, where that is no trouble (`share` of `TcpRetransmitsHigh`, inverted).
 const SENT_FOR_EACH: f64 = 100.0;
 
-/// Which share of a signal's events may be lost, and how many a second have to happen (`ChandraEventsLost`).
-const LOST: f64 = 0.01;
+/// How many events a signal has in a second at least where it is said that it loses some (`floor` of `ChandraEventsLost`).
 const EVENTS: f64 = 0.1;
 
 /// One thing that is wrong.
@@ -102,9 +107,8 @@ pub struct Complaint {
 /// Says what is wrong on a node, and how much each pod hurts.
 pub(super) fn judge(node: &mut Node) {
     let mut complaints = signals(node);
-    let busiest = busiest(node);
     for tunnel in &node.tunnels {
-        complaints.extend(sessions(tunnel, &busiest));
+        complaints.extend(sessions(tunnel, node));
     }
     for device in node
         .devices
@@ -143,30 +147,22 @@ fn complaint(threshold: &Threshold, owner: Option<&Owner>, value: f64, text: Str
 
 /// What Chandra itself lacks.
 fn signals(node: &Node) -> Vec<Complaint> {
-    let exporter = |alert, text| Complaint {
-        alert,
-        signal: "exporter".to_owned(),
-        owner: None,
-        ratio: 1.0,
-        text,
-        pages: false,
-    };
     let mut all = Vec::new();
     for (name, signal) in &node.signals {
         let name = visible(name);
         if signal.state == "failed" {
             let text = format!("{name} does not work: chandra check says why");
-            all.push(exporter("ChandraSignalDown", text));
+            all.push(complaint(&DOWN, None, DOWN.value, text));
         }
         let seen = signal.lost_events + signal.events;
-        if signal.lost_events > LOST * seen && seen > EVENTS * node.seconds {
+        if signal.lost_events > EVENTS_LOST.value * seen && seen > EVENTS * node.seconds {
             let text = format!(
                 "{name} could not count {} of {} events in {}: its numbers are too low",
                 number(signal.lost_events),
                 number(seen),
                 time(node.seconds)
             );
-            all.push(exporter("ChandraEventsLost", text));
+            all.push(complaint(&EVENTS_LOST, None, EVENTS_LOST.value, text));
         }
     }
     all
@@ -185,7 +181,7 @@ fn busiest(node: &Node) -> String {
     names.collect::<Vec<_>>().join(", ")
 }
 
-fn sessions(tunnel: &Tunnel, busiest: &str) -> Option<Complaint> {
+fn sessions(tunnel: &Tunnel, node: &Node) -> Option<Complaint> {
     let worst = tunnel.peers.iter().find(|peer| peer.is_steady)?;
     if worst.sessions_per_minute <= SESSIONS.value {
         return None;
@@ -200,6 +196,7 @@ fn sessions(tunnel: &Tunnel, busiest: &str) -> Option<Complaint> {
         number(worst.sessions_per_minute),
         visible(&worst.peer)
     );
+    let busiest = busiest(node);
     if !busiest.is_empty() {
         text += &format!("; most encrypted traffic: {busiest}");
     }
